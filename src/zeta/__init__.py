@@ -1,0 +1,25 @@
+"""Zeta: multi-head attention with every feature at the speed of the best fused kernel."""
+
+from zeta import biases, masks
+from zeta.ops import (
+    BackendUnsupported,
+    Explanation,
+    attention,
+    attention_weights,
+    attention_with_lse,
+    explain,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnsupported",
+    "Explanation",
+    "__version__",
+    "attention",
+    "attention_weights",
+    "attention_with_lse",
+    "biases",
+    "explain",
+    "masks",
+]

@@ -1,0 +1,357 @@
+"""Masks as values: which keys a query may see. ``&`` joins them, both must allow; ``|``, either.
+
+A mask is a predicate of (batch, head, query position, key position), never a ``T x S`` tensor until
+somebody asks for `Mask.dense`. Positions count from the first cached key, and queries come last:
+of ``S`` keys and ``T`` queries, query ``t`` stands at position ``S - T + t``.
+
+Shape suffixes: B batch, H heads, T target length, S source length, L positions.
+"""
+
+import dataclasses
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from zeta.values import (
+    Tile,
+    Value,
+    as_scores,
+    broadcast_shape,
+    check_device,
+    check_integers,
+    check_lengths,
+    check_scores_shape,
+)
+
+Bound = int | None
+"""A position, or None: unbounded."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask(Value):
+    """Base of all masks."""
+
+    def visible(self, tile: Tile) -> Tensor:
+        """Bool, broadcastable to the tile's scores; True: the query sees the key."""
+        raise NotImplementedError
+
+    def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
+        return 1, 1, target, source
+
+    def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
+        """Positions outside which these queries surely see no key, both inclusive."""
+        return None, None
+
+    def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
+        """Whether all of these queries surely see all of these keys, in every sequence."""
+        return False
+
+    def dense(self, batch: int, heads: int, target: int, source: int) -> Tensor:
+        """The mask as a ``(B, H, T, S)`` bool tensor, True: visible. For looking and for tests."""
+        self.check(batch, heads, target, source, self._device())
+        tile = Tile.whole(target, source, device=self._device())
+        return self.visible(tile).expand(batch, heads, target, source)
+
+    def _device(self) -> torch.device:
+        tensors = self.flatten()[1]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def __and__(self, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return AllOf(conjuncts(self) + conjuncts(other))
+
+    def __or__(self, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return AnyOf((self, other))
+
+
+def conjuncts(mask: Mask | None) -> tuple[Mask, ...]:
+    """The masks that must all allow a pair, outermost ``&`` taken apart; none for None."""
+    if mask is None:
+        return ()
+    return mask.terms if isinstance(mask, AllOf) else (mask,)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Causal(Mask):
+    """A query sees itself and the keys before it: key position <= query position.
+
+    With more keys than queries (a cache) the queries are the last positions::
+
+        T = S = 4     T = 2, S = 4
+        x . . .       x x x .
+        x x . .       x x x x
+        x x x .
+        x x x x
+    """
+
+    def visible(self, tile: Tile) -> Tensor:
+        return tile.key_position <= tile.query_position
+
+    def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
+        return None, last_query
+
+    def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
+        return last_key <= first_query
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SlidingWindow(Mask):
+    """A query sees itself and the ``size - 1`` positions before it; causal in itself.
+
+    ``SlidingWindow(2)``, T = S = 4::
+
+        x . . .
+        x x . .
+        . x x .
+        . . x x
+
+    Raises:
+        ValueError: If ``size`` is below 1.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"size must be at least 1, the query itself; got {self.size}")
+
+    def visible(self, tile: Tile) -> Tensor:
+        distance = tile.query_position - tile.key_position
+        return (distance >= 0) & (distance < self.size)
+
+    def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
+        return first_query - self.size + 1, last_query
+
+    def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
+        return last_key <= first_query and first_key > last_query - self.size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrefixLM(Mask):
+    """Causal, and every query sees the first ``lengths[b]`` positions of its sequence.
+
+    ``PrefixLM(lengths=[2])``, T = S = 4::
+
+        x x . .
+        x x . .
+        x x x .
+        x x x x
+
+    Args:
+        lengths: ``(batch,)`` integers.
+    """
+
+    lengths: Tensor
+
+    def __post_init__(self) -> None:
+        check_integers("lengths", self.lengths)
+
+    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
+        check_lengths("PrefixLM lengths", self.lengths, batch, device)
+
+    def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
+        return batch, 1, target, source
+
+    def visible(self, tile: Tile) -> Tensor:
+        length = self.lengths[tile.batches, None, None, None]
+        return (tile.key_position <= tile.query_position) | (tile.key_position < length)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Documents(Mask):
+    """Packed sequences: a token sees its own document. Not causal in itself: join with `Causal`.
+
+    ``Documents(ids=[[0, 0, 1, 1]])``, T = S = 4::
+
+        x x . .
+        x x . .
+        . . x x
+        . . x x
+
+    Args:
+        ids: ``(batch, length)`` integers, the document of each position; all positions of queries
+            and keys must lie below ``length``.
+    """
+
+    ids: Tensor
+
+    def __post_init__(self) -> None:
+        check_integers("ids", self.ids)
+        if self.ids.dim() != 2:
+            raise ValueError(f"ids must have shape (batch, length); got {tuple(self.ids.shape)}")
+
+    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
+        if self.ids.shape[0] != batch or self.ids.shape[1] < max(target, source):
+            raise ValueError(
+                f"Documents ids must have shape ({batch}, {max(target, source)} or more); "
+                f"got {tuple(self.ids.shape)}"
+            )
+        check_device("Documents ids", self.ids, device)
+
+    def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
+        return batch, 1, target, source
+
+    def visible(self, tile: Tile) -> Tensor:
+        ids = self.ids[tile.batches]
+        query_id = _look_up(ids, tile.query_position[:, 0, :, 0])
+        key_id = _look_up(ids, tile.key_position[:, 0, 0, :])
+        return query_id[:, None, :, None] == key_id[:, None, None, :]
+
+
+def _look_up(ids_BL: Tensor, position: Tensor) -> Tensor:
+    """``ids[b, position[b, n]]``; positions before the first are of no document."""
+    position = position.expand(ids_BL.shape[0], -1)
+    found = ids_BL.gather(1, position.clamp(min=0))
+    return torch.where(position >= 0, found, torch.iinfo(ids_BL.dtype).min)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Padding(Mask):
+    """Only the first ``lengths[b]`` keys of sequence ``b`` are real; padding is hidden from all.
+
+    ``Padding(lengths=[3])``, T = S = 4::
+
+        x x x .
+        x x x .
+        x x x .
+        x x x .
+
+    A length of 0 hides every key: the output of such a row is 0.
+
+    Args:
+        lengths: ``(batch,)`` integers, the number of valid keys. For padding elsewhere than at the
+            end use `drop` or `keep` with a tensor.
+    """
+
+    lengths: Tensor
+
+    def __post_init__(self) -> None:
+        check_integers("lengths", self.lengths)
+
+    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
+        check_lengths("Padding lengths", self.lengths, batch, device)
+
+    def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
+        return batch, 1, 1, source
+
+    def visible(self, tile: Tile) -> Tensor:
+        return tile.key_position < self.lengths[tile.batches, None, None, None]
+
+    def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
+        # Reading a length off an accelerator would wait for it.
+        if self.lengths.device.type != "cpu":
+            return None, None
+        return None, int(self.lengths.max()) - 1
+
+    def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
+        return self.lengths.device.type == "cpu" and last_key < int(self.lengths.min())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense(Mask):
+    """A bool tensor by index, True: visible. Made by `keep` and `drop`: the name says the polarity.
+
+    Args:
+        tensor: Four dimensions, broadcastable to ``(batch, heads, target, source)``.
+    """
+
+    tensor: Tensor
+
+    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
+        check_scores_shape("a dense mask", self.tensor.shape, batch, heads, target, source)
+        check_device("a dense mask", self.tensor, device)
+
+    def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def visible(self, tile: Tile) -> Tensor:
+        return tile.cut(self.tensor)
+
+
+def keep(tensor: Tensor) -> Dense:
+    """A mask from a bool tensor whose True means: the query sees the key.
+
+    Args:
+        tensor: bool, broadcastable to ``(batch, heads, target, source)``.
+
+    Raises:
+        TypeError: If it is not a bool tensor.
+        ValueError: If it has more than four dimensions.
+    """
+    if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(
+            f"a mask must be a bool tensor (a float one is a bias: biases.Dense); got {found}"
+        )
+    return Dense(as_scores("a mask", tensor))
+
+
+def drop(tensor: Tensor) -> Dense:
+    """A mask from a bool tensor whose True means: the key is hidden. Otherwise as `keep`."""
+    return Dense(~keep(tensor).tensor)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AllOf(Mask):
+    """Visible where every term allows it; what ``&`` makes."""
+
+    terms: tuple[Mask, ...]
+
+    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
+        for term in self.terms:
+            term.check(batch, heads, target, source, device)
+
+    def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
+        return broadcast_shape(term.shape(batch, heads, target, source) for term in self.terms)
+
+    def visible(self, tile: Tile) -> Tensor:
+        result = self.terms[0].visible(tile)
+        for term in self.terms[1:]:
+            result = result & term.visible(tile)
+        return result
+
+    def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
+        firsts, lasts = zip(
+            *(t.key_bounds(first_query, last_query) for t in self.terms), strict=True
+        )
+        known_firsts = [bound for bound in firsts if bound is not None]
+        known_lasts = [bound for bound in lasts if bound is not None]
+        return max(known_firsts, default=None), min(known_lasts, default=None)
+
+    def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
+        return all(t.covers(first_query, last_query, first_key, last_key) for t in self.terms)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AnyOf(Mask):
+    """Visible where at least one term allows it; what ``|`` makes."""
+
+    terms: tuple[Mask, ...]
+
+    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
+        for term in self.terms:
+            term.check(batch, heads, target, source, device)
+
+    def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
+        return broadcast_shape(term.shape(batch, heads, target, source) for term in self.terms)
+
+    def visible(self, tile: Tile) -> Tensor:
+        result = self.terms[0].visible(tile)
+        for term in self.terms[1:]:
+            result = result | term.visible(tile)
+        return result
+
+    def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
+        firsts, lasts = zip(
+            *(t.key_bounds(first_query, last_query) for t in self.terms), strict=True
+        )
+        first = None if None in firsts else min(cast("tuple[int, ...]", firsts))
+        last = None if None in lasts else max(cast("tuple[int, ...]", lasts))
+        return first, last
+
+    def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
+        return any(t.covers(first_query, last_query, first_key, last_key) for t in self.terms)

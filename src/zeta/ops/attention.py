@@ -1,0 +1,249 @@
+"""The public functions of the op: check, choose a backend, run.
+
+Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, D head
+dimension.
+"""
+
+import dataclasses
+
+from torch import Tensor
+
+from zeta.biases import Bias
+from zeta.masks import Mask
+from zeta.ops import backends
+from zeta.ops.backends import Backend
+from zeta.ops.call import AttentionCall, BackendUnsupported
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+) -> Tensor:
+    """Multi-head attention: ``softmax(bias(scale * query . key))`` over visible keys, times values.
+
+    Scores, softmax and sums are in float32 (float64 for float64 inputs). A query with every key
+    hidden gets 0, with gradient 0.
+
+    Args:
+        query: ``(B, H, T, D)``.
+        key: ``(B, G, S, D)``, ``H % G == 0``: query head ``h`` reads key head ``h // (H / G)``.
+        value: ``(B, G, S, Dv)``.
+        mask: What a query may see, from `zeta.masks`; everything by default.
+        bias: What is done to the scores, from `zeta.biases`.
+        dropout_p: Probability in ``[0, 1)`` that a weight is dropped; the others are scaled by
+            ``1 / (1 - dropout_p)``.
+        scale: Factor of the scores; ``1 / sqrt(D)`` by default.
+        seed: Of the dropout, an int or a 0-d int64 tensor; drawn from torch's generator by default.
+            The same seed drops the same weights on every backend of Zeta's own.
+        backend: ``"auto"`` takes the first that can; a name takes that one or raises.
+        query_positions: ``(T,)`` or ``(1 or B, T)`` int64; by default queries are the last of the
+            keys' positions, ``S - T .. S - 1``.
+        key_positions: ``(S,)`` or ``(1 or B, S)`` int64, ``0 .. S - 1`` by default. A negative one
+            marks an empty slot, which is hidden.
+
+    Returns:
+        ``(B, H, T, Dv)`` in the query's dtype.
+
+    Raises:
+        ValueError: A shape, a device or a range is wrong.
+        TypeError: A type or a dtype is wrong.
+        BackendUnsupported: The named backend cannot do this call.
+    """
+    call = AttentionCall.checked(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        dropout_p=dropout_p,
+        scale=scale,
+        seed=seed,
+        query_positions=query_positions,
+        key_positions=key_positions,
+    )
+    return run(call, backend)[0]
+
+
+def attention_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the natural logarithm of the sum of the exponentials of the scores.
+
+    Two results over disjoint keys can be merged by it. Arguments and errors as `attention`.
+
+    Returns:
+        ``(B, H, T, Dv)``, and ``(B, H, T)`` in float32 (float64 for float64 inputs), -inf for a
+        query with every key hidden. Both are differentiable.
+    """
+    call = AttentionCall.checked(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        dropout_p=dropout_p,
+        scale=scale,
+        seed=seed,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        result="lse",
+    )
+    out, lse = run(call, backend)
+    assert lse is not None
+    return out, lse
+
+
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    reduce: str | None = None,
+    backend: str = "auto",
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+) -> Tensor:
+    """The weights of `attention`, after the softmax and before dropout; differentiable.
+
+    Args:
+        reduce: None for every head; ``"mean"`` averages over heads without holding them all.
+        query, key, mask, bias, scale, backend, query_positions, key_positions: As in `attention`.
+
+    Returns:
+        ``(B, H, T, S)``, or ``(B, T, S)`` with ``reduce="mean"``, in the query's dtype. Rows sum to
+        1, or to 0 where every key is hidden.
+
+    Raises:
+        ValueError, TypeError, BackendUnsupported: As `attention`.
+    """
+    if reduce not in (None, "mean"):
+        raise ValueError(f"reduce must be None or 'mean'; got {reduce!r}")
+    call = AttentionCall.checked(
+        query,
+        key,
+        key,
+        mask=mask,
+        bias=bias,
+        scale=scale,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        result="weights" if reduce is None else "mean_weights",
+    )
+    return run_weights(call, backend)
+
+
+def run(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
+    """Run a checked call on the named backend, or on the first that can."""
+    return _choose(call, backend).run(call)
+
+
+def run_weights(call: AttentionCall, backend: str = "auto") -> Tensor:
+    """The attention weights of a checked call whose ``result`` asks for them."""
+    return _choose(call, backend).weights(call)
+
+
+def _choose(call: AttentionCall, backend: str) -> Backend:
+    if backend == "auto":
+        for name in backends.ORDER:
+            candidate = backends.load(name)
+            if not candidate.unsupported(call):
+                return candidate
+        raise AssertionError("the reference supports everything")
+    chosen = backends.load(backend)
+    reasons = chosen.unsupported(call)
+    if reasons:
+        raise BackendUnsupported(
+            f"backend {backend!r} cannot do this call ({call.describe()}):\n"
+            + "\n".join(f"- {reason}" for reason in reasons)
+        )
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which backend a call gets, and why each one before it does not take it.
+
+    Attributes:
+        backend: The name of the backend that runs.
+        reasons: For each backend, in the order in which they are asked, why it cannot do the call;
+            an empty tuple if it can.
+        call: The call in one line.
+    """
+
+    backend: str
+    reasons: dict[str, tuple[str, ...]]
+    call: str
+
+    def __str__(self) -> str:
+        lines = [f"{self.backend} runs: {self.call}"]
+        for name, reasons in self.reasons.items():
+            can = "chosen" if name == self.backend else "can, but is asked later"
+            lines += [f"  {name}: {reason}" for reason in reasons or (can,)]
+        return "\n".join(lines)
+
+
+def explain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    bias: Bias | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    with_lse: bool = False,
+) -> Explanation:
+    """What `attention` would do with the same arguments, without running it.
+
+    Args:
+        with_lse: Explain `attention_with_lse` instead.
+
+    Returns:
+        An `Explanation`; print it.
+
+    Raises:
+        ValueError, TypeError, BackendUnsupported: As `attention`.
+    """
+    call = AttentionCall.checked(
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        dropout_p=dropout_p,
+        scale=scale,
+        seed=seed,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        result="lse" if with_lse else "output",
+    )
+    chosen = _choose(call, backend)
+    reasons = {name: tuple(backends.load(name).unsupported(call)) for name in backends.ORDER}
+    return Explanation(chosen.NAME, reasons, call.describe())

@@ -1,0 +1,55 @@
+"""The backends, in the order in which ``backend="auto"`` asks them; imported when first asked.
+
+A backend is a module with ``NAME``, ``unsupported(call) -> list[str]`` (empty: it can) and
+``run(call) -> (out, lse)``, differentiable; ``lse`` may be None unless ``call.result`` is
+``"lse"``. One that can make attention weights has ``weights(call)`` as well. Backends do not import
+each other.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from zeta.ops.call import AttentionCall
+
+ORDER = ("sdpa", "triton", "chunked", "reference")
+
+
+class Backend(Protocol):
+    """What `load` returns."""
+
+    NAME: str
+
+    def unsupported(self, call: AttentionCall) -> list[str]: ...
+
+    def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]: ...
+
+    def weights(self, call: AttentionCall) -> Tensor: ...
+
+
+def load(name: str) -> Backend:
+    """The backend of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    # Plain import statements, which torch.compile can follow.
+    if name == "sdpa":
+        from zeta.ops.backends import sdpa
+
+        return sdpa
+    if name == "triton":
+        from zeta.ops.backends import triton
+
+        return triton
+    if name == "chunked":
+        from zeta.ops.backends import chunked
+
+        return chunked
+    if name == "reference":
+        from zeta.ops.backends import reference
+
+        return reference
+    raise ValueError(
+        f"backend must be 'auto' or one of {', '.join(map(repr, ORDER))}; got {name!r}"
+    )

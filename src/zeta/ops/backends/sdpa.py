@@ -1,0 +1,117 @@
+"""torch's fused kernels, ``F.scaled_dot_product_attention``, where they compute the same function.
+
+Masks and biases reach them as a tensor, which is made only while it is no larger than the query: a
+decoding step or a short sequence, never ``T x S`` of a long one. As in torch, a NaN or inf in a key
+or value that is hidden by such a tensor spreads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zeta.biases import Dense, OffsetBias, summands
+from zeta.masks import Causal, Mask, conjuncts
+from zeta.masks import Dense as DenseMask
+from zeta.ops.call import AttentionCall
+from zeta.values import broadcast_shape
+
+NAME = "sdpa"
+
+
+def unsupported(call: AttentionCall) -> list[str]:
+    """Why torch's fused kernels cannot do this call; empty if they can."""
+    reasons = []
+    if call.result != "output":
+        reasons.append(f"it does not return {call.result}")
+    if call.dropout_p:
+        reasons.append("its dropout is not drawn from the counter-based hash")
+    if call.value.shape[-1] != call.head_dim:
+        reasons.append("it runs unfused where value and key differ in head_dim")
+    if not call.query.stride(-1) == call.key.stride(-1) == call.value.stride(-1) == 1:
+        reasons.append("it runs unfused where the last dimension is not contiguous")
+    if call.query.device.type != "cpu" and call.key_heads != call.heads and _wide(call):
+        reasons.append(f"it runs unfused with grouped heads in {call.query.dtype}")
+    if _plain_or_causal(call):
+        return reasons
+    return reasons + _unsupported_bias(call) + _unsupported_mask_tensor(call)
+
+
+def run(call: AttentionCall) -> tuple[Tensor, None]:
+    """Attention ``(B, H, T, Dv)``; no log-sum-exp."""
+    plain = _plain_or_causal(call)
+    out = F.scaled_dot_product_attention(
+        call.query,
+        call.key,
+        call.value,
+        attn_mask=None if plain else _mask_tensor(call),
+        is_causal=plain and call.mask is not None and call.target > 1,
+        scale=call.scale,
+        enable_gqa=call.key_heads != call.heads,
+    )
+    return out, None
+
+
+def _wide(call: AttentionCall) -> bool:
+    return call.query.dtype == call.wide_dtype
+
+
+def _plain_or_causal(call: AttentionCall) -> bool:
+    """Whether there is at most what torch's causal flag means, which aligns the first positions."""
+    if call.bias is not None or call.query_positions is not None or call.key_positions is not None:
+        return False
+    if call.mask is None:
+        return True
+    return isinstance(call.mask, Causal) and (call.target == call.source or call.target == 1)
+
+
+def _masks(call: AttentionCall) -> tuple[Mask, ...]:
+    """The masks that hide something: a single query at the end is causal by itself."""
+    last_query_alone = (
+        call.target == 1 and call.query_positions is None and call.key_positions is None
+    )
+    terms = conjuncts(call.mask)
+    return tuple(term for term in terms if not (last_query_alone and isinstance(term, Causal)))
+
+
+def _unsupported_bias(call: AttentionCall) -> list[str]:
+    reasons = []
+    for bias in summands(call.bias):
+        if not isinstance(bias, Dense | OffsetBias):
+            reasons.append(f"it cannot apply the bias {type(bias).__name__}")
+        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in bias.flatten()[1]):
+            reasons.append(f"it runs unfused where the bias {type(bias).__name__} needs a gradient")
+    return reasons
+
+
+def _unsupported_mask_tensor(call: AttentionCall) -> list[str]:
+    if call.query.device.type == "cuda":
+        return ["its CUDA kernels do not agree on a row whose keys are all hidden by a mask tensor"]
+    values = (*_masks(call), *summands(call.bias))
+    if len(values) == 1 and isinstance(values[0], Dense | DenseMask):
+        return []  # The user's own tensor: nothing is made.
+    sizes = (call.batch, call.heads, call.target, call.source)
+    shapes = [value.shape(*sizes) for value in values] + [(1, 1, 1, 1)]
+    if call.query_positions is not None or call.key_positions is not None:
+        shapes.append((call.batch, 1, call.target, call.source))
+    elements = torch.Size(broadcast_shape(shapes)).numel()
+    if call.target > 1 and elements > call.query.numel():
+        return [
+            f"its mask and bias would be a tensor of {elements} elements, more than the "
+            f"{call.query.numel()} of the query"
+        ]
+    return []
+
+
+def _mask_tensor(call: AttentionCall) -> Tensor | None:
+    """Masks and biases as torch takes them: bool, True where visible, or added to the scores."""
+    tile = call.tile()
+    visible = None if call.key_positions is None else tile.key_position >= 0
+    for mask in _masks(call):
+        term = mask.visible(tile)
+        visible = term if visible is None else visible & term
+    if call.bias is None:
+        return visible
+    added = torch.zeros((), dtype=call.wide_dtype, device=call.query.device)
+    for bias in summands(call.bias):
+        added = bias.apply(added, tile)
+    return added if visible is None else torch.where(visible, added, float("-inf"))

@@ -1,0 +1,141 @@
+"""Maths of positions, pure functions: rotary tables, xPos scale, T5 buckets, ALiBi slopes.
+
+Shape suffixes: B batch, H heads, T target length, S source length, D head dimension, P pairs (D /
+2).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rotary_tables(
+    positions: Tensor,
+    head_dim: int,
+    *,
+    base: float = 10000.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary position embeddings (Su et al., RoFormer, 2021, section 3.2.2).
+
+    The angle of pair ``p`` at position ``n`` is ``n * base ** (-2p / head_dim)``. Angles are taken
+    in float64, so that far positions keep their fraction of a turn, and only then rounded to
+    ``dtype``.
+
+    Args:
+        positions: Any shape ``(...)``, integers or floats.
+        head_dim: Even number of features that are rotated.
+        base: The longest wavelength is ``2 * pi * base`` positions.
+        dtype: Of the tables; float32, or float64 for a float64 model.
+
+    Returns:
+        ``(cos, sin)``, each ``(..., head_dim / 2)``.
+
+    Raises:
+        ValueError: If ``head_dim`` is odd or not positive.
+    """
+    if head_dim <= 0 or head_dim % 2:
+        raise ValueError(
+            f"head_dim must be even and positive to be rotated in pairs; got {head_dim}"
+        )
+    exponent_P = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+    frequency_P = base ** (-exponent_P / head_dim)
+    angle = positions.to(torch.float64).unsqueeze(-1) * frequency_P
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def xpos_scale(
+    positions: Tensor,
+    head_dim: int,
+    *,
+    scale_base: float = 512.0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The decay of xPos (Sun et al., A Length-Extrapolatable Transformer, 2022, section 3).
+
+    Queries are multiplied by ``zeta_p ** (n / scale_base)`` and keys divided by it, with
+    ``zeta_p = (2p / head_dim + 0.4) / 1.4``; only the difference of two positions reaches a score.
+
+    Args:
+        positions: Any shape ``(...)``; positions from a fixed anchor, not from the middle of a
+            sequence.
+        head_dim: Even number of features.
+        scale_base: Positions over which a feature decays by its ``zeta_p``.
+        dtype: Of the table.
+
+    Returns:
+        ``(..., head_dim / 2)``.
+    """
+    feature_P = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+    zeta_P = (feature_P + 0.4 * head_dim) / (1.4 * head_dim)
+    power = positions.to(torch.float64).unsqueeze(-1) / scale_base
+    return (zeta_P**power).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True) -> Tensor:
+    """Turn pairs of features by the given angles, in the tables' precision.
+
+    Args:
+        x: ``(..., head_dim)``.
+        cos: Broadcastable to ``(..., head_dim / 2)``.
+        sin: As ``cos``.
+        interleaved: Pairs are features ``(2p, 2p + 1)``; otherwise ``(p, p + head_dim / 2)``.
+
+    Returns:
+        As ``x``, in its dtype.
+    """
+    wide = x.to(cos.dtype)
+    if interleaved:
+        even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    else:
+        first, second = wide.chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+def t5_buckets(
+    offset: Tensor, *, bidirectional: bool = True, num_buckets: int = 32, max_distance: int = 128
+) -> Tensor:
+    """Bucket of a relative position (Raffel et al., T5, 2020, section 2.1).
+
+    Half of the buckets hold one near distance each, the other half grow logarithmically up to
+    ``max_distance``; all further distances share the last one.
+
+    Args:
+        offset: Integers of any shape, key position minus query position.
+        bidirectional: Half of the buckets for keys after the query; otherwise those all fall in
+            bucket 0.
+        num_buckets: Number of buckets, both directions together.
+        max_distance: First distance that surely falls in the last bucket.
+
+    Returns:
+        int64, the shape of ``offset``, in ``[0, num_buckets)``.
+    """
+    first = torch.zeros_like(offset, dtype=torch.int64)
+    if bidirectional:
+        num_buckets //= 2
+        first = (offset > 0).to(torch.int64) * num_buckets
+        distance = offset.abs()
+    else:
+        distance = (-offset).clamp(min=0)
+    num_exact = num_buckets // 2
+    growth = (num_buckets - num_exact) / math.log(max_distance / num_exact)
+    ratio = distance.clamp(min=1).to(torch.float32) / num_exact
+    far = num_exact + (ratio.log() * growth).to(torch.int64)
+    return first + torch.where(distance < num_exact, distance, far.clamp(max=num_buckets - 1))
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Slopes of ALiBi (Press et al., 2022, section 3), ``(num_heads,)`` float32.
+
+    For a power of two they are ``2 ** (-8 h / num_heads)``, ``h = 1 .. num_heads``; for another
+    number those of the next smaller power, followed by every other slope of the next larger one.
+    """
+    if num_heads < 1:
+        raise ValueError(f"num_heads must be positive; got {num_heads}")
+    power = 2 ** int(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * head / power) for head in range(1, power + 1)]
+    slopes += [2.0 ** (-4.0 * head / power) for head in range(1, 2 * power, 2)]
+    return torch.tensor(slopes[:num_heads])

@@ -1,0 +1,156 @@
+"""What masks and biases share: `Tile`, where a block of scores lies, and `Value`, their base.
+
+Shape suffixes: B batch, H heads, T target length, S source length.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+ALL = slice(None)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Tile:
+    """Where a block of scores lies: its ranges by index, and the positions of its queries and keys.
+
+    Attributes:
+        batches, heads, rows, columns: Slices of the whole ``(B, H, T, S)`` scores.
+        query_position: int64, broadcastable to ``(B, H, rows, columns)``: ``(1 or B, 1, rows, 1)``.
+        key_position: int64, ``(1 or B, 1, 1, columns)``. Negative: an empty slot.
+    """
+
+    query_position: Tensor
+    key_position: Tensor
+    batches: slice = dataclasses.field(default_factory=lambda: ALL)
+    heads: slice = dataclasses.field(default_factory=lambda: ALL)
+    rows: slice = dataclasses.field(default_factory=lambda: ALL)
+    columns: slice = dataclasses.field(default_factory=lambda: ALL)
+
+    @classmethod
+    def whole(cls, target: int, source: int, *, device: torch.device | str = "cpu") -> "Tile":
+        """All scores of ``target`` queries that end where ``source`` keys end."""
+        query_position_T = torch.arange(source - target, source, device=device)
+        key_position_S = torch.arange(source, device=device)
+        return cls(query_position_T[None, None, :, None], key_position_S[None, None, None, :])
+
+    def cut(self, tensor: Tensor) -> Tensor:
+        """The part of a ``(1 or B, 1 or H, 1 or T, 1 or S)`` tensor that lies over this tile."""
+        parts = zip(tensor.shape, (self.batches, self.heads, self.rows, self.columns), strict=True)
+        return tensor[tuple(ALL if size == 1 else part for size, part in parts)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """A frozen description of a mask or a bias; equal only to itself.
+
+    `flatten` takes it apart into tensors and a string, so that it can cross the border of a
+    ``torch.library`` operator, and `unflatten` puts it together again.
+    """
+
+    _kinds: ClassVar[dict[str, type["Value"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Value._kinds[f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"] = cls
+
+    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
+        """Raise ValueError if this cannot describe ``(batch, heads, target, source)`` scores."""
+
+    def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
+        """Its shape over scores of these sizes: 1 in each dimension over which it is constant."""
+        raise NotImplementedError
+
+    def flatten(self) -> tuple[str, list[Tensor]]:
+        """A string without tensors, and the tensors it refers to by number."""
+        tensors: list[Tensor] = []
+        return json.dumps(_describe(self, tensors)), tensors
+
+    @classmethod
+    def unflatten(cls, spec: str, tensors: Sequence[Tensor]) -> Self:
+        """The inverse of `flatten`."""
+        value = _build(_parse(spec), tensors)
+        if not isinstance(value, cls):
+            raise TypeError(f"spec must describe a {cls.__name__}; got {type(value).__name__}")
+        return value
+
+
+def _describe(item: object, tensors: list[Tensor]) -> object:
+    if isinstance(item, Tensor):
+        tensors.append(item)
+        return {"tensor": len(tensors) - 1}
+    if isinstance(item, tuple):
+        return [_describe(part, tensors) for part in item]
+    if isinstance(item, Value):
+        kind = f"{type(item).__module__.rpartition('.')[2]}.{type(item).__name__}"
+        fields = {
+            f.name: _describe(getattr(item, f.name), tensors) for f in dataclasses.fields(item)
+        }
+        return {"kind": kind, "fields": fields}
+    return item
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(spec: str) -> object:
+    return json.loads(spec)
+
+
+def _build(item: object, tensors: Sequence[Tensor]) -> Any:
+    if isinstance(item, list):
+        return tuple(_build(part, tensors) for part in item)
+    if isinstance(item, dict):
+        if "tensor" in item:
+            return tensors[item["tensor"]]
+        fields = {name: _build(part, tensors) for name, part in item["fields"].items()}
+        return Value._kinds[item["kind"]](**fields)
+    return item
+
+
+def check_lengths(name: str, lengths: Tensor, batch: int, device: torch.device) -> None:
+    """Raise ValueError unless ``lengths`` holds one integer for each of ``batch`` sequences."""
+    if lengths.shape != (batch,):
+        raise ValueError(
+            f"{name} must have shape ({batch},), one a sequence; got {tuple(lengths.shape)}"
+        )
+    check_device(name, lengths, device)
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless ``tensor`` is on the device of the query."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the query's device {device}; got {tensor.device}")
+
+
+def check_integers(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless ``tensor`` is an integer tensor."""
+    if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be an integer tensor; got {found}")
+
+
+def check_scores_shape(
+    name: str, shape: Sequence[int], batch: int, heads: int, target: int, source: int
+) -> None:
+    """Raise ValueError unless a four-dimensional ``shape`` broadcasts to the scores."""
+    sizes = (batch, heads, target, source)
+    if any(size not in (1, full) for size, full in zip(shape, sizes, strict=True)):
+        raise ValueError(
+            f"{name} must broadcast to (batch, heads, target, source) = {sizes}; got {tuple(shape)}"
+        )
+
+
+def broadcast_shape(shapes: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    """The shape to which four-dimensional ``shapes`` broadcast together."""
+    return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def as_scores(name: str, tensor: Tensor) -> Tensor:
+    """``tensor`` with leading dimensions of one added up to four, as broadcasting would."""
+    if tensor.dim() > 4:
+        raise ValueError(f"{name} must have at most 4 dimensions; got shape {tuple(tensor.shape)}")
+    return tensor[(None,) * (4 - tensor.dim())] if tensor.dim() < 4 else tensor
