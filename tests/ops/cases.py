@@ -1,0 +1,318 @@
+"""One grid of calls for every backend, and the bound their errors must keep."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from zeta import attention, attention_weights, attention_with_lse, biases, masks
+from zeta.ops.backends import load
+from zeta.ops.call import AttentionCall
+
+Made = dict[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call on random tensors; ``mask`` and ``bias`` are made from `tensors`."""
+
+    name: str
+    batch: int = 2
+    heads: int = 4
+    key_heads: int = 4
+    target: int = 7
+    source: int = 7
+    head_dim: int = 8
+    value_dim: int | None = None
+    learned: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    mask: Callable[[], masks.Mask] | None = None
+    bias: Callable[[Made], biases.Bias] | None = None
+    dropout_p: float = 0.0
+    layout: str = "BHTD"
+    magnitude: float = 1.0
+    query_positions: list[list[int]] | None = None
+    key_positions: list[list[int]] | None = None
+
+    def tensors(self, dtype: torch.dtype, device: str = "cpu") -> Made:
+        """Fresh leaves, the same numbers in each dtype up to rounding to ``dtype``."""
+        generator = torch.Generator().manual_seed(len(self.name) * 1009 + self.target)
+        shapes = {
+            "query": (self.batch, self.heads, self.target, self.head_dim),
+            "key": (self.batch, self.key_heads, self.source, self.head_dim),
+            "value": (self.batch, self.key_heads, self.source, self.value_dim or self.head_dim),
+            **self.learned,
+        }
+        made = {}
+        for name, shape in shapes.items():
+            tensor = torch.randn(shape, generator=generator, dtype=torch.float64)
+            if name in ("query", "key"):
+                tensor = tensor * self.magnitude
+            made[name] = self._laid_out(name, tensor.to(dtype)).to(device).requires_grad_()
+        return made
+
+    def _laid_out(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in ("query", "key", "value") or self.layout == "BHTD":
+            return tensor
+        if self.layout == "BTHD":
+            return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+        if self.layout == "BHDT":
+            return tensor.mT.contiguous().mT
+        raise ValueError(self.layout)
+
+    def run(self, made: Made, backend: str, *, lse: bool = True) -> dict[str, Tensor]:
+        """Outputs and the gradients of every leaf."""
+        arguments = self.arguments(made)
+        leaves = made
+        if lse:
+            out, log_sum = attention_with_lse(
+                made["query"], made["key"], made["value"], backend=backend, **arguments
+            )
+            finite = torch.where(log_sum == float("-inf"), 0.0, log_sum)
+            loss = (out.double() * _weighting(out)).sum() + (finite * _weighting(finite)).sum()
+            results = {"out": out, "lse": log_sum}
+        else:
+            out = attention(made["query"], made["key"], made["value"], backend=backend, **arguments)
+            loss = (out.double() * _weighting(out)).sum()
+            results = {"out": out}
+        return results | _gradients(loss, leaves)
+
+    def run_weights(self, made: Made, backend: str, reduce: str | None) -> dict[str, Tensor]:
+        """Weights and the gradients of every leaf but the values."""
+        arguments = self.arguments(made)
+        del arguments["dropout_p"], arguments["seed"]
+        weights = attention_weights(
+            made["query"], made["key"], reduce=reduce, backend=backend, **arguments
+        )
+        leaves = {name: leaf for name, leaf in made.items() if name != "value"}
+        loss = (weights.double() * _weighting(weights)).sum()
+        return {"weights": weights} | _gradients(loss, leaves)
+
+    def arguments(self, made: Made) -> dict[str, object]:
+        """Keyword arguments of the op."""
+        device = made["query"].device
+
+        def positions(rows: list[list[int]] | None) -> Tensor | None:
+            return None if rows is None else torch.tensor(rows, device=device)
+
+        with torch.device(device):
+            mask = None if self.mask is None else self.mask()
+        return {
+            "mask": mask,
+            "bias": None if self.bias is None else self.bias(made),
+            "dropout_p": self.dropout_p,
+            "seed": 1234567890123,
+            "query_positions": positions(self.query_positions),
+            "key_positions": positions(self.key_positions),
+        }
+
+
+def _weighting(tensor: Tensor) -> Tensor:
+    """Fixed numbers of order one, so that no gradient is symmetric."""
+    generator = torch.Generator().manual_seed(tensor.numel())
+    numbers = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    return numbers.to(tensor.device)
+
+
+def _gradients(loss: Tensor, leaves: Made) -> dict[str, Tensor]:
+    found = torch.autograd.grad(loss, list(leaves.values()))
+    return {f"grad {name}": grad for name, grad in zip(leaves, found, strict=True)}
+
+
+def reasons(case: Case, backend: str) -> tuple[str, ...]:
+    """Why a backend does not take a case on float32 tensors; empty if it does."""
+    made = case.tensors(torch.float32)
+    call = AttentionCall.checked(made["query"], made["key"], made["value"], **case.arguments(made))
+    return tuple(load(backend).unsupported(call))
+
+
+def assert_within_bound(
+    actual: dict[str, Tensor],
+    low: dict[str, Tensor],
+    oracle: dict[str, Tensor],
+    rounding: float | None = None,
+) -> None:
+    """Each result's error is at most twice that of ``low`` and one rounding.
+
+    Args:
+        actual: What is tested.
+        low: The reference in the precision of ``actual``.
+        oracle: The reference in float64 on the same numbers.
+        rounding: Relative to the largest number, or to 1 if all are smaller. By default that of
+            the dtype; in float64, where the reference is the oracle, what another order costs.
+    """
+    assert actual.keys() == low.keys() == oracle.keys()
+    for name, expected in oracle.items():
+        got = actual[name]
+        assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
+        assert got.dtype == low[name].dtype, f"{name}: {got.dtype}, expected {low[name].dtype}"
+        got, rough = got.detach().cpu().double(), low[name].detach().cpu().double()
+        infinite = expected.isinf()
+        assert torch.equal(got[infinite], expected[infinite]), f"{name}: infinities differ"
+        scale = expected[~infinite].abs().max().item() if (~infinite).any() else 0.0
+        error = (got - expected)[~infinite].abs().max().item() if scale or got.numel() else 0.0
+        allowed = (rough - expected)[~infinite].abs().max().item()
+        eps = torch.finfo(low[name].dtype).eps
+        unit = rounding or (64 * eps if low[name].dtype == torch.float64 else eps)
+        bound = 2 * allowed + unit * max(scale, 1.0)
+        assert error <= bound, f"{name}: error {error:.3g} exceeds {bound:.3g}"
+
+
+def widened(made: Made) -> Made:
+    """The same numbers in float64."""
+    return {name: leaf.detach().cpu().double().requires_grad_() for name, leaf in made.items()}
+
+
+def _lengths(*lengths: int) -> Tensor:
+    return torch.tensor(lengths)
+
+
+def _bits(*shape: int, keep: float = 0.6) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.rand(shape, generator=generator) < keep).to(torch.empty(0).device)
+
+
+def _dense(*shape: int, **sizes: int) -> Case:
+    name = "dense bias " + "x".join(map(str, shape))
+    return Case(
+        name, learned={"bias": shape}, bias=lambda made: biases.Dense(made["bias"]), **sizes
+    )
+
+
+TABLE = {"table": (32, 4)}
+T5 = {"learned": TABLE, "bias": lambda made: biases.Bucketed(made["table"], max_distance=20)}
+T5_CAUSAL = {
+    "learned": TABLE,
+    "bias": lambda made: biases.Bucketed(made["table"], bidirectional=False, max_distance=20),
+    "mask": masks.Causal,
+}
+LONG = {"target": 83, "source": 83}
+
+PLAIN = [
+    Case("plain"),
+    Case("one query", target=1),
+    Case("one key", source=1),
+    Case("odd head_dim", head_dim=13, target=5, source=9),
+    Case("wider values", value_dim=12),
+    Case("grouped heads", key_heads=2),
+    Case("one key head", key_heads=1, source=11),
+    Case("heads inside", layout="BTHD"),
+    Case("length inside", layout="BHDT"),
+    Case("large scores", magnitude=8.0),
+    Case("long", target=130, source=257, batch=1, heads=2, key_heads=1),
+]
+MASKED = [
+    Case("causal", mask=masks.Causal),
+    Case("causal one query", mask=masks.Causal, target=1, source=9),
+    Case("causal after a cache", mask=masks.Causal, target=3, source=9),
+    Case("causal more queries than keys", mask=masks.Causal, target=9, source=4),
+    Case("causal long", mask=masks.Causal, batch=1, **LONG),
+    Case("window", mask=lambda: masks.SlidingWindow(3)),
+    Case("window long", mask=lambda: masks.SlidingWindow(17), batch=1, **LONG),
+    Case("prefix", mask=lambda: masks.PrefixLM(_lengths(3, 0))),
+    Case("documents", mask=lambda: masks.Documents(torch.tensor([[0, 0, 0, 1, 1, 2, 2]] * 2))),
+    Case(
+        "documents causal",
+        mask=lambda: masks.Documents(torch.tensor([[5, 5, 0, 0, 0, 5, 1]] * 2)) & masks.Causal(),
+        target=4,
+    ),
+    Case("padding", mask=lambda: masks.Padding(_lengths(7, 3))),
+    Case("padding with an empty sequence", mask=lambda: masks.Padding(_lengths(0, 5))),
+    Case("padding causal", mask=lambda: masks.Padding(_lengths(7, 2)) & masks.Causal()),
+    Case("keep full", mask=lambda: masks.keep(_bits(2, 4, 7, 7))),
+    Case("keep keys", mask=lambda: masks.keep(_bits(2, 1, 1, 7)), key_heads=2),
+    Case("drop two dimensions", mask=lambda: masks.drop(_bits(7, 7, keep=0.5))),
+    Case("drop all of a head", mask=lambda: masks.drop(_bits(1, 4, 7, 1, keep=0.5))),
+    Case("either", mask=lambda: masks.SlidingWindow(2) | masks.keep(_bits(2, 1, 1, 7, keep=0.3))),
+    Case(
+        "nested",
+        mask=lambda: (
+            (masks.Causal() | masks.PrefixLM(_lengths(2, 4))) & masks.Padding(_lengths(6, 7))
+        ),
+    ),
+]
+BIASED = [
+    _dense(2, 4, 7, 7),
+    _dense(1, 4, 7, 7),
+    _dense(2, 1, 7, 7),
+    _dense(7, 7),
+    _dense(2, 1, 1, 7),
+    _dense(1, 4, 7, 1),
+    _dense(1, 4, 40, 50, target=40, source=50),
+    Case("t5", **T5),
+    Case("t5 long", **T5, batch=1, **LONG),
+    Case("t5 causal", **T5_CAUSAL),
+    Case("t5 causal long", **T5_CAUSAL, **LONG, key_heads=2),
+    Case("t5 after a cache", **T5_CAUSAL, target=3, source=40),
+    Case("t5 bidirectional causal", **{**T5, "mask": masks.Causal}, **LONG),
+    Case("alibi", learned={"slopes": (4,)}, bias=lambda m: biases.Alibi(m["slopes"]), source=9),
+    Case(
+        "alibi causal long",
+        learned={"slopes": (4,)},
+        bias=lambda m: biases.Alibi(m["slopes"]),
+        mask=masks.Causal,
+        **LONG,
+    ),
+    Case("softcap", bias=lambda m: biases.Softcap(2.0), magnitude=2.0),
+    Case(
+        "softcap, then t5",
+        learned=TABLE,
+        bias=lambda m: biases.Softcap(2.0) + biases.Bucketed(m["table"], max_distance=20),
+        **LONG,
+    ),
+    Case(
+        "t5, then softcap",
+        learned=TABLE,
+        bias=lambda m: biases.Bucketed(m["table"], max_distance=20) + biases.Softcap(2.0),
+        **LONG,
+    ),
+    Case(
+        "dense and t5 and alibi",
+        learned={"bias": (1, 4, 1, 30), "table": (16, 4), "slopes": (4,)},
+        bias=lambda m: (
+            biases.Dense(m["bias"]) + biases.Bucketed(m["table"]) + biases.Alibi(m["slopes"])
+        ),
+        target=30,
+        source=30,
+    ),
+]
+DROPPED = [
+    Case("dropout", dropout_p=0.3),
+    Case("dropout grouped", dropout_p=0.1, key_heads=2, mask=masks.Causal),
+    Case("dropout long", dropout_p=0.1, batch=1, **LONG),
+    Case(
+        "everything",
+        dropout_p=0.1,
+        learned={"table": (32, 4), "bias": (1, 1, 83, 83)},
+        bias=lambda m: biases.Bucketed(m["table"], max_distance=20) + biases.Dense(m["bias"]),
+        mask=lambda: masks.Causal() & masks.Padding(_lengths(83, 50)),
+        key_heads=2,
+        **LONG,
+    ),
+]
+PLACED = [
+    Case(
+        "left padding by positions",
+        **T5_CAUSAL,
+        query_positions=[[0, 1, 2, 3, 4, 5, 6], [-1, -1, 0, 1, 2, 3, 4]],
+        key_positions=[[0, 1, 2, 3, 4, 5, 6], [-1, -1, 0, 1, 2, 3, 4]],
+    ),
+    Case(
+        "unfilled slots",
+        mask=masks.Causal,
+        target=2,
+        source=8,
+        query_positions=[[4, 5]],
+        key_positions=[[0, 1, 2, 3, 4, 5, -1, -1]],
+    ),
+    Case(
+        "a ring of slots",
+        mask=lambda: masks.SlidingWindow(4),
+        target=1,
+        source=6,
+        query_positions=[[8]],
+        key_positions=[[6, 7, 8, 3, 4, 5]],
+        dropout_p=0.2,
+    ),
+]
+CASES = PLAIN + MASKED + BIASED + DROPPED + PLACED

@@ -1,0 +1,91 @@
+"""Every backend on one grid: outputs and all gradients against the reference in float64."""
+
+import pytest
+import torch
+
+from tests.ops.cases import CASES, Case, assert_within_bound, reasons, widened
+from zeta import BackendUnsupported, attention, masks
+
+EXACT = ("reference", "chunked")
+"""The backends that must do every call."""
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# torch's CPU kernel, which chunked calls too, takes its float32 exponentials to 20 bits.
+ROUNDING = {("sdpa", torch.float32): 2.0**-20, ("chunked", torch.float32): 2.0**-20}
+SDPA_CASES = [case for case in CASES if not reasons(case, "sdpa")]
+GRID = [("chunked", case) for case in CASES] + [("sdpa", case) for case in SDPA_CASES]
+
+
+def _id(value: object) -> str:
+    return value.name if isinstance(value, Case) else str(value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("backend", "case"), GRID, ids=_id)
+def test_outputs_and_gradients(backend: str, case: Case, dtype: torch.dtype) -> None:
+    made = case.tensors(dtype)
+    lse = backend != "sdpa"
+    actual = case.run(made, backend, lse=lse)
+    low = case.run(made, "reference", lse=lse)
+    oracle = case.run(widened(made), "reference", lse=lse)
+    assert_within_bound(actual, low, oracle, ROUNDING.get((backend, dtype)))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case not in SDPA_CASES], ids=_id)
+def test_a_backend_refuses_what_it_cannot_do_and_says_why(case: Case) -> None:
+    with pytest.raises(BackendUnsupported) as refusal:
+        case.run(case.tensors(torch.float32), "sdpa", lse=False)
+    for reason in reasons(case, "sdpa"):
+        assert reason in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduce", [None, "mean"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.dropout_p], ids=_id)
+def test_weights_and_gradients(case: Case, reduce: str | None, dtype: torch.dtype) -> None:
+    made = case.tensors(dtype)
+    actual = case.run_weights(made, "chunked", reduce)
+    low = case.run_weights(made, "reference", reduce)
+    oracle = case.run_weights(widened(made), "reference", reduce)
+    assert_within_bound(actual, low, oracle, ROUNDING.get(("chunked", dtype)))
+
+
+@pytest.mark.parametrize("backend", EXACT)
+def test_nan_in_keys_that_no_query_sees_does_not_leak(backend: str) -> None:
+    case = Case("padding", mask=lambda: masks.Padding(torch.tensor([7, 3])) & masks.Causal())
+    clean, planted = case.tensors(torch.float32), case.tensors(torch.float32)
+    with torch.no_grad():
+        for name in ("key", "value"):
+            planted[name][1, :, 3:] = float("nan")
+    expected, actual = case.run(clean, backend), case.run(planted, backend)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], msg=name)
+
+
+@pytest.mark.parametrize("backend", [*EXACT, "sdpa"])
+def test_nan_that_a_query_sees_passes_through(backend: str) -> None:
+    query, key, value = (torch.randn(1, 1, 4, 8) for _ in range(3))
+    key[0, 0, 2, 0] = float("nan")
+    out = attention(query, key, value, mask=masks.Causal(), backend=backend)
+    assert out[0, 0, :2].isfinite().all()
+    assert out[0, 0, 2:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", [*EXACT, "sdpa"])
+def test_a_query_without_keys_gets_zero_and_gives_no_gradient(backend: str) -> None:
+    query, key, value = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))
+    mask = masks.Padding(torch.tensor([5, 0]))
+    out = attention(query, key, value, mask=mask, backend=backend)
+    assert torch.equal(out[1], torch.zeros(2, 5, 8))
+    for grad in torch.autograd.grad(out.sum(), (query, key, value)):
+        assert torch.equal(grad[1], torch.zeros(2, 5, 8))
+
+
+def test_the_bound_fails_on_wrong_values() -> None:
+    case = Case("plain")
+    made = case.tensors(torch.float32)
+    low, oracle = case.run(made, "reference"), case.run(widened(made), "reference")
+    for name in oracle:
+        wrong = dict(low)
+        wrong[name] = low[name] + 1e-5
+        with pytest.raises(AssertionError, match=name):
+            assert_within_bound(wrong, low, oracle)

@@ -1,0 +1,177 @@
+"""What the public functions refuse, what they choose, and what they say of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import zeta
+from zeta import biases, masks
+
+
+def tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    sizes = {"query": (2, 4, 5, 8), "key": (2, 4, 7, 8), "value": (2, 4, 7, 8)} | shapes
+    return {name: torch.randn(size) for name, size in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (
+            {"query": (4, 5, 8)},
+            r"query must be \(batch, heads, length, head_dim\); got \(4, 5, 8\)",
+        ),
+        ({"key": (1, 4, 7, 8)}, "one batch size; got 2, 1 and 2"),
+        ({"value": (2, 4, 6, 8)}, r"same heads and length; got \(2, 4, 7, 8\) and \(2, 4, 6, 8\)"),
+        ({"query": (2, 4, 5, 9)}, "same head_dim; got 9 and 8"),
+        (
+            {"key": (2, 3, 7, 8), "value": (2, 3, 7, 8)},
+            "multiple of the key's; got 4 and 3",
+        ),
+        ({"query": (2, 4, 0, 8)}, "no dimension may be empty"),
+        ({"key": (2, 4, 0, 8), "value": (2, 4, 0, 8)}, "no dimension may be empty"),
+    ],
+)
+def test_shapes_that_do_not_fit(shapes: dict[str, tuple[int, ...]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        zeta.attention(**tensors(**shapes))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\); got 1.0"),
+        ({"dropout_p": -0.1}, ValueError, "got -0.1"),
+        ({"dropout_p": float("nan")}, ValueError, "got nan"),
+        ({"mask": torch.ones(5, 7)}, TypeError, "masks.keep.*got a torch.float32 tensor"),
+        ({"bias": torch.ones(5, 7)}, TypeError, "biases.Dense.*got a torch.float32 tensor"),
+        ({"bias": masks.Causal()}, TypeError, "zeta.biases value.*got Causal"),
+        (
+            {"mask": masks.keep(torch.ones(5, 6, dtype=torch.bool))},
+            ValueError,
+            r"\(2, 4, 5, 7\); got \(1, 1, 5, 6\)",
+        ),
+        (
+            {"mask": masks.Padding(torch.tensor([1, 2], device="meta"))},
+            ValueError,
+            "query's device cpu; got meta",
+        ),
+        ({"backend": "flash"}, ValueError, "one of 'sdpa'.*got 'flash'"),
+        (
+            {"dropout_p": 0.1, "seed": torch.tensor([1])},
+            ValueError,
+            r"0-d int64 tensor; got torch.int64 \(1,\)",
+        ),
+        (
+            {"query_positions": torch.arange(4)},
+            ValueError,
+            r"query_positions must have shape \(5,\) or \(1 or 2, 5\); got \(1, 4\)",
+        ),
+        (
+            {"key_positions": torch.arange(7, dtype=torch.int32)},
+            ValueError,
+            "key_positions must be int64 on cpu; got torch.int32",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(
+    arguments: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        zeta.attention(**tensors(), **arguments)
+
+
+def test_dtypes_must_agree_and_float() -> None:
+    made = tensors()
+    with pytest.raises(ValueError, match=r"value must have the query's dtype.*float32.*float64"):
+        zeta.attention(made["query"], made["key"], made["value"].double())
+    with pytest.raises(TypeError, match=r"query must be floating point; got torch\.int64"):
+        zeta.attention(*(tensor.long() for tensor in made.values()))
+
+
+def test_reduce_is_checked() -> None:
+    with pytest.raises(ValueError, match="reduce must be None or 'mean'; got 'sum'"):
+        zeta.attention_weights(torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4), reduce="sum")
+
+
+def test_a_named_backend_runs_or_raises_with_every_reason() -> None:
+    made = tensors()
+    with pytest.raises(zeta.BackendUnsupported) as refusal:
+        zeta.attention(**made, bias=biases.Softcap(3.0), dropout_p=0.1, backend="sdpa")
+    message = str(refusal.value)
+    assert "query (2, 4, 5, 8)" in message
+    assert "dropout 0.1" in message
+    assert "- it cannot apply the bias Softcap" in message
+    assert "- its dropout is not drawn from the counter-based hash" in message
+
+
+TABLE = torch.randn(32, 4)
+T5 = biases.Bucketed(TABLE)
+T5_LEARNED = biases.Bucketed(TABLE.clone().requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "backend"),
+    [
+        ({}, "sdpa"),
+        ({"mask": masks.Padding(torch.tensor([7, 3]))}, "sdpa"),
+        ({"bias": T5}, "sdpa"),
+        ({"bias": T5_LEARNED}, "chunked"),
+        ({"dropout_p": 0.1}, "chunked"),
+        ({"bias": biases.Softcap(3.0)}, "chunked"),
+        ({"with_lse": True}, "chunked"),
+        ({"backend": "reference"}, "reference"),
+    ],
+)
+def test_what_auto_takes(arguments: dict[str, Any], backend: str) -> None:
+    explanation = zeta.explain(**tensors(), **arguments)
+    assert explanation.backend == backend
+    assert explanation.reasons[backend] == ()
+    if arguments.get("backend") is None:
+        before = list(explanation.reasons)[: list(explanation.reasons).index(backend)]
+        assert all(explanation.reasons[name] for name in before)
+
+
+def test_a_long_mask_is_never_made_into_a_tensor_for_torch() -> None:
+    tensor = torch.randn(1, 1, 64, 4)
+    mask = masks.SlidingWindow(3)
+    explanation = zeta.explain(tensor, tensor, tensor, mask=mask)
+    assert explanation.backend != "sdpa"
+    assert "a tensor of 4096 elements, more than the 256 of the query" in str(explanation)
+
+
+def test_an_explanation_names_every_backend() -> None:
+    text = str(zeta.explain(**tensors(), dropout_p=0.1))
+    assert text.startswith("chunked runs: query (2, 4, 5, 8)")
+    assert "sdpa: its dropout is not drawn from the counter-based hash" in text
+    assert "reference: can, but is asked later" in text
+
+
+def test_arguments_are_never_written_to() -> None:
+    made = tensors()
+    bias, mask = torch.randn(5, 7), torch.rand(5, 7) < 0.5
+    before = [tensor.clone() for tensor in (*made.values(), bias, mask)]
+    for backend in ("reference", "chunked", "sdpa"):
+        zeta.attention(**made, mask=masks.drop(mask), bias=biases.Dense(bias), backend=backend)
+    for now, then in zip((*made.values(), bias, mask), before, strict=True):
+        assert torch.equal(now, then)
+
+
+def seeded(draw: Callable[[], torch.Tensor]) -> torch.Tensor:
+    torch.manual_seed(11)
+    return draw()
+
+
+def test_dropout_follows_torch_s_generator_and_the_seed() -> None:
+    made = tensors()
+
+    def draw() -> torch.Tensor:
+        return zeta.attention(**made, dropout_p=0.5)
+
+    assert torch.equal(seeded(draw), seeded(draw))
+    assert not torch.equal(draw(), draw())
+    one = zeta.attention(**made, dropout_p=0.5, seed=3)
+    assert torch.equal(one, zeta.attention(**made, dropout_p=0.5, seed=torch.tensor(3)))
+    reference = zeta.attention(**made, dropout_p=0.5, seed=3, backend="reference")
+    torch.testing.assert_close(one, reference)
