@@ -1,0 +1,39 @@
+"""Peak memory of a piece of work, as torch's allocator sees it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that ``work`` held at once beyond what was held before it, in bytes.
+
+    On the CPU every allocation of torch is counted, by its profiler; on a GPU the allocator keeps the
+    count itself.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    results = profiled.profiler.kineto_results  # type: ignore[union-attr]  # set by the profile above
+    held = peak = 0
+    for _, size in sorted(_allocations(results.experimental_event_tree())):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def _allocations(nodes: list[Any]) -> Iterator[tuple[int, int]]:
+    """Time and size of every allocation in a tree of events; a release has a negative size."""
+    for node in nodes:
+        if node.tag == _EventType.Allocation:
+            yield node.start_time_ns, node.extra_fields.alloc_size
+        yield from _allocations(node.children)
