@@ -9,10 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory that ``work`` held at once beyond what was held before it, in bytes.
+    """The most memory that ``work`` holds at once, beyond what was held before it, in bytes.
 
-    On the CPU every allocation of torch is counted, by its profiler; on a GPU the allocator keeps the
-    count itself.
+    On the CPU every allocation of torch is counted, by its profiler; on a GPU the allocator keeps
+    the count itself.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -23,7 +23,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         work()
-    results = profiled.profiler.kineto_results  # type: ignore[union-attr]  # set by the profile above
+    results = profiled.profiler.kineto_results
     held = peak = 0
     for _, size in sorted(_allocations(results.experimental_event_tree())):
         held += size
