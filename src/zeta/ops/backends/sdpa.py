@@ -29,8 +29,8 @@ def unsupported(call: AttentionCall) -> list[str]:
         reasons.append("it runs unfused where value and key differ in head_dim")
     if not call.query.stride(-1) == call.key.stride(-1) == call.value.stride(-1) == 1:
         reasons.append("it runs unfused where the last dimension is not contiguous")
-    if call.query.device.type != "cpu" and call.key_heads != call.heads and _wide(call):
-        reasons.append(f"it runs unfused with grouped heads in {call.query.dtype}")
+    if call.query.device.type == "cuda":
+        reasons += _unfused_on_cuda(call)
     if _plain_or_causal(call):
         return reasons
     return reasons + _unsupported_bias(call) + _unsupported_mask_tensor(call)
@@ -51,8 +51,15 @@ def run(call: AttentionCall) -> tuple[Tensor, None]:
     return out, None
 
 
-def _wide(call: AttentionCall) -> bool:
-    return call.query.dtype == call.wide_dtype
+def _unfused_on_cuda(call: AttentionCall) -> list[str]:
+    reasons = []
+    if call.query.dtype == torch.float64:
+        reasons.append("it runs unfused on CUDA in float64")
+    elif call.query.dtype == torch.float32 and call.key_heads != call.heads:
+        reasons.append("it runs unfused on CUDA with grouped heads in float32")
+    if call.head_dim > 256:
+        reasons.append(f"it runs unfused on CUDA with head_dim {call.head_dim}, above 256")
+    return reasons
 
 
 def _plain_or_causal(call: AttentionCall) -> bool:

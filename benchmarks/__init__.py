@@ -1,0 +1,1 @@
+"""Scripts that measure Zeta against named peers. Each checks its results before it times them."""
