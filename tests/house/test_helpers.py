@@ -1,0 +1,62 @@
+"""The tests' own comparisons fail on every kind of wrong value."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.cases import assert_within_bound
+
+Results = dict[str, Tensor]
+
+
+@pytest.fixture
+def results() -> tuple[Results, Results]:
+    """Results in float32 with some error, and what they should be."""
+    oracle = torch.randn(4, 5, dtype=torch.float64)
+    oracle[0, 0] = float("-inf")
+    low = oracle.float()
+    low[1] += 1e-3
+    return {"out": low}, {"out": oracle}
+
+
+def changed(results: Results, row: int, by: float) -> Results:
+    out = results["out"].clone()
+    out[row] = by if by != by or abs(by) == float("inf") else out[row] + by
+    return {"out": out}
+
+
+def test_the_same_error_is_accepted(results: tuple[Results, Results]) -> None:
+    low, oracle = results
+    assert_within_bound(low, low, oracle)
+    assert_within_bound({"out": oracle["out"].float()}, low, oracle)
+    assert_within_bound(changed(low, 2, 1.9e-3), low, oracle)
+
+
+@pytest.mark.parametrize("by", [2.2e-3, -2.2e-3, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("row", [0, 2])
+def test_a_wrong_number_fails(results: tuple[Results, Results], row: int, by: float) -> None:
+    low, oracle = results
+    with pytest.raises(AssertionError, match="out"):
+        assert_within_bound(changed(low, row, by), low, oracle)
+
+
+def test_a_lost_infinity_fails(results: tuple[Results, Results]) -> None:
+    low, oracle = results
+    with pytest.raises(AssertionError, match="infinities differ"):
+        assert_within_bound({"out": low["out"].nan_to_num(neginf=0.0)}, low, oracle)
+
+
+def test_a_broken_reference_gives_no_allowance(results: tuple[Results, Results]) -> None:
+    low, oracle = results
+    with pytest.raises(AssertionError):
+        assert_within_bound(low, changed(low, 1, float("nan")), oracle)
+
+
+def test_another_shape_dtype_or_name_fails(results: tuple[Results, Results]) -> None:
+    low, oracle = results
+    with pytest.raises(AssertionError, match="shape"):
+        assert_within_bound({"out": low["out"][:1]}, low, oracle)
+    with pytest.raises(AssertionError, match="float64"):
+        assert_within_bound(oracle, low, oracle)
+    with pytest.raises(AssertionError):
+        assert_within_bound({**low, "more": low["out"]}, low, oracle)
