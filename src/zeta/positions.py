@@ -16,18 +16,20 @@ def rotary_tables(
     *,
     base: float = 10000.0,
     dtype: torch.dtype = torch.float32,
+    angle_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary position embeddings (Su et al., RoFormer, 2021, section 3.2.2).
 
     The angle of pair ``p`` at position ``n`` is ``n * base ** (-2p / head_dim)``. Angles are taken
-    in float64, so that far positions keep their fraction of a turn, and only then rounded to
-    ``dtype``.
+    in ``angle_dtype``, so that far positions keep their fraction of a turn, and only their cosines
+    and sines are rounded to ``dtype``.
 
     Args:
         positions: Any shape ``(...)``, integers or floats.
         head_dim: Even number of features that are rotated.
         base: The longest wavelength is ``2 * pi * base`` positions.
         dtype: Of the tables; float32, or float64 for a float64 model.
+        angle_dtype: Of the angles. float32 gives those of models that were trained so.
 
     Returns:
         ``(cos, sin)``, each ``(..., head_dim / 2)``.
@@ -39,9 +41,11 @@ def rotary_tables(
         raise ValueError(
             f"head_dim must be even and positive to be rotated in pairs; got {head_dim}"
         )
-    exponent_P = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-    frequency_P = base ** (-exponent_P / head_dim)
-    angle = positions.to(torch.float64).unsqueeze(-1) * frequency_P
+    exponent_P = torch.arange(0, head_dim, 2, dtype=angle_dtype, device=positions.device)
+    frequency_P = 1.0 / base ** (exponent_P / head_dim)
+    angle = (positions.to(angle_dtype).unsqueeze(-1) * frequency_P).to(
+        torch.promote_types(angle_dtype, dtype)
+    )
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -67,8 +71,9 @@ def xpos_scale(
     Returns:
         ``(..., head_dim / 2)``.
     """
-    feature_P = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
-    zeta_P = (feature_P + 0.4 * head_dim) / (1.4 * head_dim)
+    # In float32, as the models with xPos were trained.
+    feature_P = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    zeta_P = ((feature_P + 0.4 * head_dim) / (1.4 * head_dim)).to(torch.float64)
     power = positions.to(torch.float64).unsqueeze(-1) / scale_base
     return (zeta_P**power).to(dtype)
 
@@ -121,9 +126,10 @@ def t5_buckets(
     else:
         distance = (-offset).clamp(min=0)
     num_exact = num_buckets // 2
-    growth = (num_buckets - num_exact) / math.log(max_distance / num_exact)
     ratio = distance.clamp(min=1).to(torch.float32) / num_exact
-    far = num_exact + (ratio.log() * growth).to(torch.int64)
+    # In T5's order of operations: another one rounds some borders to the other side.
+    growth = ratio.log() / math.log(max_distance / num_exact) * (num_buckets - num_exact)
+    far = num_exact + growth.to(torch.int64)
     return first + torch.where(distance < num_exact, distance, far.clamp(max=num_buckets - 1))
 
 

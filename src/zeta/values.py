@@ -66,10 +66,17 @@ class Value:
         """Its shape over scores of these sizes: 1 in each dimension over which it is constant."""
         raise NotImplementedError
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors of `flatten`, without the cost of the string."""
+        tensors: list[Tensor] = []
+        for name in self.__dataclass_fields__:
+            _collect(getattr(self, name), tensors)
+        return tensors
+
     def flatten(self) -> tuple[str, list[Tensor]]:
         """A string without tensors, and the tensors it refers to by number."""
         tensors: list[Tensor] = []
-        return json.dumps(_describe(self, tensors)), tensors
+        return _describe(self, tensors), tensors
 
     @classmethod
     def unflatten(cls, spec: str, tensors: Sequence[Tensor]) -> Self:
@@ -80,19 +87,36 @@ class Value:
         return value
 
 
-def _describe(item: object, tensors: list[Tensor]) -> object:
+def _collect(item: object, tensors: list[Tensor]) -> None:
     if isinstance(item, Tensor):
         tensors.append(item)
-        return {"tensor": len(tensors) - 1}
+    elif isinstance(item, Value):
+        tensors += item.tensors()
+    elif isinstance(item, tuple):
+        for part in item:
+            _collect(part, tensors)
+
+
+def _describe(item: object, tensors: list[Tensor]) -> str:
+    """JSON, written by hand: torch.compile cannot follow the `json` module."""
+    if isinstance(item, Tensor):
+        tensors.append(item)
+        return f'{{"tensor": {len(tensors) - 1}}}'
     if isinstance(item, tuple):
-        return [_describe(part, tensors) for part in item]
+        return f"[{', '.join([_describe(part, tensors) for part in item])}]"
     if isinstance(item, Value):
         kind = f"{type(item).__module__.rpartition('.')[2]}.{type(item).__name__}"
-        fields = {
-            f.name: _describe(getattr(item, f.name), tensors) for f in dataclasses.fields(item)
-        }
-        return {"kind": kind, "fields": fields}
-    return item
+        fields = [
+            f'"{name}": {_describe(getattr(item, name), tensors)}'
+            for name in item.__dataclass_fields__
+            if name != "_kinds"
+        ]
+        return f'{{"kind": "{kind}", "fields": {{{", ".join(fields)}}}}}'
+    if isinstance(item, bool):
+        return "true" if item else "false"
+    if isinstance(item, int | float):
+        return repr(item)
+    raise TypeError(f"a mask or bias cannot hold a {type(item).__name__}")
 
 
 @functools.lru_cache(maxsize=1024)

@@ -167,7 +167,7 @@ def run_weights(call: AttentionCall, backend: str = "auto") -> Tensor:
 
 def _choose(call: AttentionCall, backend: str) -> Backend:
     if backend == "auto":
-        for name in backends.ORDER:
+        for name in backends.order(call):
             candidate = backends.load(name)
             if not candidate.unsupported(call):
                 return candidate
@@ -245,5 +245,5 @@ def explain(
         result="lse" if with_lse else "output",
     )
     chosen = _choose(call, backend)
-    reasons = {name: tuple(backends.load(name).unsupported(call)) for name in backends.ORDER}
+    reasons = {name: tuple(backends.load(name).unsupported(call)) for name in backends.order(call)}
     return Explanation(chosen.NAME, reasons, call.describe())

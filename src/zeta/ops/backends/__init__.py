@@ -27,6 +27,16 @@ class Backend(Protocol):
     def weights(self, call: AttentionCall) -> Tensor: ...
 
 
+def order(call: AttentionCall) -> tuple[str, ...]:
+    """The backends as ``"auto"`` asks them for this call.
+
+    On CPU tensors Triton's kernels run in its interpreter only, slower than the textbook: last.
+    """
+    if call.query.device.type != "cpu":
+        return ORDER
+    return (*(name for name in ORDER if name != "triton"), "triton")
+
+
 def load(name: str) -> Backend:
     """The backend of that name.
 

@@ -85,7 +85,7 @@ def _unsupported_bias(call: AttentionCall) -> list[str]:
     for bias in summands(call.bias):
         if not isinstance(bias, Dense | OffsetBias):
             reasons.append(f"it cannot apply the bias {type(bias).__name__}")
-        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in bias.flatten()[1]):
+        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in bias.tensors()):
             reasons.append(f"it runs unfused where the bias {type(bias).__name__} needs a gradient")
     return reasons
 

@@ -1,0 +1,152 @@
+"""`Plan`: all of a call but its differentiable tensors, as values, or as text and tensors for an operator."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from zeta import biases
+from zeta.masks import Mask
+from zeta.ops.backends.chunked.offsets import Offset, OffsetByPosition
+from zeta.ops.backends.chunked.terms import Dense, Distance, Softcap, Term
+from zeta.ops.call import AttentionCall
+
+_FAR = 2**40
+_LONGEST_VECTOR = 2**24
+_KNOWN = (biases.Softcap, biases.Dense, biases.OffsetBias)
+_OPTIONAL = ("seed", "query_positions", "key_positions")
+
+Word = tuple[str, float]
+"""A bias without its tensor: its kind, and the limit of a softcap or the reach of an offset vector."""
+
+
+def unsupported(call: AttentionCall) -> list[str]:
+    """The biases that a `Plan` has no word for."""
+    reasons = []
+    for bias in biases.summands(call.bias):
+        if not isinstance(bias, _KNOWN):
+            reasons.append(f"it cannot apply the bias {type(bias).__name__}")
+        elif _is_vector(bias) and bias.reach(_longest(call)) > _LONGEST_VECTOR:
+            reasons.append(f"with explicit positions, the bias {type(bias).__name__} has no bounded reach")
+    return reasons
+
+
+def _is_vector(bias: biases.Bias) -> bool:
+    return isinstance(bias, biases.OffsetBias) and not isinstance(bias, biases.Alibi)
+
+
+def _longest(call: AttentionCall) -> int:
+    """The longest distance of a query and a key; a bound where positions are explicit."""
+    explicit = call.query_positions is not None or call.key_positions is not None
+    return _FAR if explicit else max(call.target, call.source) - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What `AttentionCall` says, but for query, key, value and the tensors of biases.
+
+    Attributes:
+        words: The biases in order.
+        mask, dropout_p, scale, seed, query_positions, key_positions: As in `AttentionCall`.
+    """
+
+    words: tuple[Word, ...]
+    mask: Mask | None
+    dropout_p: float
+    scale: float
+    seed: Tensor | None
+    query_positions: Tensor | None
+    key_positions: Tensor | None
+
+    @classmethod
+    def of(cls, call: AttentionCall) -> tuple["Plan", list[Tensor]]:
+        """The plan of a call, and the tensors of its biases, one for each word but softcaps."""
+        words: list[Word] = []
+        tensors: list[Tensor] = []
+        for bias in biases.summands(call.bias):
+            if isinstance(bias, biases.Softcap):
+                words.append(("softcap", bias.limit))
+            elif isinstance(bias, biases.Dense):
+                words.append(("dense", 0))
+                tensors.append(bias.tensor)
+            elif isinstance(bias, biases.Alibi):
+                words.append(("distance", 0))
+                tensors.append(bias.slopes)
+            elif isinstance(bias, biases.OffsetBias):
+                reach = bias.reach(_longest(call))
+                words.append(("offset", reach))
+                tensors.append(bias.offset_vector(reach))
+        dropout = call.seed if call.dropout_p else None
+        positions = (call.query_positions, call.key_positions)
+        return cls(tuple(words), call.mask, call.dropout_p, call.scale, dropout, *positions), tensors
+
+    def call(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionCall:
+        """The call again, without its biases; those are `terms`."""
+        return AttentionCall(
+            query,
+            key,
+            value,
+            mask=self.mask,
+            dropout_p=self.dropout_p,
+            scale=self.scale,
+            seed=self.seed,
+            query_positions=self.query_positions,
+            key_positions=self.key_positions,
+        )
+
+    def terms(
+        self, tensors: Sequence[Tensor], call: AttentionCall, needs_grad: Sequence[bool] | None = None
+    ) -> list[Term]:
+        """The biases, in order.
+
+        Args:
+            tensors: Of the biases.
+            call: Made by `call`.
+            needs_grad: Which of the tensors are to gather their gradients; by default none.
+        """
+        explicit = self.query_positions is not None or self.key_positions is not None
+        flags = [False] * len(tensors) if needs_grad is None else needs_grad
+        rest = iter(zip(tensors, flags, strict=True))
+        found: list[Term] = []
+        for kind, number in self.words:
+            if kind == "softcap":
+                found.append(Softcap(number))
+                continue
+            tensor, needed = next(rest)
+            if kind == "dense":
+                found.append(Dense(tensor, call, needed))
+            elif kind == "distance":
+                found.append(Distance(tensor, call, needed))
+            else:
+                offset = OffsetByPosition if explicit else Offset
+                found.append(offset(tensor, int(number), call, needed))
+        return found
+
+    def pack(self) -> tuple[list[Tensor], str]:
+        """Tensors and a text; the numbers ``scale`` and ``dropout_p`` are left out."""
+        words = ",".join(f"{kind}:{number}" for kind, number in self.words)
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
+        present = {name: tensor for name, tensor in optional.items() if tensor is not None}
+        spec, tensors = ("", []) if self.mask is None else self.mask.flatten()
+        return [*present.values(), *tensors], "|".join((words, ",".join(present), spec))
+
+    @classmethod
+    def unpack(cls, tensors: Sequence[Tensor], spec: str, scale: float, dropout_p: float = 0.0) -> "Plan":
+        """The inverse of `pack`."""
+        words, present, mask_spec = _parse(spec)
+        optional: dict[str, Tensor | None] = dict.fromkeys(_OPTIONAL)
+        optional.update(zip(present, tensors, strict=False))
+        mask = Mask.unflatten(mask_spec, tensors[len(present) :]) if mask_spec else None
+        return cls(words, mask, dropout_p, scale, **optional)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parse(spec: str) -> tuple[tuple[Word, ...], tuple[str, ...], str]:
+    words, present, mask_spec = spec.split("|", 2)
+    pairs = (word.partition(":") for word in words.split(",") if word)
+    return (
+        tuple((kind, float(number)) for kind, _, number in pairs),
+        tuple(name for name in present.split(",") if name),
+        mask_spec,
+    )

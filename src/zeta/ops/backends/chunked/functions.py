@@ -1,0 +1,109 @@
+"""The passes as ``torch.autograd`` functions, for eager mode: cheaper to call than operators, and they compose
+with ``torch.func.grad``.
+
+Shape suffixes: B batch, H query heads, T target length, S source length, D features.
+"""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from zeta.ops.backends.chunked import passes
+from zeta.ops.backends.chunked.backward import Incoming
+from zeta.ops.backends.chunked.description import Plan
+
+_NO_VMAP = (
+    "the backend 'chunked' has no torch.func.vmap; make the mapped dimension part of the batch, or use "
+    "backend='reference'"
+)
+
+
+class _Once(Function):
+    """Base of functions whose gradients are `_Gradients`."""
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        raise NotImplementedError(_NO_VMAP)
+
+
+class _Gradients(_Once):
+    @staticmethod
+    def forward(
+        plan: Plan, given: tuple[str, ...], needs_grad: tuple[bool, ...], pairs: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Arguments after ``pairs``: incoming gradients, query, key, value, tensors of biases."""
+        incoming = Incoming(**dict(zip(given, tensors, strict=False)))
+        query, key, value, *biases = tensors[len(given) :]
+        *found, of_biases = passes.gradients(plan, incoming, pairs, query, key, value, biases, needs_grad)
+        return *found, *of_biases
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(passes.ONCE)
+
+
+def _find(ctx: Any, incoming: dict[str, Tensor | None], num_operands: int) -> list[Tensor | None]:
+    """Gradients of query, key, value and each bias tensor; None where there is none."""
+    pairs, *saved = ctx.saved_tensors
+    arrived = {name: grad for name, grad in incoming.items() if grad is not None}
+    operands, biases = saved[:num_operands], saved[num_operands:]
+    if num_operands == 2:
+        operands.append(operands[1])  # Weights have no value; nothing is made of it.
+    needs_grad = tuple(ctx.needs_input_grad[-len(biases) :]) if biases else ()
+    tensors = (*arrived.values(), *operands, *biases)
+    found = _Gradients.apply(ctx.plan, tuple(arrived), needs_grad, pairs, *tensors)
+    rest = iter(found[3:])
+    return [*found[:3], *(next(rest) if needed else None for needed in needs_grad)]
+
+
+class Attention(_Once):
+    """Output, log-sum-exp and pairs; see `passes.attention`."""
+
+    @staticmethod
+    def forward(
+        plan: Plan, query: Tensor, key: Tensor, value: Tensor, *biases: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return passes.attention(plan, query, key, value, biases)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.plan = inputs[0]
+        ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[2], *inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if grads[0] is None and grads[1] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return None, *_find(ctx, {"out": grads[0], "lse": grads[1]}, num_operands=3)
+
+
+class Weights(_Once):
+    """Weights and pairs; see `passes.weights`."""
+
+    @staticmethod
+    def forward(
+        plan: Plan, mean: bool, query: Tensor, key: Tensor, *biases: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return passes.weights(plan, query, key, biases, mean)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.plan = inputs[0]
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], *inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        grad_query, grad_key, _, *of_biases = _find(ctx, {"weights": grads[0]}, num_operands=2)
+        return None, None, grad_query, grad_key, *of_biases
