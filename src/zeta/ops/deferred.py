@@ -1,0 +1,241 @@
+"""`Deferred`: a call whose weights are computed once, when somebody asks; and their gradients.
+
+Shape suffixes: B batch, H heads, T target length, S source length.
+"""
+
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from zeta.biases import Bias
+from zeta.masks import Mask
+from zeta.ops.call import AttentionCall
+
+Compute = Callable[[AttentionCall], Tensor]
+"""Makes the weights ``call.result`` asks for, differentiably: ``(B, H, T, S)`` or ``(B, T, S)``."""
+
+MAX_COPIED = 1 << 16
+"""Elements up to which a learned parameter of a bias is copied when the call is made."""
+
+
+class Deferred:
+    """The weights of a call, to be computed when they are asked for, at most once.
+
+    The tensors of the call are kept, not copied: one that is written to before the weights are
+    computed is noticed by its version counter, and an error. Only a small learned parameter of a
+    bias is copied, so that one may look at weights after an optimizer's step.
+
+    Args:
+        call: Its ``result`` is ``"weights"`` or ``"mean_weights"``; its ``value`` is not read.
+        compute: Makes the weights of a call.
+        heads_first: Put the heads before the batch: ``(H, B, T, S)``.
+        batched: Keep the dimension of the batch, which otherwise has one entry.
+        keep: Keep the call when the weights are computed: they may be asked for a gradient.
+
+    Attributes:
+        call: The call, or None once it is not needed any more.
+    """
+
+    __slots__ = (
+        "_copies",
+        "_lock",
+        "_tensors",
+        "_value",
+        "_versions",
+        "batched",
+        "call",
+        "compute",
+        "heads_first",
+        "keep",
+        "num_inputs",
+    )
+
+    def __init__(
+        self,
+        call: AttentionCall,
+        compute: Compute,
+        *,
+        heads_first: bool,
+        batched: bool,
+        keep: bool,
+    ) -> None:
+        self.call: AttentionCall | None = call
+        self.compute = compute
+        self.heads_first = heads_first
+        self.batched = batched
+        self.keep = keep
+        self._lock = threading.Lock()
+        self._value: Tensor | None = None
+        self._copies: dict[int, Tensor] = {}
+        tensors = [call.query, call.key]
+        if call.bias is not None:
+            for tensor in call.bias.tensors():
+                learned = tensor.requires_grad and tensor.is_leaf
+                if learned and tensor.numel() <= MAX_COPIED:
+                    self._copies[len(tensors)] = tensor.detach().clone()
+                tensors.append(tensor)
+        self.num_inputs = len(tensors)
+        if call.mask is not None:
+            tensors += call.mask.tensors()
+        if call.query_positions is not None:
+            tensors.append(call.query_positions)
+        if call.key_positions is not None:
+            tensors.append(call.key_positions)
+        self._tensors = tensors
+        self._versions = [_version(tensor) for tensor in tensors]
+
+    def arrange(self, weights: Tensor) -> Tensor:
+        """``(B, H, T, S)`` or ``(B, T, S)`` in the layout asked for."""
+        return arrange(weights, heads_first=self.heads_first, batched=self.batched)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What the weights can be differentiated by: query, key, tensors of the bias."""
+        return self._tensors[: self.num_inputs]
+
+    @property
+    def computed(self) -> bool:
+        """Whether the weights are there."""
+        return self._value is not None
+
+    def value(self) -> Tensor:
+        """The weights, without a gradient, in the layout asked for; always the same tensor.
+
+        Raises:
+            RuntimeError: A tensor of the call was written to in the meantime.
+        """
+        if self._value is None:
+            with self._lock:
+                if self._value is None:
+                    self._value = self._whole()
+                    if not self.keep:
+                        self.call, self._tensors, self._copies = None, [], {}
+        return self._value
+
+    def _whole(self) -> Tensor:
+        assert self.call is not None
+        call = self.unchanged(differentiable=False)
+        # A tensor made in inference mode could never again take part in a gradient.
+        with torch.inference_mode(False), torch.no_grad(), _own_precision(call.query.device):
+            weights = self.compute(call)
+        # The strides that the tensor standing in for the weights has announced.
+        sizes = [1]
+        for size in weights.shape[:0:-1]:
+            sizes.append(sizes[-1] * size)
+        if weights.stride() != tuple(sizes[::-1]):
+            weights = weights.clone(memory_format=torch.contiguous_format)
+        return self.arrange(weights)
+
+    def part(
+        self, change: Callable[[AttentionCall], AttentionCall], *, differentiable: bool
+    ) -> Tensor:
+        """The weights of a changed call, in the layout asked for."""
+        call = change(self.unchanged(differentiable=differentiable))
+        with _own_precision(call.query.device):
+            weights = self.compute(call)
+        return self.arrange(weights)
+
+    def unchanged(self, *, differentiable: bool) -> AttentionCall:
+        """The call, checked to be what it was when it was made.
+
+        Args:
+            differentiable: Accept no copy in the place of a parameter.
+        """
+        assert self.call is not None
+        tensors = list(self._tensors)
+        changed = False
+        for index, (tensor, version) in enumerate(zip(tensors, self._versions, strict=True)):
+            if _version(tensor) == version:
+                continue
+            if index not in self._copies or differentiable:
+                raise RuntimeError(self._complaint(index))
+            tensors[index] = self._copies[index]
+            changed = True
+        return _with_tensors(self.call, tensors) if changed else self.call
+
+    def _complaint(self, index: int) -> str:
+        name = ("query", "key")[index] if index < 2 else "mask, a bias or positions"
+        remedy = (
+            "look at them under torch.no_grad() or before the optimizer's step"
+            if index in self._copies
+            else "use them before, or ask for them with need_weights=True"
+        )
+        return (
+            "the attention weights were not computed yet, and cannot be: a tensor of the "
+            f"{name} has been changed in place since the call; {remedy}"
+        )
+
+    def gradients(
+        self, inputs: Sequence[Tensor], needed: Sequence[bool], gradient: Tensor
+    ) -> list[Tensor | None]:
+        """The gradient of each of the `inputs`, of which the caller gives their saved versions.
+
+        The weights are computed again for it, so that nothing of their size is kept in between.
+        """
+        assert self.call is not None
+        twice = torch.is_grad_enabled()
+        with torch.enable_grad(), _own_precision(gradient.device):
+            # New tensors, so that one input which was computed from another does not count twice.
+            leaves = [
+                tensor.view_as(tensor) if twice and need else tensor.detach().requires_grad_(need)
+                for tensor, need in zip(inputs, needed, strict=True)
+            ]
+            tensors = leaves + self._tensors[self.num_inputs :]
+            weights = self.compute(_with_tensors(self.call, tensors))
+            wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+            found = iter(
+                torch.autograd.grad(
+                    self.arrange(weights), wanted, gradient, create_graph=twice, allow_unused=True
+                )
+            )
+        return [next(found) if need else None for need in needed]
+
+
+def arrange(weights: Tensor, *, heads_first: bool, batched: bool) -> Tensor:
+    """``(B, H, T, S)`` or ``(B, T, S)`` as asked for; see `Deferred`."""
+    if not batched:
+        return weights.squeeze(0)
+    return weights.transpose(0, 1) if heads_first and weights.dim() == 4 else weights
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@contextlib.contextmanager
+def _own_precision(device: torch.device) -> Iterator[None]:
+    """Without autocast: a call's precision was settled when it was made."""
+    available = torch.amp.is_autocast_available(device.type)
+    if available and torch.is_autocast_enabled(device.type):
+        with torch.autocast(device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def _with_tensors(call: AttentionCall, tensors: Sequence[Tensor]) -> AttentionCall:
+    """The same call of other tensors: query, key; those of the bias, of the mask; positions."""
+    query, key, *rest = tensors
+    bias, mask = call.bias, call.mask
+    if bias is not None:
+        spec, old = bias.flatten()
+        bias, rest = Bias.unflatten(spec, rest[: len(old)]), rest[len(old) :]
+    if mask is not None:
+        spec, old = mask.flatten()
+        mask, rest = Mask.unflatten(spec, rest[: len(old)]), rest[len(old) :]
+    queries = None if call.query_positions is None else rest.pop(0)
+    keys = None if call.key_positions is None else rest.pop(0)
+    return dataclasses.replace(
+        call,
+        query=query,
+        key=key,
+        value=key,
+        bias=bias,
+        mask=mask,
+        query_positions=queries,
+        key_positions=keys,
+    )
