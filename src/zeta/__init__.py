@@ -1,6 +1,6 @@
 """Zeta: multi-head attention with every feature at the speed of the best fused kernel."""
 
-from zeta import biases, masks
+from zeta import biases, caches, masks, nn
 from zeta.ops import (
     BackendUnsupported,
     Explanation,
@@ -20,6 +20,8 @@ __all__ = [
     "attention_weights",
     "attention_with_lse",
     "biases",
+    "caches",
     "explain",
     "masks",
+    "nn",
 ]

@@ -1,0 +1,86 @@
+"""`CrossCache`: an encoder's keys, values and padding, projected once.
+
+Shapes: B batch, G key heads, S source length, D head dimension.
+"""
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zeta.caches.dictionary import KEY, PADDING, QUERIES, STATIC, VALUE
+from zeta.caches.interface import Cached
+from zeta.caches.padding import extend_padding
+
+
+class CrossCache:
+    """Keys and values that do not grow.
+
+    Args:
+        state: A dict to keep them in, as an ``incremental_state``; a new one by default.
+
+    Raises:
+        ValueError: The dict holds only one of keys and values.
+    """
+
+    def __init__(self, state: MutableMapping[str, Any] | None = None) -> None:
+        self._state: MutableMapping[str, Any] = {} if state is None else state
+        if (KEY in self._state) != (VALUE in self._state):
+            raise ValueError(
+                f"incremental_state must hold both of {KEY!r} and {VALUE!r}, or neither"
+            )
+
+    @property
+    def length(self) -> int:
+        """Source tokens; 0 before the first `update`."""
+        key: Tensor | None = self._state.get(KEY)
+        return 0 if key is None else key.shape[2]
+
+    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+        """Keep projected keys ``(B, G, S, D)`` and values, in place of any that are there."""
+        batch, _, source, _ = key.shape
+        padding = extend_padding(None, key_padding_mask, batch=batch, length=source, added=source)
+        self._state[KEY], self._state[VALUE] = key, value
+        self._state[STATIC] = torch.ones(batch, dtype=torch.bool, device=key.device)
+        self._state.pop(PADDING, None)
+        if padding is not None:
+            self._state[PADDING] = padding
+        return Cached(key, value, None, padding)
+
+    def reuse(
+        self, batch: int, source: int | None = None, key_padding_mask: Tensor | None = None
+    ) -> Cached:
+        """What `update` kept.
+
+        Args:
+            batch: Sequences of the call.
+            source: Length of the source if the call brings it again.
+            key_padding_mask: ``(B, S)``; by default the one that was kept.
+
+        Raises:
+            ValueError: The cache is for another batch size or another source.
+        """
+        key, value = self._state[KEY], self._state[VALUE]
+        length = key.shape[2]
+        if key.dim() != 4 or key.shape[0] != batch:
+            raise ValueError(
+                f"incremental_state must hold keys of {batch} sequences; "
+                f"got shape {tuple(key.shape)}"
+            )
+        if source is not None and source != length:
+            raise ValueError(
+                f"key must be None or have the length of the cached source, {length}; got {source}. "
+                "Give each attention, and each source, its own incremental_state"
+            )
+        padding = extend_padding(None, key_padding_mask, batch=batch, length=length, added=length)
+        return Cached(key, value, None, self._state.get(PADDING) if padding is None else padding)
+
+    def count_queries(self, query: Tensor) -> Tensor:
+        """Positions ``(B, T)`` of this call's queries ``(B, T, E)``, after all earlier ones."""
+        batch, target = query.shape[:2]
+        next_B = self._state.get(QUERIES)
+        if next_B is None:
+            next_B = torch.zeros(batch, dtype=torch.int64, device=query.device)
+        self._state[QUERIES] = next_B + target
+        return next_B[:, None] + torch.arange(target, device=query.device)

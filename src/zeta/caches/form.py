@@ -1,0 +1,63 @@
+"""`Form`: what the keys and values of one cache have in common.
+
+Shapes: B batch, G key heads, N new tokens, D head dimension.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Form(NamedTuple):
+    """Sizes, dtype and device of keys ``(B, G, any, D)`` and values ``(B, G, any, Dv)``."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, key: Tensor, value: Tensor) -> "Form":
+        """The form of these tokens.
+
+        Raises:
+            ValueError: They are not keys ``(B, G, N, D)`` and values ``(B, G, N, Dv)``, or empty,
+                or of two dtypes or devices.
+        """
+        k, v = key.shape, value.shape
+        if len(k) != 4 or 0 in k:
+            raise ValueError(
+                f"key must be (batch, key heads, length, head_dim), not empty; got {tuple(k)}"
+            )
+        if len(v) != 4 or v[:3] != k[:3] or v[3] == 0:
+            raise ValueError(
+                f"value must be ({k[0]}, {k[1]}, {k[2]}, head_dim), not empty; got {tuple(v)}"
+            )
+        if value.dtype != key.dtype or value.device != key.device:
+            raise ValueError(
+                f"value must have the key's dtype and device, {key.dtype} on {key.device}; got "
+                f"{value.dtype} on {value.device}"
+            )
+        return cls(k[0], k[1], k[3], v[3], key.dtype, key.device)
+
+    def check(self, new: "Form") -> None:
+        """Raise ValueError unless tokens of another form can join those of this one."""
+        if new == self:
+            return
+        for name, mine, other in (
+            ("key", self.head_dim, new.head_dim),
+            ("value", self.value_dim, new.value_dim),
+        ):
+            if (new.batch, new.heads, other) != (self.batch, self.heads, mine):
+                raise ValueError(
+                    f"{name} must be ({self.batch}, {self.heads}, length, {mine}): batch, key "
+                    "heads, length, head_dim, as in the cache; "
+                    f"got ({new.batch}, {new.heads}, length, {other})"
+                )
+        raise ValueError(
+            f"key and value must be {self.dtype} on {self.device}, as in the cache; "
+            f"got {new.dtype} on {new.device}"
+        )

@@ -1,0 +1,201 @@
+"""`GrowingCache`, the base of the caches that keep every token, in tensors that double.
+
+Shapes: B batch, G key heads, N new tokens, L all tokens so far, D head dimension.
+"""
+
+import abc
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from zeta.caches import checks, growth
+from zeta.caches.forks import Forks
+from zeta.caches.form import Form
+from zeta.caches.interface import Cached
+from zeta.caches.padding import extend_padding
+
+
+class _State(NamedTuple):
+    """All tokens. Never written to, so that a fork is a reference."""
+
+    form: Form
+    parts: tuple[Tensor, ...]
+    padding: Tensor | None
+
+    @property
+    def length(self) -> int:
+        return self.parts[0].shape[2]
+
+
+class GrowingCache(abc.ABC):
+    """Every token, encoded as tensors ``(B, G, L, ...)``, the parts."""
+
+    _part_names: tuple[str, ...]
+
+    def __init__(self) -> None:
+        self._state: _State | None = None
+        self._forks: Forks[_State | None] = Forks()
+
+    @abc.abstractmethod
+    def _encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """What is kept of tokens: tensors ``(B, G, N, ...)``."""
+
+    @abc.abstractmethod
+    def _decode(self, form: Form, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Keys ``(B, G, L, D)`` and values ``(B, G, L, Dv)`` from what is kept."""
+
+    @abc.abstractmethod
+    def _part_forms(self, form: Form) -> tuple[tuple[int, torch.dtype], ...]:
+        """Last dimension and dtype of each part."""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return 0 if self._state is None else self._state.length
+
+    def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """See `Cache`."""
+        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
+
+    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+        """See `Cache`."""
+        form = Form.of(key, value)
+        before: tuple[Tensor, ...] | tuple[None, ...]
+        if self._state is None:
+            remembered, before, length = None, (None,) * len(self._part_names), 0
+        else:
+            self._state.form.check(form)
+            remembered, before, length = self._state.padding, self._state.parts, self._state.length
+        added = key.shape[2]
+        padding = extend_padding(
+            remembered, key_padding_mask, batch=form.batch, length=length + added, added=added
+        )
+        new = self._encode(key, value)
+        parts = tuple(growth.append(old, part) for old, part in zip(before, new, strict=True))
+        self._state = _State(form, parts, padding)
+        return Cached(*self._decode(form, parts), None, padding)
+
+    def reorder(self, index: Tensor) -> None:
+        """See `DecodingCache`."""
+        if self._state is not None:
+            form = self._state.form
+            self._take(checks.reorder_index(index, form.batch, form.device))
+
+    def select(self, rows: Tensor) -> None:
+        """See `DecodingCache`."""
+        if self._state is not None:
+            form = self._state.form
+            self._take(checks.select_index(rows, form.batch, form.device))
+
+    def _take(self, index: Tensor) -> None:
+        assert self._state is not None
+        form, parts, padding = self._state
+        self._state = _State(
+            form._replace(batch=len(index)),
+            tuple(growth.take(part, index) for part in parts),
+            None if padding is None else padding.index_select(0, index),
+        )
+
+    def crop(self, length: int) -> None:
+        """See `DecodingCache`."""
+        checks.check_crop(length, self.length)
+        if self._state is not None:
+            form, parts, padding = self._state
+            self._state = _State(
+                form,
+                tuple(part.narrow(2, 0, length) for part in parts),
+                None if padding is None else padding[:, :length],
+            )
+            self._reclaim()
+
+    def fork(self) -> None:
+        """See `DecodingCache`."""
+        self._forks.open(self._state)
+
+    def commit(self) -> None:
+        """See `DecodingCache`."""
+        self._forks.close("commit")
+
+    def rollback(self) -> None:
+        """See `DecodingCache`."""
+        self._state = self._forks.close("rollback")
+        self._reclaim()
+
+    def _reclaim(self) -> None:
+        """Let tokens that neither the present state nor an open fork has be written over."""
+        if self._state is None:
+            return
+        for number, part in enumerate(self._state.parts):
+            length = part.shape[2]
+            for kept in self._forks.states:
+                if kept is not None and kept.parts[number]._base is part._base:
+                    length = max(length, kept.length)
+            growth.reclaim(part, length)
+
+    def reset(self) -> None:
+        """See `DecodingCache`."""
+        self._state = None
+        self._forks.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """See `DecodingCache`."""
+        if self._state is None:
+            return 0
+        padding = self._state.padding
+        held = sum(growth.nbytes(part) for part in self._state.parts)
+        return held + (0 if padding is None else padding.nbytes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `DecodingCache`."""
+        found: dict[str, Any] = dict.fromkeys(self._state_names())
+        found[checks.KIND] = type(self).__name__
+        if self._state is not None:
+            form, parts, padding = self._state
+            found["form"] = tuple(form[:5])
+            found["padding"] = None if padding is None else padding.clone()
+            for name, part in zip(self._part_names, parts, strict=True):
+                found[name] = part.clone(memory_format=torch.contiguous_format)
+        return found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `DecodingCache`."""
+        checks.check_state(state, type(self).__name__, self._state_names())
+        self._state = None if state["form"] is None else self._loaded(state)
+        self._forks.clear()
+
+    def _state_names(self) -> set[str]:
+        return {"form", "padding", *self._part_names}
+
+    def _loaded(self, state: dict[str, Any]) -> _State:
+        first = state[self._part_names[0]]
+        device = first.device if isinstance(first, Tensor) else torch.device("cpu")
+        batch, heads, head_dim, value_dim, dtype = state["form"]
+        form = Form(batch, heads, head_dim, value_dim, dtype, device)
+        length, parts = -1, []
+        for name, (size, dtype) in zip(self._part_names, self._part_forms(form), strict=True):
+            shape = (form.batch, form.heads, length, size)
+            part = checks.check_tensor(name, state[name], shape, dtype)
+            length = part.shape[2]
+            parts.append(growth.append(None, part))
+        padding = state["padding"]
+        if padding is not None:
+            padding = checks.check_tensor("padding", padding, (form.batch, length), padding.dtype)
+        return _State(form, tuple(parts), None if padding is None else padding.clone())
+
+    def to(self, device: torch.device | str) -> Self:
+        """See `DecodingCache`."""
+        target = torch.empty(0, device=device).device
+
+        self._state = _moved(self._state, target)
+        self._forks.states = [_moved(state, target) for state in self._forks.states]
+        return self
+
+
+def _moved(state: _State | None, device: torch.device) -> _State | None:
+    if state is None or state.form.device == device:
+        return state
+    padding = None if state.padding is None else state.padding.to(device)
+    parts = tuple(part.to(device) for part in state.parts)
+    return _State(state.form._replace(device=device), parts, padding)

@@ -1,0 +1,55 @@
+"""Padding masks of a sequence that arrives in pieces.
+
+Shapes: B batch, N new tokens, L all tokens so far.
+"""
+
+import torch
+from torch import Tensor
+
+
+def extend_padding(
+    remembered: Tensor | None, new: Tensor | None, *, batch: int, length: int, added: int
+) -> Tensor | None:
+    """The padding of all tokens.
+
+    Args:
+        remembered: ``(B, L - N)``, of the tokens before; None: none of them is padding.
+        new: ``(B, N)``, of the new tokens, or ``(B, L)``, of all; None: none of the new is padding.
+        batch: B.
+        length: L.
+        added: N.
+
+    Returns:
+        ``(B, L)``, or None if nothing is padding. Floating point if either part is.
+
+    Raises:
+        ValueError: ``new`` has another shape.
+        TypeError: ``new`` is neither bool nor floating point.
+    """
+    if new is None:
+        if remembered is None:
+            return None
+        return torch.cat((remembered, remembered.new_zeros(batch, added)), dim=1)
+    if new.dtype != torch.bool and not new.is_floating_point():
+        raise TypeError(f"key_padding_mask must be bool or floating point; got {new.dtype}")
+    if new.shape == (batch, length):
+        return new
+    if new.shape != (batch, added):
+        either = (
+            f"({batch}, {added})"
+            if added == length
+            else f"({batch}, {added}) or ({batch}, {length})"
+        )
+        raise ValueError(f"key_padding_mask must have shape {either}; got {tuple(new.shape)}")
+    if remembered is None:
+        remembered = new.new_zeros(batch, length - added)
+    elif remembered.dtype != new.dtype:
+        remembered, new = _as_added(remembered), _as_added(new)
+    return torch.cat((remembered, new), dim=1)
+
+
+def _as_added(padding: Tensor) -> Tensor:
+    """A padding mask in the form that is added to the scores."""
+    if padding.dtype != torch.bool:
+        return padding
+    return torch.zeros_like(padding, dtype=torch.float32).masked_fill(padding, float("-inf"))

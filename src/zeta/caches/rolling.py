@@ -1,0 +1,326 @@
+"""`RollingCache`: the last tokens, and possibly the first, in constant memory.
+
+Shapes: B batch, G key heads, N new tokens, C slots, K tokens kept, L tokens so far, D head
+dimension.
+"""
+
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from zeta.caches import checks
+from zeta.caches.forks import Forks
+from zeta.caches.form import Form
+from zeta.caches.interface import Cached
+from zeta.caches.padding import extend_padding
+from zeta.caches.slots import Slots
+from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
+from zeta.masks import Causal, Mask, Padding, SlidingWindow
+
+_NAMES = STATE_NAMES | {"length", "window", "sinks"}
+
+
+class _State(NamedTuple):
+    """What is kept of ``length`` tokens; its slots are not written to while a fork has them."""
+
+    slots: Slots
+    padding_BC: Tensor | None
+    length: int
+
+
+class _Kept(NamedTuple):
+    """An open fork, and how many first tokens the present state has in common with it."""
+
+    state: _State | None
+    common: int
+
+
+class RollingCache:
+    """Exact sliding-window attention over a sequence of any length, in the memory of one window.
+
+    A query sees itself and the ``window - 1`` tokens before it, and with ``sinks`` also the first
+    ``sinks`` tokens (Xiao et al., Efficient Streaming Language Models with Attention Sinks, 2023),
+    all at their true positions: what the full forward computes under ``SlidingWindow(window)``, or
+    ``SlidingWindow(window) | Causal() & Padding(sinks)``. The cache itself hides the rest. Sinks
+    are for an attention without a window of its own, which would hide them again.
+
+    Once tokens are forgotten, keys come back in the order of their slots; masks and biases by
+    index, which go by another order, do not fit then. A crop brings no forgotten token back, unless
+    a fork that is open still has it.
+
+    Args:
+        window: Tokens that a query sees, itself included.
+        sinks: First tokens that every later query sees.
+
+    Raises:
+        ValueError: ``window`` is below 1 or ``sinks`` below 0.
+    """
+
+    def __init__(self, window: int, sinks: int = 0) -> None:
+        if window < 1 or sinks < 0:
+            raise ValueError(
+                f"window must be at least 1 and sinks at least 0; got {window} and {sinks}"
+            )
+        self.window = window
+        self.sinks = sinks
+        self._state: _State | None = None
+        self._forks: Forks[_Kept] = Forks()
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, the forgotten ones included."""
+        return 0 if self._state is None else self._state.length
+
+    @property
+    def _num_slots(self) -> int:
+        return self.sinks + self.window
+
+    def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """See `Cache`."""
+        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
+
+    def _slots_of(self, position: Tensor) -> Tensor:
+        """Where tokens go: behind the sinks they take turns."""
+        turn = self.sinks + (position - self.sinks) % self.window
+        return torch.where(position < self.sinks, position, turn)
+
+    def _positions_kept(self, length: int, device: torch.device) -> Tensor:
+        """The position in each filled slot, ``(K,)``."""
+        slot_K = torch.arange(min(length, self._num_slots), device=device)
+        if length <= self._num_slots:
+            return slot_K
+        last = length - 1 - (length - 1 - slot_K) % self.window
+        return torch.where(slot_K < self.sinks, slot_K, last)
+
+    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+        """See `Cache`. Of a padding mask for all tokens, those of forgotten ones are not read."""
+        checks.check_no_gradient("RollingCache", key, value)
+        form = Form.of(key, value)
+        state = self._state
+        if state is None:
+            state = _State(Slots.empty(form, self._num_slots), None, 0)
+        else:
+            state.slots.form.check(form)
+        first, added = state.length, key.shape[2]
+        old_K = self._positions_kept(first, form.device)
+        new_N = torch.arange(first, first + added, device=form.device)
+        padding = self._joined_padding(state, key_padding_mask, old_K, new_N)
+        ordered = first <= self._num_slots
+        joined = None
+        if added > 1:
+            # Before they are written over: the first of the new queries still see them.
+            old_key, old_value = state.slots.show(len(old_K))
+            joined = Cached(
+                torch.cat((old_key, key), dim=2),
+                torch.cat((old_value, value), dim=2),
+                None if ordered else torch.cat((old_K, new_N))[None],
+                padding,
+                None if ordered else new_N[None],
+                self._mask(form),
+            )
+        self._state = self._written(state, key, value, padding, new_N)
+        return self._kept_and_last() if joined is None else joined
+
+    def _joined_padding(
+        self, state: _State, new: Tensor | None, old_K: Tensor, new_N: Tensor
+    ) -> Tensor | None:
+        """The padding of the tokens that are kept, and of the new ones behind them."""
+        batch, added = state.slots.form.batch, len(new_N)
+        total = state.length + added
+        if new is not None and new.shape == (batch, total):
+            extend_padding(None, new, batch=batch, length=total, added=added)
+            return new[:, torch.cat((old_K, new_N))]
+        if new is not None and new.shape != (batch, added):
+            # Which raises, and says so for a sequence that is all there.
+            extend_padding(None, new, batch=batch, length=total, added=added)
+        remembered = None if state.padding_BC is None else state.padding_BC[:, : len(old_K)]
+        length = len(old_K) + added
+        return extend_padding(remembered, new, batch=batch, length=length, added=added)
+
+    def _written(
+        self, state: _State, key: Tensor, value: Tensor, padding: Tensor | None, new_N: Tensor
+    ) -> _State:
+        """The state with the new tokens that stay in their slots."""
+        added, total = len(new_N), state.length + len(new_N)
+        slots = self._unshared(state)
+        # The sinks among them, and the last window; no two of these share a slot.
+        num_sinks = max(0, min(self.sinks - state.length, added))
+        start = max(num_sinks, added - self.window)
+        if total > self._num_slots:
+            slots.changed()
+        for part in (slice(0, num_sinks), slice(start, added)):
+            if part.start < part.stop:
+                at = self._slots_of(new_N[part])
+                slots.scatter(at, key[:, :, part], value[:, :, part])
+        if padding is None:
+            return _State(slots, None, total)
+        num_kept = padding.shape[1] - added
+        padding_BC = padding.new_zeros(padding.shape[0], self._num_slots)
+        padding_BC[:, :num_kept] = padding[:, :num_kept]
+        for part in (slice(0, num_sinks), slice(start, added)):
+            padding_BC[:, self._slots_of(new_N[part])] = padding[:, num_kept:][:, part]
+        return _State(slots, padding_BC, total)
+
+    def _unshared(self, state: _State) -> Slots:
+        shared = any(
+            kept.state is not None and kept.state.slots is state.slots
+            for kept in self._forks.states
+        )
+        return state.slots.copy() if shared else state.slots
+
+    def _kept_and_last(self) -> Cached:
+        """What the last token sees: all that is kept."""
+        assert self._state is not None
+        slots, padding, length = self._state
+        num_kept = min(length, self._num_slots)
+        key, value = slots.show(num_kept)
+        padding = None if padding is None else padding[:, :num_kept]
+        if length <= self._num_slots:
+            return Cached(key, value, None, padding)
+        device = slots.form.device
+        positions = self._positions_kept(length, device)[None]
+        last = torch.full((1, 1), length - 1, device=device)
+        return Cached(key, value, positions, padding, last)
+
+    def _mask(self, form: Form) -> Mask:
+        window = SlidingWindow(self.window)
+        if not self.sinks:
+            return window
+        lengths = torch.full((form.batch,), self.sinks, device=form.device)
+        return window | (Causal() & Padding(lengths))
+
+    def reorder(self, index: Tensor) -> None:
+        """See `DecodingCache`."""
+        if self._state is not None:
+            form = self._state.slots.form
+            self._take(checks.reorder_index(index, form.batch, form.device))
+
+    def select(self, rows: Tensor) -> None:
+        """See `DecodingCache`."""
+        if self._state is not None:
+            form = self._state.slots.form
+            self._take(checks.select_index(rows, form.batch, form.device))
+
+    def _take(self, index: Tensor) -> None:
+        assert self._state is not None
+        padding = self._state.padding_BC
+        self._state = _State(
+            self._unshared(self._state).take(index),
+            None if padding is None else padding.index_select(0, index),
+            self._state.length,
+        )
+        self._limit_common(0)
+
+    def _limit_common(self, length: int) -> None:
+        self._forks.states = [
+            kept._replace(common=min(kept.common, length)) for kept in self._forks.states
+        ]
+
+    def crop(self, length: int) -> None:
+        """See `DecodingCache`."""
+        checks.check_crop(length, self.length)
+        state = self._state
+        if state is None or length == state.length:
+            return
+        # Tokens that the last query will see, but which later ones have been written over.
+        start, stop = max(self.sinks, length - self.window), min(length, state.length - self.window)
+        slots, padding, _ = state
+        if start < stop:
+            slots, padding = self._brought_back(state, start, stop)
+        slots.changed()
+        self._state = _State(slots, padding, length)
+        self._limit_common(length)
+
+    def _brought_back(self, state: _State, start: int, stop: int) -> tuple[Slots, Tensor | None]:
+        """The slots and padding with tokens ``start`` to ``stop``, which a fork must have."""
+        for kept, common in reversed(self._forks.states):
+            if kept is None or common < stop or max(0, kept.length - self.window) > start:
+                continue
+            slots = self._unshared(state)
+            at = self._slots_of(torch.arange(start, stop, device=slots.form.device))
+            slots.scatter(at, kept.slots.key[:, :, at], kept.slots.value[:, :, at])
+            padding = state.padding_BC
+            if padding is not None:
+                padding = padding.clone()
+                old = kept.padding_BC
+                padding[:, at] = padding.new_zeros(()) if old is None else old[:, at]
+            return slots, padding
+        raise ValueError(
+            f"length must leave the last {self.window} tokens, but tokens {start} to {stop - 1} "
+            "are not there any more; call fork() before what may have to be cropped"
+        )
+
+    def fork(self) -> None:
+        """See `DecodingCache`."""
+        self._forks.open(_Kept(self._state, self.length))
+
+    def commit(self) -> None:
+        """See `DecodingCache`."""
+        self._forks.close("commit")
+
+    def rollback(self) -> None:
+        """See `DecodingCache`."""
+        self._state = self._forks.close("rollback").state
+
+    def reset(self) -> None:
+        """See `DecodingCache`."""
+        self._state = None
+        self._forks.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """See `DecodingCache`."""
+        if self._state is None:
+            return 0
+        slots, padding, _ = self._state
+        return slots.nbytes + (0 if padding is None else padding.nbytes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `DecodingCache`. Tokens are in the order of their slots."""
+        tokens, length = None, 0
+        if self._state is not None:
+            slots, padding, length = self._state
+            num_kept = min(length, self._num_slots)
+            padding = None if padding is None else padding[:, :num_kept]
+            tokens = Tokens(slots.form, *slots.show(num_kept), padding)
+        state = dict_of("RollingCache", tokens)
+        return state | {"length": length, "window": self.window, "sinks": self.sinks}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `DecodingCache`. Window and sinks must be the same."""
+        checks.check_state(state, "RollingCache", _NAMES)
+        if (state["window"], state["sinks"]) != (self.window, self.sinks):
+            raise ValueError(
+                f"state must have window={self.window} and sinks={self.sinks}; "
+                f"got {state['window']} and {state['sinks']}"
+            )
+        tokens, length = tokens_of(state), state["length"]
+        num_kept = 0 if tokens is None else tokens.key.shape[2]
+        if num_kept != min(length, self._num_slots):
+            raise ValueError(f"state of length {length} must not hold {num_kept} tokens")
+        self.reset()
+        if tokens is not None:
+            slots = Slots.empty(tokens.form, self._num_slots)
+            slots.write(0, tokens.key, tokens.value)
+            padding = tokens.padding
+            if padding is not None:
+                room = self._num_slots - num_kept
+                padding = torch.cat((padding, padding.new_zeros(len(padding), room)), dim=1)
+            self._state = _State(slots, padding, length)
+
+    def to(self, device: torch.device | str) -> Self:
+        """See `DecodingCache`."""
+        target = torch.empty(0, device=device).device
+        self._state = _moved(self._state, target)
+        self._forks.states = [
+            kept._replace(state=_moved(kept.state, target)) for kept in self._forks.states
+        ]
+        return self
+
+
+def _moved(state: _State | None, device: torch.device) -> _State | None:
+    if state is None:
+        return None
+    padding = None if state.padding_BC is None else state.padding_BC.to(device)
+    return _State(state.slots.to(device), padding, state.length)

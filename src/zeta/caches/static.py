@@ -1,0 +1,308 @@
+"""`StaticCache`: memory for a number of tokens that is set beforehand, at addresses that stay.
+
+Shapes: B batch, G key heads, N new tokens, C = max_length, L tokens so far, D head dimension.
+"""
+
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from zeta.caches import checks
+from zeta.caches.forks import Forks
+from zeta.caches.form import Form
+from zeta.caches.interface import Cached, CacheFullError
+from zeta.caches.padding import extend_padding
+from zeta.caches.slots import Slots, own
+from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
+
+
+class _Kept(NamedTuple):
+    """What a fork goes back to; ``slots`` is None while the memory itself still has it."""
+
+    num_tokens: Tensor | None
+    slots: Slots | None
+    padding: Tensor | None
+
+    def to(self, device: torch.device) -> "_Kept":
+        return _Kept(
+            None if self.num_tokens is None else self.num_tokens.to(device),
+            None if self.slots is None else self.slots.to(device),
+            None if self.padding is None else own(self.padding.to(device)),
+        )
+
+
+class StaticCache:
+    """The cache for ``torch.compile`` and CUDA graphs, and where the longest length is known.
+
+    Nothing is allocated or copied after the first step. The length is a tensor on the device: a
+    traced or captured step gets all ``max_length`` slots back, the empty ones with position -1, and
+    never waits for the device; so one graph does for every length. An eager step gets only the
+    tokens that are there.
+
+    Args:
+        max_length: Tokens it can hold.
+
+    Raises:
+        ValueError: ``max_length`` is below 1.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        if max_length < 1:
+            raise ValueError(f"max_length must be positive; got {max_length}")
+        self.max_length = max_length
+        self._slots: Slots | None = None
+        self._padding_BC: Tensor | None = None
+        # The length: on the device, and as far as the host knows it without asking; None: it must.
+        self._count: Tensor | None = None
+        self._known: int | None = 0
+        self._forks: Forks[_Kept] = Forks()
+
+    def allocate(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Take the memory now, as a CUDA graph needs it; otherwise the first `update` does.
+
+        Returns:
+            The cache itself.
+
+        Raises:
+            ValueError: It has memory already.
+        """
+        if self._slots is not None:
+            raise ValueError("the cache has its memory already")
+        target = torch.empty(0, device=device).device
+        sizes = batch, num_kv_heads, head_dim, head_dim if value_dim is None else value_dim
+        self._allocate(Form(*sizes, dtype, target))
+        return self
+
+    def _make_room(self, form: Form) -> Slots:
+        """The memory there is, unless it is of other sizes, which only happens while it is
+        empty."""
+        if self._slots is None or self._slots.form != form:
+            return self._allocate(form)
+        return self._slots
+
+    def _allocate(self, form: Form) -> Slots:
+        self._slots = slots = Slots.empty(form, self.max_length)
+        self._count = own(torch.zeros((), dtype=torch.int64, device=form.device))
+        if form.device.type == "cuda" and not torch.compiler.is_compiling():
+            # Otherwise a compiled step would copy the cache into memory of its own graph.
+            for tensor in (slots.key, slots.value, self._count):
+                torch._dynamo.mark_static_address(tensor)
+        return slots
+
+    @property
+    def length(self) -> int:
+        """Tokens so far. After a compiled or captured step it is read from the device."""
+        if self._known is None:
+            assert self._count is not None
+            self._known = int(self._count)
+        return self._known
+
+    def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """See `Cache`."""
+        if self._count is not None and _fixed(self._count.device):
+            return (self._count + torch.arange(num_tokens, device=device))[None]
+        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
+
+    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+        """See `Cache`.
+
+        In a traced or captured step a padding mask of all tokens is ``(B, max_length)``, and a full
+        cache is an assertion that fails on the device.
+        """
+        checks.check_no_gradient("StaticCache", key, value)
+        form = Form.of(key, value)
+        if self._slots is not None and (self._known != 0 or len(self._forks)):
+            self._slots.form.check(form)
+        if _fixed(form.device):
+            return self._update_fixed(form, key, value, key_padding_mask)
+        first, added = self.length, key.shape[2]
+        total = first + added
+        if total > self.max_length:
+            raise CacheFullError(
+                f"a StaticCache of max_length={self.max_length} holds {first} tokens and has no "
+                f"room for {added} more"
+            )
+        remembered = None if self._padding_BC is None else self._padding_BC[:, :first]
+        padding = extend_padding(
+            remembered, key_padding_mask, batch=form.batch, length=total, added=added
+        )
+        slots = self._make_room(form)
+        slots.write(first, key, value)
+        if padding is not None:
+            self._keep_padding(padding)
+        assert self._count is not None
+        self._count.fill_(total)
+        self._known = total
+        return Cached(*slots.show(total), None, padding)
+
+    def _update_fixed(
+        self, form: Form, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
+    ) -> Cached:
+        """`update` with shapes that do not depend on the length, and without knowing it."""
+        slots = self._make_room(form)
+        assert self._count is not None
+        added = key.shape[2]
+        at_N = self._count + torch.arange(added, device=form.device)
+        message = f"a StaticCache of max_length={self.max_length} is full"
+        torch._assert_async(self._count + added <= self.max_length, message)
+        slots.scatter(at_N, key, value)
+        self._pad_fixed(form, at_N, key_padding_mask)
+        self._count.add_(added)
+        self._known = None
+        slot_C = torch.arange(self.max_length, device=form.device)
+        positions_C = torch.where(slot_C < self._count, slot_C, -1)
+        padding = self._padding_BC
+        return Cached(slots.key, slots.value, positions_C[None], padding, at_N[None])
+
+    def _pad_fixed(self, form: Form, at_N: Tensor, new: Tensor | None) -> None:
+        if new is None:
+            return
+        if new.shape != (form.batch, self.max_length):
+            # Checks it; nothing is remembered here.
+            extend_padding(None, new, batch=form.batch, length=len(at_N), added=len(at_N))
+        if self._padding_BC is None:
+            self._padding_BC = new.new_zeros(form.batch, self.max_length)
+        if self._padding_BC.dtype != new.dtype:
+            raise TypeError(
+                f"key_padding_mask must stay {self._padding_BC.dtype} under torch.compile; "
+                f"got {new.dtype}"
+            )
+        if new.shape[1] == self.max_length:
+            self._padding_BC.copy_(new)
+        else:
+            self._padding_BC.index_copy_(1, at_N, new)
+
+    def _keep_padding(self, padding_BL: Tensor) -> None:
+        batch, length = padding_BL.shape
+        if self._padding_BC is None or self._padding_BC.dtype != padding_BL.dtype:
+            self._padding_BC = own(padding_BL.new_zeros(batch, self.max_length))
+        self._padding_BC[:, :length].copy_(padding_BL)
+
+    def reorder(self, index: Tensor) -> None:
+        """See `DecodingCache`."""
+        if self._slots is not None:
+            form = self._slots.form
+            self._take(checks.reorder_index(index, form.batch, form.device))
+
+    def select(self, rows: Tensor) -> None:
+        """See `DecodingCache`. Another number of sequences needs new memory, and a new graph."""
+        if self._slots is not None:
+            form = self._slots.form
+            self._take(checks.select_index(rows, form.batch, form.device))
+
+    def _take(self, index: Tensor) -> None:
+        assert self._slots is not None
+        self._back_up(0)
+        self._slots = self._slots.take(index)
+        if self._padding_BC is not None:
+            self._padding_BC = own(self._padding_BC.index_select(0, index))
+
+    def _back_up(self, length: int) -> None:
+        """Copy the memory for the open forks that still need tokens from ``length`` on."""
+        assert self._slots is not None
+        copy = None
+        for number, kept in enumerate(self._forks.states):
+            if kept.slots is None and kept.num_tokens is not None and kept.num_tokens > length:
+                copy = self._slots.copy() if copy is None else copy
+                self._forks.states[number] = kept._replace(slots=copy)
+
+    def crop(self, length: int) -> None:
+        """See `DecodingCache`."""
+        checks.check_crop(length, self.length)
+        if self._slots is None or length == self.length:
+            return
+        self._back_up(length)
+        self._shorten(length)
+
+    def fork(self) -> None:
+        """See `DecodingCache`."""
+        count = None if self._count is None else self._count.clone()
+        padding = None if self._padding_BC is None else own(self._padding_BC)
+        self._forks.open(_Kept(count, None, padding))
+
+    def commit(self) -> None:
+        """See `DecodingCache`."""
+        self._forks.close("commit")
+
+    def rollback(self) -> None:
+        """See `DecodingCache`."""
+        kept = self._forks.close("rollback")
+        self._padding_BC = kept.padding
+        if kept.num_tokens is None or self._slots is None:
+            self._slots = self._count = None
+            self._known = 0
+            return
+        if kept.slots is not None:
+            self._slots = self._slots.restore(kept.slots)
+        self._shorten(int(kept.num_tokens))
+
+    def reset(self) -> None:
+        """See `DecodingCache`. The memory is kept for sequences of the same sizes."""
+        self._forks.clear()
+        self._padding_BC = None
+        if self._slots is not None:
+            self._shorten(0)
+
+    def _shorten(self, length: int) -> None:
+        assert self._slots is not None
+        assert self._count is not None
+        self._slots.clear_from(length)
+        self._count.fill_(length)
+        self._known = length
+        if self._padding_BC is not None:
+            self._padding_BC[:, length:].zero_()
+
+    @property
+    def nbytes(self) -> int:
+        """See `DecodingCache`."""
+        padding = 0 if self._padding_BC is None else self._padding_BC.nbytes
+        return padding + (0 if self._slots is None else self._slots.nbytes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `DecodingCache`."""
+        length, padding = self.length, self._padding_BC
+        if self._slots is None or length == 0:
+            return dict_of("StaticCache", None)
+        padding = None if padding is None else padding[:, :length]
+        return dict_of("StaticCache", Tokens(self._slots.form, *self._slots.show(length), padding))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `DecodingCache`. ``max_length`` may be another, if the tokens fit."""
+        checks.check_state(state, "StaticCache", STATE_NAMES)
+        found = tokens_of(state)
+        length = 0 if found is None else found.key.shape[2]
+        if length > self.max_length:
+            raise CacheFullError(
+                f"state holds {length} tokens, too many for max_length={self.max_length}"
+            )
+        self.reset()
+        if found is not None:
+            with torch.inference_mode():
+                self.update(found.key, found.value, found.padding)
+
+    def to(self, device: torch.device | str) -> Self:
+        """See `DecodingCache`."""
+        target = torch.empty(0, device=device).device
+        self._slots = None if self._slots is None else self._slots.to(target)
+        self._count = None if self._count is None else own(self._count.to(target))
+        padding = self._padding_BC
+        self._padding_BC = None if padding is None else own(padding.to(target))
+        self._forks.states = [kept.to(target) for kept in self._forks.states]
+        return self
+
+
+def _fixed(device: torch.device) -> bool:
+    """Whether this step is recorded, to be run again at other lengths."""
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

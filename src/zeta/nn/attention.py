@@ -1,0 +1,322 @@
+"""`MultiheadAttention`, the documented module: projections around `zeta.attention`.
+
+Shapes: B batch, H heads, G key heads, T target length, S source length, N source tokens of this
+    call,
+E embedding, D head dimension.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeta.caches import Cache, Cached, CrossCache, extend_padding
+from zeta.nn import checks
+from zeta.nn.calls import NeedWeights, attention_call, weights_of
+from zeta.nn.config import AttentionConfig
+from zeta.nn.initialization import draw_inputs, draw_output, reset_norms
+from zeta.nn.masking import AttentionMask, RelativePosition
+from zeta.nn.multiway import MultiwayWrapper
+from zeta.nn.norms import QueryKeyNorm, query_key_norm
+from zeta.nn.placement import Placement, Route, SplitArgument, batched_split, through
+from zeta.nn.positions import Rotation, XPos
+from zeta.nn.state import IncrementalState, open_state
+from zeta.ops.attention import run
+from zeta.ops.weights import without_batch
+
+
+class MultiheadAttention(nn.Module):
+    """Multi-head attention (Vaswani et al., 2017), with TorchScale's extensions.
+
+    Its parameters, ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj`` and with ``subln``
+    ``inner_attn_ln``, have TorchScale's names; under multiway each is a `MultiwayNetwork` of ``A``
+    and ``B``.
+
+    Args:
+        args: Model-wide configuration: None, a mapping or an object with attributes; see
+            `AttentionConfig`. ``xpos_rel_pos`` concerns self-attention; a model's cross-attention,
+            built from the same configuration, goes without.
+        embed_dim: Features of queries and of the output.
+        num_heads: Query heads.
+        dropout: Probability in ``[0, 1)`` with which a weight is dropped in training.
+        self_attention: Queries and keys are one sequence.
+        encoder_decoder_attention: Keys are an encoder's. At most one of the two can be True.
+        subln: LayerNorm before the output projection (Wang et al., Magneto, 2022). Self-attention
+            only.
+        num_kv_heads: Key heads, each shared by ``num_heads / num_kv_heads`` query heads (Ainslie et
+            al., GQA, 2023); ``num_heads`` by default.
+        head_dim: Features of a head; ``embed_dim / num_heads`` by default.
+        kdim: Features of keys; ``embed_dim`` by default.
+        vdim: Features of values; ``embed_dim`` by default.
+        bias: Whether the projections have biases.
+        scale: Factor of the scores; ``1 / sqrt(head_dim)`` by default, with ``qk_norm="l2"`` too,
+            where scores would otherwise be cosines: about 10 is usual there.
+        qk_norm: ``"rms"`` or ``"l2"``: normalise queries and keys, head by head, before any
+            rotation.
+        position: `RotaryEmbedding` or `XPos`. It may be shared by many attentions.
+        window: A query sees itself and the ``window - 1`` tokens before it.
+        need_weights: What `forward` returns second, unless it is told otherwise.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Raises:
+        TypeError: An argument or a field of ``args`` has the wrong type.
+        ValueError: A size is wrong, a field of ``args`` is misspelt, or a feature does not exist in
+            this kind of attention.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        self_attention: bool = False,
+        encoder_decoder_attention: bool = False,
+        subln: bool = False,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        bias: bool = True,
+        scale: float | None = None,
+        qk_norm: QueryKeyNorm | None = None,
+        position: Rotation | None = None,
+        window: int | None = None,
+        need_weights: NeedWeights = "lazy",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        config = AttentionConfig.from_args(args)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        checks.check_sizes(embed_dim, num_heads, num_kv_heads, head_dim, dropout)
+        checks.check_kind(self_attention, encoder_decoder_attention, subln, window, need_weights)
+        self.embed_dim = embed_dim
+        self.kdim = embed_dim if kdim is None else kdim
+        self.vdim = embed_dim if vdim is None else vdim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        self.dropout = dropout
+        self.self_attention = self_attention
+        self.encoder_decoder_attention = encoder_decoder_attention
+        self.scale = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
+        self.window = window
+        self.need_weights = need_weights
+        self.multiway = config.num_ways > 1
+
+        inner, inner_kv = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        eps = config.layernorm_eps
+        self.k_proj = MultiwayWrapper(
+            config, nn.Linear(self.kdim, inner_kv, bias=bias, device=device, dtype=dtype)
+        )
+        self.v_proj = MultiwayWrapper(
+            config, nn.Linear(self.vdim, inner_kv, bias=bias, device=device, dtype=dtype)
+        )
+        self.q_proj = MultiwayWrapper(
+            config, nn.Linear(embed_dim, inner, bias=bias, device=device, dtype=dtype)
+        )
+        self.out_proj = MultiwayWrapper(
+            config, nn.Linear(inner, embed_dim, bias=bias, device=device, dtype=dtype)
+        )
+        self.inner_attn_ln = (
+            MultiwayWrapper(config, nn.LayerNorm(inner, eps=eps, device=device, dtype=dtype))
+            if subln
+            else None
+        )
+        self.q_norm = query_key_norm(qk_norm, self.head_dim, eps, device, dtype)
+        self.k_norm = query_key_norm(qk_norm, self.head_dim, eps, device, dtype)
+        checks.check_position(
+            position, config.xpos_rel_pos, self.head_dim, self_attention, encoder_decoder_attention
+        )
+        if config.xpos_rel_pos and self_attention:
+            position = XPos(self.head_dim, config.xpos_scale_base, device=device)
+        # TorchScale's name, under which xPos stands in the state dict, whatever the rotation.
+        self.xpos = position
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new parameters, for every way.
+
+        Xavier uniform (Glorot and Bengio, 2010) with gain ``1 / sqrt(2)`` for queries, keys and
+        values and gain 1 for the output, whose bias is 0; norms are reset; other biases as in
+        ``nn.Linear``.
+        """
+        draw_inputs((self.q_proj, self.k_proj, self.v_proj))
+        draw_output(self.out_proj)
+        reset_norms((self.inner_attn_ln, self.q_norm, self.k_norm))
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        incremental_state: IncrementalState | None = None,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: AttentionMask | None = None,
+        rel_pos: RelativePosition | None = None,
+        is_first_step: bool = False,
+        *,
+        is_causal: bool = False,
+        need_weights: NeedWeights | None = None,
+        positions: Tensor | None = None,
+        split_position: SplitArgument | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend.
+
+        Args:
+            query: ``(B, T, E)``, or ``(T, E)``: then all shapes here are without their batch
+                dimension.
+            key: ``(B, N, kdim)``. None in a cross-attention whose ``incremental_state`` has the
+                keys.
+            value: ``(B, N, vdim)``, or None with the key.
+            incremental_state: A dict, empty at first, or a cache from `zeta.caches`; it is written
+                to. Queries and keys are the tokens after those it holds. A cross-attention keeps
+                there the keys and values of its first call, and reuses them.
+            key_padding_mask: ``(B, N)``, or ``(B, S)`` with those in the cache, which otherwise
+                remembers what it was given. bool, True hides the key; floating point is added to
+                the scores.
+            attn_mask: ``(T, S)``, ``(B, T, S)``, ``(B * H, T, S)`` or ``(1 or B, 1 or H, T, S)``;
+                or a value of `zeta.masks`. bool, True hides the key; floating point is added to the
+                scores and gets its gradient.
+            rel_pos: Relative position bias: ``(B * H, T, S)``, ``(H, T, S)`` or ``(1 or B, H, T,
+                S)``; or a `RelativePositionBias`, an `ALiBi` or a value of `zeta.biases`, never
+                made a tensor.
+            is_first_step: Accepted for compatibility; the cache knows.
+            is_causal: Hide from a query the keys after it.
+            need_weights: ``"lazy"``: computed when first used; True: computed now; ``"mean"``:
+                averaged over heads; False: None. The constructor's by default.
+            positions: Integers ``(T,)`` or ``(1 or B, T)``: where the tokens stand, for the
+                rotation and the split of multiway. By default they follow those in the cache. Masks
+                and biases go by the order of tokens regardless.
+            split_position: See `Split`; in a cross-attention possibly a pair, for queries and for
+                keys.
+
+        Returns:
+            ``(B, T, E)``, and ``(H, B, T, S)``, weights after the softmax and before dropout; with
+            ``"mean"`` ``(B, T, S)``. A query with every key hidden gets weights of 0.
+
+        Raises:
+            TypeError: An argument has the wrong type or dtype.
+            ValueError: A shape or a device is wrong, or arguments contradict each other.
+        """
+        if query.dim() == 2:
+            return self._unbatched(
+                query, (key, value), incremental_state, key_padding_mask, attn_mask, rel_pos,
+                is_first_step, is_causal=is_causal, need_weights=need_weights,
+                positions=positions, split_position=split_position,
+            )  # fmt: skip
+        checks.check_query(query, self.embed_dim)
+        need_weights = self.need_weights if need_weights is None else need_weights
+        checks.check_need_weights(need_weights)
+        cache = None
+        if incremental_state is not None:
+            rotate = None if self.xpos is None else self._rotate_first_keys
+            cache = open_state(
+                incremental_state, self.encoder_decoder_attention, is_first_step, rotate
+            )
+        place = Placement.of(
+            query, cache, positions, split_position,
+            multiway=self.multiway, rotates=self.xpos is not None, keys_too=self.self_attention,
+        )  # fmt: skip
+        query_BHTD = self._heads(self.q_proj, self.q_norm, query, place.query_route)
+        if isinstance(cache, CrossCache) and cache.length:
+            source = None if key is None else key.shape[1]
+            cached = cache.reuse(query.shape[0], source, key_padding_mask)
+        else:
+            query_BHTD, cached = self._remember(
+                query_BHTD, key, value, key_padding_mask, cache, place
+            )
+        call = attention_call(
+            query_BHTD, cached, attn_mask=attn_mask, rel_pos=rel_pos, is_causal=is_causal,
+            window=self.window, scale=self.scale, first=place.first,
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # fmt: skip
+        out_BTE = run(call)[0].transpose(1, 2).flatten(2)
+        if self.inner_attn_ln is not None:
+            out_BTE = through(self.inner_attn_ln, out_BTE, place.query_route)
+        out_BTE = through(self.out_proj, out_BTE, place.query_route)
+        return out_BTE, weights_of(call, need_weights)
+
+    def _heads(
+        self, projection: nn.Module, norm: nn.Module | None, x: Tensor, route: Route | None
+    ) -> Tensor:
+        """Tokens ``(B, L, features)`` projected, in heads, normalised: ``(B, heads, L, D)``."""
+        batch, length, _ = x.shape
+        heads_BLHD = through(projection, x, route).view(batch, length, -1, self.head_dim)
+        if norm is not None:
+            heads_BLHD = norm(heads_BLHD)
+        return heads_BLHD.transpose(1, 2)
+
+    def _remember(
+        self,
+        query_BHTD: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None,
+        cache: Cache | CrossCache | None,
+        place: Placement,
+    ) -> tuple[Tensor, Cached]:
+        """The queries, rotated, and all keys and values, those in the cache first."""
+        if key is None or value is None:
+            raise ValueError(
+                "key and value must be given, unless incremental_state has an encoder's keys"
+            )
+        checks.check_key_and_value(query_BHTD.shape[0], key, value, self.kdim, self.vdim)
+        key_BGND = self._heads(self.k_proj, self.k_norm, key, place.key_route)
+        value_BGND = self._heads(self.v_proj, None, value, place.key_route)
+        if self.xpos is not None:
+            query_BHTD, key_BGND = place.rotate(
+                self.xpos,
+                query_BHTD,
+                key_BGND,
+                keys_too=self.self_attention,
+                cached=cache is not None,
+            )
+        if cache is not None:
+            return query_BHTD, cache.update(key_BGND, value_BGND, key_padding_mask)
+        if key_padding_mask is not None:
+            batch, source = key.shape[:2]
+            key_padding_mask = extend_padding(
+                None, key_padding_mask, batch=batch, length=source, added=source
+            )
+        return query_BHTD, Cached(key_BGND, value_BGND, None, key_padding_mask)
+
+    def _rotate_first_keys(self, key_BGSD: Tensor) -> Tensor:
+        assert self.xpos is not None
+        return self.xpos.keys(key_BGSD, 0)
+
+    def _unbatched(
+        self,
+        query: Tensor,
+        source: tuple[Tensor | None, Tensor | None],
+        incremental_state: IncrementalState | None,
+        key_padding_mask: Tensor | None,
+        *arguments: Any,
+        split_position: SplitArgument | None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` of one sequence, with a batch dimension added and taken away."""
+        key, value = (None if part is None else part.unsqueeze(0) for part in source)
+        out, weights = self.forward(
+            query.unsqueeze(0),
+            key,
+            value,
+            incremental_state,
+            None if key_padding_mask is None else key_padding_mask.unsqueeze(0),
+            *arguments,
+            split_position=batched_split(split_position),
+            **options,
+        )
+        return out.squeeze(0), None if weights is None else without_batch(weights)
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows beside the submodules."""
+        parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
+        if self.num_kv_heads != self.num_heads:
+            parts.append(f"num_kv_heads={self.num_kv_heads}")
+        parts += [f"head_dim={self.head_dim}", f"dropout={self.dropout}"]
+        return ", ".join(parts)

@@ -1,0 +1,94 @@
+"""From what a module has projected to an `AttentionCall`, and from that to attention weights.
+
+Shapes: B batch, H heads, T target length, S source length, D head dimension.
+"""
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from zeta.biases import Bias
+from zeta.caches import Cached
+from zeta.masks import Mask
+from zeta.nn.masking import AttentionMask, RelativePosition, join, structured_mask
+from zeta.ops.attention import run_weights
+from zeta.ops.call import AttentionCall
+from zeta.ops.weights import lazy_weights
+
+NeedWeights: TypeAlias = bool | Literal["lazy", "mean"]
+
+
+def attention_call(
+    query_BHTD: Tensor,
+    cached: Cached,
+    *,
+    attn_mask: AttentionMask | None,
+    rel_pos: RelativePosition | None,
+    is_causal: bool,
+    window: int | None,
+    scale: float,
+    dropout_p: float,
+    first: int,
+) -> AttentionCall:
+    """Describe the attention of queries to all keys so far.
+
+    Args:
+        query_BHTD: Queries.
+        cached: Keys and values, with their padding.
+        attn_mask, rel_pos, is_causal: As `MultiheadAttention.forward` takes them.
+        window, scale: As `MultiheadAttention` takes them.
+        dropout_p: 0 except in training.
+        first: Position of the first query, where keys have positions of their own.
+
+    Raises:
+        ValueError: A mask or bias does not fit the queries and keys.
+        TypeError: A mask or bias has the wrong type.
+    """
+    mask: Mask | None = None
+    bias: Bias | None = None
+    query_positions = None
+    batch, heads, target, _ = query_BHTD.shape
+    sizes = (batch, heads, target, cached.key.shape[2])
+    if is_causal or window is not None:
+        mask = structured_mask(is_causal, window, sizes, ordered=cached.positions is None)
+    if attn_mask is not None or rel_pos is not None or cached.padding is not None:
+        mask, bias = join(attn_mask, cached.padding, rel_pos, mask, sizes, query_BHTD.device)
+    if mask is None and bias is None and not dropout_p and cached.positions is None:
+        # The plain call. What `checked` asks, the projections have made certain.
+        return AttentionCall(query_BHTD, cached.key, cached.value, scale=scale)
+    if cached.positions is not None:
+        query_positions = torch.arange(first, first + target, device=query_BHTD.device)
+    return AttentionCall.checked(
+        query_BHTD,
+        cached.key,
+        cached.value,
+        mask=mask,
+        bias=bias,
+        dropout_p=dropout_p,
+        scale=scale,
+        query_positions=query_positions,
+        key_positions=cached.positions,
+    )
+
+
+def weights_of(call: AttentionCall, need_weights: NeedWeights) -> Tensor | None:
+    """``(H, B, T, S)``, ``(B, T, S)`` averaged over heads, or None, as ``need_weights`` says."""
+    if need_weights is False:
+        return None
+    # Without the values, which lazy weights would keep alive.
+    call = AttentionCall(
+        call.query,
+        call.key,
+        call.key,
+        mask=call.mask,
+        bias=call.bias,
+        scale=call.scale,
+        query_positions=call.query_positions,
+        key_positions=call.key_positions,
+        result="mean_weights" if need_weights == "mean" else "weights",
+    )
+    if need_weights == "lazy":
+        return lazy_weights(call, run_weights, heads_first=True)
+    weights = run_weights(call)
+    return weights.transpose(0, 1) if need_weights is True else weights

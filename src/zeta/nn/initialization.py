@@ -1,0 +1,49 @@
+"""How attention's parameters are drawn."""
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from zeta.nn.multiway import Ways
+from zeta.nn.norms import RMSNorm
+
+
+def draw_projection(projection: nn.Module, gain: float) -> None:
+    """Xavier uniform weights (Glorot and Bengio, 2010); biases as in ``nn.Linear``.
+
+    Args:
+        projection: ``nn.Linear``, or a multiway module of them.
+        gain: Factor of the weights' standard deviation.
+    """
+    for linear in ways_of(projection):
+        assert isinstance(linear, nn.Linear)
+        linear.reset_parameters()
+        nn.init.xavier_uniform_(linear.weight, gain=gain)
+
+
+def draw_inputs(projections: Iterable[nn.Module]) -> None:
+    """Draw the projections of queries, keys and values, with gain ``1 / sqrt(2)``."""
+    for projection in projections:
+        draw_projection(projection, 1.0 / math.sqrt(2.0))
+
+
+def draw_output(projection: nn.Module) -> None:
+    """Draw the output projection: gain 1, bias 0."""
+    draw_projection(projection, 1.0)
+    for linear in ways_of(projection):
+        if isinstance(linear.bias, nn.Parameter):
+            nn.init.zeros_(linear.bias)
+
+
+def reset_norms(norms: Iterable[nn.Module | None]) -> None:
+    """Factors 1 and biases 0, where there are any."""
+    for norm in norms:
+        for part in [] if norm is None else ways_of(norm):
+            if isinstance(part, nn.LayerNorm | RMSNorm):
+                part.reset_parameters()
+
+
+def ways_of(module: nn.Module) -> list[nn.Module]:
+    """The modules that a possibly multiway one consists of."""
+    return list(module.children()) if isinstance(module, Ways) else [module]

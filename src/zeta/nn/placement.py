@@ -1,0 +1,138 @@
+"""Where the tokens of a call stand, which rotations and multiway modules ask.
+
+Shapes: B batch, H heads, T target length, N source tokens of the call, D head dimension.
+"""
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from zeta.caches import Cache, CrossCache
+from zeta.nn.multiway import Split
+from zeta.nn.positions import Positions, Rotation
+
+SplitArgument: TypeAlias = Split | tuple[Split, Split]
+"""One for queries and keys, or one for each."""
+
+
+class Route(NamedTuple):
+    """Which tokens go which way through multiway modules."""
+
+    split: Split | None
+    positions: Positions
+
+
+def through(module: nn.Module, x: Tensor, route: Route | None) -> Tensor:
+    """``module(x)``, along ``route`` if the module is multiway."""
+    out: Tensor
+    if route is None:
+        out = module(x)
+    else:
+        out = module(x, split_position=route.split, token_positions=route.positions)
+    return out
+
+
+def batched_split(split: SplitArgument | None) -> SplitArgument | None:
+    """The split of one sequence, with ``(T,)`` way ids, as that of a batch of one."""
+    if isinstance(split, tuple):
+        query_split, key_split = (_batched(part) for part in split)
+        return query_split, key_split
+    return None if split is None else _batched(split)
+
+
+def _batched(split: Split) -> Split:
+    return split.unsqueeze(0) if isinstance(split, Tensor) and split.dim() == 1 else split
+
+
+class Placement(NamedTuple):
+    """The tokens of one call.
+
+    Attributes:
+        first: Position of the first source token: the number of those in the cache.
+        positions: ``(T,)`` or ``(1 or B, T)``, given by the caller; None: tokens follow the cache.
+        query_route: None without multiway.
+        key_route: None without multiway.
+    """
+
+    first: int
+    positions: Tensor | None
+    query_route: Route | None
+    key_route: Route | None
+
+    @classmethod
+    def of(
+        cls,
+        query: Tensor,
+        cache: Cache | CrossCache | None,
+        positions: Tensor | None,
+        split: SplitArgument | None,
+        *,
+        multiway: bool,
+        rotates: bool,
+        keys_too: bool,
+    ) -> "Placement":
+        """Place the tokens of a call.
+
+        Args:
+            query: ``(B, T, E)``.
+            cache: Of the call.
+            positions: As given by the caller.
+            split: As given by the caller.
+            multiway: Whether the module is.
+            rotates: Whether the module has a rotation.
+            keys_too: Whether ``positions`` are those of the keys as well.
+
+        Raises:
+            TypeError: ``positions`` are not integers.
+            ValueError: Their shape is wrong, or the module has no use for an argument.
+        """
+        first = 0 if cache is None or isinstance(cache, CrossCache) else cache.length
+        if positions is not None:
+            if not (rotates or multiway):
+                raise ValueError(
+                    "positions was given, but the module has neither position= nor multiway"
+                )
+            _check_positions(positions, *query.shape[:2])
+        if not multiway:
+            if split is not None:
+                raise ValueError("split_position was given, but the module has no args.multiway")
+            return cls(first, positions, None, None)
+        query_split, key_split = split if isinstance(split, tuple) else (split, split)
+        query_at: Positions = first if positions is None else positions
+        key_at: Positions = first if positions is None or not keys_too else positions
+        if positions is None and isinstance(cache, CrossCache):
+            query_at = cache.count_queries(query)
+        return cls(first, positions, Route(query_split, query_at), Route(key_split, key_at))
+
+    def rotate(
+        self, rotation: Rotation, query: Tensor, key: Tensor, *, keys_too: bool, cached: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Rotated queries ``(B, H, T, D)`` and new keys ``(B, G, N, D)``.
+
+        Args:
+            rotation: The module's.
+            query: Its last token stands where the last key does, unless positions were given.
+            key: The new keys.
+            keys_too: As in `of`.
+            cached: Whether the keys will be kept.
+        """
+        target, added = query.shape[2], key.shape[2]
+        if self.positions is None:
+            # What is kept must be rotated about one position for ever. Otherwise the middle is
+            # best: from there the decay of xPos can be represented for the longest sequences.
+            anchor = 0 if cached else added // 2
+            query_at: Positions = self.first + added - target
+            return rotation.queries(query, query_at, anchor), rotation.keys(key, self.first, anchor)
+        key_at: Positions = self.positions if keys_too else self.first
+        return rotation.queries(query, self.positions), rotation.keys(key, key_at)
+
+
+def _check_positions(positions: Tensor, batch: int, length: int) -> None:
+    if positions.is_floating_point() or positions.dtype == torch.bool:
+        raise TypeError(f"positions must be integers; got {positions.dtype}")
+    if positions.shape not in ((length,), (1, length), (batch, length)):
+        raise ValueError(
+            f"positions must have shape ({length},) or (1 or {batch}, {length}); "
+            f"got {tuple(positions.shape)}"
+        )

@@ -1,0 +1,201 @@
+"""Rotations of queries and keys by their positions: `RotaryEmbedding` and `XPos`.
+
+Tables are made in float32 (float64 for a float64 input) whatever the dtype of the module, and the
+rotation itself is done in that precision.
+
+Shapes: B batch, H heads, L length, D head dimension.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from zeta.positions import rotary_tables, rotate, xpos_scale
+
+Positions: TypeAlias = int | Tensor
+"""Position of the first of consecutive tokens, or of each: ``(L,)`` or ``(1 or B, L)``."""
+
+
+class Rotation(nn.Module):
+    """Base of what ``position=`` of an attention takes.
+
+    ``anchor`` is any position; the same one for queries and keys leaves the scores as they are.
+    """
+
+    head_dim: int
+
+    def queries(self, x: Tensor, positions: Positions, anchor: int = 0) -> Tensor:
+        """Rotated queries, the shape and dtype of ``x``, ``(B, H, L, D)``."""
+        raise NotImplementedError
+
+    def keys(self, x: Tensor, positions: Positions, anchor: int = 0) -> Tensor:
+        """Rotated keys, the shape and dtype of ``x``, ``(B, H, L, D)``."""
+        raise NotImplementedError
+
+
+class RotaryEmbedding(Rotation):
+    """Rotary position embeddings (Su et al., RoFormer, 2021, section 3.2.2).
+
+    Args:
+        head_dim: Features of a head.
+        base: The longest wavelength is ``2 * pi * base`` positions.
+        interleaved: Features ``(2p, 2p + 1)`` are a pair, as in RoFormer and TorchScale. False
+            pairs ``(p, p + rotary_dim / 2)``, as the checkpoints of GPT-NeoX and Llama in
+            Transformers do.
+        rotary_dim: Rotate the first ``rotary_dim`` features only; all by default.
+
+    Raises:
+        ValueError: ``rotary_dim`` is odd, not positive, or more than ``head_dim``.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        *,
+        base: float = 10000.0,
+        interleaved: bool = True,
+        rotary_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        _check_pairs(self.rotary_dim)
+        if self.rotary_dim > head_dim:
+            raise ValueError(f"rotary_dim must be at most head_dim = {head_dim}; got {rotary_dim}")
+        self.base = base
+        self.interleaved = interleaved
+
+    def forward(self, x: Tensor, offset: int = 0, *, positions: Tensor | None = None) -> Tensor:
+        """Rotate queries or keys.
+
+        Args:
+            x: ``(..., L, D)``; ``(B, H, L, D)`` for positions with a batch dimension.
+            offset: Position of the first token.
+            positions: ``(L,)`` or ``(1 or B, L)`` integers, in place of ``offset``.
+
+        Returns:
+            The shape and dtype of ``x``.
+        """
+        return self._turn(x, offset if positions is None else positions)
+
+    def queries(self, x: Tensor, positions: Positions, anchor: int = 0) -> Tensor:
+        """See `Rotation`."""
+        return self._turn(x, positions)
+
+    def keys(self, x: Tensor, positions: Positions, anchor: int = 0) -> Tensor:
+        """See `Rotation`."""
+        return self._turn(x, positions)
+
+    def _turn(self, x: Tensor, positions: Positions) -> Tensor:
+        position_L = _as_tensor(positions, x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        cos, sin = rotary_tables(position_L, self.rotary_dim, base=self.base, dtype=dtype)
+        if self.rotary_dim == self.head_dim:
+            return rotate(x, cos, sin, interleaved=self.interleaved)
+        turned, kept = x.split((self.rotary_dim, self.head_dim - self.rotary_dim), dim=-1)
+        return torch.cat((rotate(turned, cos, sin, interleaved=self.interleaved), kept), dim=-1)
+
+
+class XPos(Rotation):
+    """xPos: rotary embeddings with a decay (Sun et al., A Length-Extrapolatable Transformer, 2022).
+
+    The scores are TorchScale's. TorchScale measures the decay from the middle of whatever it is
+    given, which only cancels if queries and keys are equally many; here both are measured from
+    ``anchor``, so that a key is rotated once and can be kept.
+
+    Its buffer ``scale`` is in the state dict because it is in TorchScale's. It is never read: it
+    takes the dtype of the module, and the tables do not.
+
+    Args:
+        head_dim: Features of a head; even.
+        scale_base: Positions over which a feature decays by its factor, 0.29 to 1.
+        device: Of the buffer.
+
+    Raises:
+        ValueError: ``head_dim`` is odd or not positive.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        head_dim: int,
+        scale_base: float = 512,
+        *,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        _check_pairs(head_dim)
+        self.head_dim = head_dim
+        self.scale_base = scale_base
+        self.register_buffer("scale", self._factors().to(device))
+
+    def _factors(self) -> Tensor:
+        return xpos_scale(torch.tensor(1.0), self.head_dim, scale_base=1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "XPos":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
+        # `to_empty` would leave it undefined.
+        self.scale = self._factors().to(self.scale)
+        return self
+
+    def forward(
+        self,
+        x: Tensor,
+        offset: int = 0,
+        downscale: bool = False,
+        *,
+        positions: Tensor | None = None,
+        anchor: int = 0,
+    ) -> Tensor:
+        """Rotate and scale queries or keys.
+
+        Args:
+            x: ``(..., L, D)``; ``(B, H, L, D)`` for positions with a batch dimension.
+            offset: Position of the first token.
+            downscale: True for keys, False for queries.
+            positions: ``(L,)`` or ``(1 or B, L)`` integers, in place of ``offset``.
+            anchor: The position whose scale is 1. In float32 positions up to about 36,000 from it
+                can be represented, in float16 about 4,500.
+
+        Returns:
+            The shape and dtype of ``x``.
+        """
+        return self._turn(
+            x, offset if positions is None else positions, anchor, -1 if downscale else 1
+        )
+
+    def queries(self, x: Tensor, positions: Positions, anchor: int = 0) -> Tensor:
+        """See `Rotation`."""
+        return self._turn(x, positions, anchor, 1)
+
+    def keys(self, x: Tensor, positions: Positions, anchor: int = 0) -> Tensor:
+        """See `Rotation`."""
+        return self._turn(x, positions, anchor, -1)
+
+    def _turn(self, x: Tensor, positions: Positions, anchor: int, sign: int) -> Tensor:
+        position_L = _as_tensor(positions, x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # float32 angles: those that models with xPos were trained with.
+        cos, sin = rotary_tables(position_L, self.head_dim, dtype=dtype, angle_dtype=torch.float32)
+        power = (position_L - anchor) * sign
+        scale = xpos_scale(power, self.head_dim, scale_base=self.scale_base, dtype=dtype)
+        return rotate(x, cos * scale, sin * scale)
+
+
+XPOS = XPos
+"""TorchScale's spelling."""
+
+
+def _as_tensor(positions: Positions, x: Tensor) -> Tensor:
+    """Positions that broadcast over ``x`` without its last dimension."""
+    if isinstance(positions, Tensor):
+        return positions if positions.dim() == 1 else positions.unsqueeze(1)
+    return torch.arange(positions, positions + x.shape[-2], device=x.device)
+
+
+def _check_pairs(dim: int) -> None:
+    if dim <= 0 or dim % 2:
+        raise ValueError(f"rotations turn pairs of features: head_dim must be even; got {dim}")

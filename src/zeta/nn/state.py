@@ -1,0 +1,44 @@
+"""From ``incremental_state``, a plain dict or a cache of `zeta.caches`, to a cache."""
+
+from collections.abc import Callable, MutableMapping
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from zeta.caches import Cache, CrossCache, DictCache
+
+IncrementalState: TypeAlias = MutableMapping[str, Any] | Cache | CrossCache
+
+
+def open_state(
+    state: IncrementalState,
+    cross: bool,
+    is_first_step: bool,
+    rotate: Callable[[Tensor], Tensor] | None,
+) -> Cache | CrossCache:
+    """The cache that an ``incremental_state`` is.
+
+    Args:
+        state: A dict, which the cache writes to, or a cache.
+        cross: Whether it is for the keys of an encoder.
+        is_first_step: The caller's belief that nothing is cached. Nothing depends on it: a cache
+            knows.
+        rotate: How the attention rotates keys that begin at position 0; None: it does not.
+
+    Raises:
+        TypeError: ``state`` is neither.
+        ValueError: It is of another kind of attention, or not empty at the first step.
+    """
+    cache: Cache | CrossCache
+    if isinstance(state, MutableMapping):
+        cache = CrossCache(state) if cross else DictCache(state, rotate)
+    elif isinstance(state, CrossCache if cross else Cache):
+        cache = state
+    else:
+        kind = "a dict or a CrossCache" if cross else "a dict or a cache from zeta.caches"
+        raise TypeError(f"incremental_state must be {kind}; got {type(state).__name__}")
+    if is_first_step and cache.length:
+        raise ValueError(
+            f"is_first_step=True, but incremental_state holds {cache.length} tokens; pass a new one"
+        )
+    return cache
