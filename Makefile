@@ -15,7 +15,7 @@ WORKERS ?= auto
 NONE_IS_FINE := || test $$? -eq 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format types wheel clean
+.PHONY: help demo test test-fast histories lint format types wheel clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test: $(VENV)/.ready-dev ## Run every test this machine can run.
 
 test-fast: $(VENV)/.ready-dev ## Run the tests that take less than five seconds each.
 	$(PYTEST) --numprocesses $(WORKERS) -m "not slow and not serial" $(ARGS)
+
+histories: $(VENV)/.ready-dev ## Run 100,000 random histories of caches: about half an hour.
+	$(PYTEST) --numprocesses $(WORKERS) --histories 100000 tests/caches/test_histories.py $(ARGS)
 
 lint: $(VENV)/.ready-dev ## Check style, formatting and types.
 	$(BIN)/ruff check .

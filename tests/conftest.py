@@ -24,6 +24,15 @@ hypothesis.settings.register_profile("zeta", derandomize=True, deadline=None, pr
 hypothesis.settings.load_profile("zeta")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--histories",
+        type=int,
+        default=2000,
+        help="how many random histories of caches to run (default: 2000)",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(NUM_THREADS)
 
@@ -35,6 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture
+def num_histories(request: pytest.FixtureRequest) -> int:
+    """How many random histories of caches to run, all kinds of cache together."""
+    return int(request.config.getoption("histories"))
 
 
 @pytest.fixture(autouse=True)

@@ -278,14 +278,22 @@ class History:
         elif operation in ("commit", "rollback"):
             self.close(operation)
         elif operation == "reload":
-            new = self.make()
-            new.load_state_dict(copy.deepcopy(cache.state_dict()))
-            cache.reset()
-            self.cache, self.forks = new, []
+            self.reload()
         elif operation == "reset":
             cache.reset()
             self.ledger, self.forks = [], []
         assert self.cache.length == self.length
+
+    def reload(self) -> None:
+        new, state = self.make(), copy.deepcopy(self.cache.state_dict())
+        try:
+            new.load_state_dict(state)
+        except CacheFullError:
+            assert new.length == 0
+            return
+        assert same(state, new.state_dict())
+        self.cache.reset()
+        self.cache, self.forks = new, []
 
     def crop(self, length: int) -> None:
         before = snapshot(self.cache)

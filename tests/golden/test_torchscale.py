@@ -4,10 +4,11 @@
 parameters, outputs and, for a random cotangent of the output, all gradients. The metadata has an
 index of the cases under ``cases``.
 
-TorchScale takes its softmax in float32 even here, so its numbers carry an error of about 5e-8, which
-Zeta, float64 throughout, does not make. Each case therefore runs twice: with the op as it is, which
-must agree within that error; and with a textbook op that takes its softmax as TorchScale does, where
-everything around it - projections, masks, rotations, ways, caches, gradients - must agree to 1e-10.
+TorchScale takes its softmax in float32 even here, so its numbers carry an error of about 5e-8,
+which Zeta, float64 throughout, does not make. Each case therefore runs twice: with the op as it is,
+which must agree within that error; and with a textbook op that takes its softmax as TorchScale
+does, where everything around it - projections, masks, rotations, ways, caches, gradients - must
+agree to 1e-10.
 """
 
 import json
@@ -35,7 +36,7 @@ EMBED_DIM, NUM_HEADS = int(METADATA["embed_dim"]), int(METADATA["num_heads"])
 
 
 def named(call: str | None) -> list[str]:
-    """The cases with this kind of call; None: those of the relative position bias, which have none."""
+    """The cases with this kind of call; None: those of the relative position bias."""
     return [name for name, case in CASES.items() if case.get("call") == call]
 
 

@@ -98,6 +98,8 @@ def modules_with_examples(package: str) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     warnings.simplefilter("error")
+    # torch's own word about an environment without numpy.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
     if arguments[:1] == ["--docstrings"]:
         for package in arguments[1:]:
             for name in modules_with_examples(package):

@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("attention",),
         ("weights", "backends"),
         ("deferred", "standin"),
-        ("parts", "dropout"),
+        ("parts", "dropout", "transforms"),
         ("call",),
     ),
     "zeta.ops.backends": (

@@ -485,15 +485,6 @@ def test_copies_and_saved_modules_compute_the_same() -> None:
         check_same(other(x, x, x, split_position=2), module(x, x, x, split_position=2))
 
 
-def test_gradients_of_gradients_are_torchs_own_or_a_clear_error() -> None:
-    module, x = make(), tokens(T).requires_grad_()
-    (gradient,) = torch.autograd.grad(module(x, x, x)[0].square().sum(), x, create_graph=True)
-    try:
-        gradient.square().sum().backward()
-    except (RuntimeError, NotImplementedError) as error:
-        assert "backward" in str(error) or "derivative" in str(error)
-
-
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch's, of its own kernel
 def test_functional_call_and_per_sample_gradients() -> None:
     module, x = make(self_attention=True), tokens(T)

@@ -302,7 +302,7 @@ def test_wrong_number_of_ways_is_refused() -> None:
 
 def test_split_without_multiway_is_refused() -> None:
     module, x = MultiheadAttention(None, E, 4), tokens().float()
-    with pytest.raises(ValueError, match="split_position was given, but .* no args.multiway"):
+    with pytest.raises(ValueError, match=r"split_position was given, but .* no args.multiway"):
         module(x, x, x, split_position=3)
 
 

@@ -1,4 +1,5 @@
-"""`MultiheadAttention` once more, written out for one way and without a cache: what tests compare with.
+"""`MultiheadAttention` once more, written out for one way and without a cache: what tests compare
+with.
 
 Shapes: B batch, H heads, G key heads, T target length, S source length, D head dimension.
 """

@@ -5,6 +5,8 @@ from zeta.caches.dictionary import DictCache
 from zeta.caches.dynamic import DynamicCache
 from zeta.caches.interface import Cache, Cached, CacheFullError, DecodingCache
 from zeta.caches.padding import extend_padding
+from zeta.caches.paged import PagedCache
+from zeta.caches.pool import PagePool
 from zeta.caches.quantized import QuantizedCache
 from zeta.caches.rolling import RollingCache
 from zeta.caches.static import StaticCache
@@ -17,6 +19,8 @@ __all__ = [
     "DecodingCache",
     "DictCache",
     "DynamicCache",
+    "PagePool",
+    "PagedCache",
     "QuantizedCache",
     "RollingCache",
     "StaticCache",

@@ -79,6 +79,11 @@ class DictCache:
             check_fits(KEY, before_key, key)
             check_fits(VALUE, before_value, value)
             length += before_key.shape[2]
+            if before_value.shape[2] != before_key.shape[2]:
+                raise ValueError(
+                    f"incremental_state must hold as many values as keys; "
+                    f"got {before_value.shape[2]} and {before_key.shape[2]}"
+                )
         padding = extend_padding(
             state.get(PADDING), key_padding_mask, batch=batch, length=length, added=added
         )

@@ -14,9 +14,9 @@ from zeta.caches.forks import Forks
 from zeta.caches.form import Form
 from zeta.caches.interface import Cached
 from zeta.caches.padding import extend_padding
+from zeta.caches.ring import Ring
 from zeta.caches.slots import Slots
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
-from zeta.masks import Causal, Mask, Padding, SlidingWindow
 
 _NAMES = STATE_NAMES | {"length", "window", "sinks"}
 
@@ -64,6 +64,7 @@ class RollingCache:
             )
         self.window = window
         self.sinks = sinks
+        self._ring = Ring(window, sinks)
         self._state: _State | None = None
         self._forks: Forks[_Kept] = Forks()
 
@@ -72,26 +73,9 @@ class RollingCache:
         """Tokens so far, the forgotten ones included."""
         return 0 if self._state is None else self._state.length
 
-    @property
-    def _num_slots(self) -> int:
-        return self.sinks + self.window
-
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """See `Cache`."""
         return torch.arange(self.length, self.length + num_tokens, device=device)[None]
-
-    def _slots_of(self, position: Tensor) -> Tensor:
-        """Where tokens go: behind the sinks they take turns."""
-        turn = self.sinks + (position - self.sinks) % self.window
-        return torch.where(position < self.sinks, position, turn)
-
-    def _positions_kept(self, length: int, device: torch.device) -> Tensor:
-        """The position in each filled slot, ``(K,)``."""
-        slot_K = torch.arange(min(length, self._num_slots), device=device)
-        if length <= self._num_slots:
-            return slot_K
-        last = length - 1 - (length - 1 - slot_K) % self.window
-        return torch.where(slot_K < self.sinks, slot_K, last)
 
     def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
         """See `Cache`. Of a padding mask for all tokens, those of forgotten ones are not read."""
@@ -99,14 +83,14 @@ class RollingCache:
         form = Form.of(key, value)
         state = self._state
         if state is None:
-            state = _State(Slots.empty(form, self._num_slots), None, 0)
+            state = _State(Slots.empty(form, self._ring.num_slots), None, 0)
         else:
             state.slots.form.check(form)
         first, added = state.length, key.shape[2]
-        old_K = self._positions_kept(first, form.device)
+        old_K = self._ring.positions_kept(first, form.device)
         new_N = torch.arange(first, first + added, device=form.device)
         padding = self._joined_padding(state, key_padding_mask, old_K, new_N)
-        ordered = first <= self._num_slots
+        ordered = first <= self._ring.num_slots
         joined = None
         if added > 1:
             # Before they are written over: the first of the new queries still see them.
@@ -117,7 +101,7 @@ class RollingCache:
                 None if ordered else torch.cat((old_K, new_N))[None],
                 padding,
                 None if ordered else new_N[None],
-                self._mask(form),
+                self._ring.mask(form.batch, form.device),
             )
         self._state = self._written(state, key, value, padding, new_N)
         return self._kept_and_last() if joined is None else joined
@@ -147,19 +131,19 @@ class RollingCache:
         # The sinks among them, and the last window; no two of these share a slot.
         num_sinks = max(0, min(self.sinks - state.length, added))
         start = max(num_sinks, added - self.window)
-        if total > self._num_slots:
+        if total > self._ring.num_slots:
             slots.changed()
-        for part in (slice(0, num_sinks), slice(start, added)):
-            if part.start < part.stop:
-                at = self._slots_of(new_N[part])
-                slots.scatter(at, key[:, :, part], value[:, :, part])
+        parts = [slice(start, added)] if not num_sinks else [slice(num_sinks), slice(start, added)]
+        for part in parts:
+            at = self._ring.slots_of(new_N[part])
+            slots.scatter(at, key[:, :, part], value[:, :, part])
         if padding is None:
             return _State(slots, None, total)
         num_kept = padding.shape[1] - added
-        padding_BC = padding.new_zeros(padding.shape[0], self._num_slots)
+        padding_BC = padding.new_zeros(padding.shape[0], self._ring.num_slots)
         padding_BC[:, :num_kept] = padding[:, :num_kept]
-        for part in (slice(0, num_sinks), slice(start, added)):
-            padding_BC[:, self._slots_of(new_N[part])] = padding[:, num_kept:][:, part]
+        for part in parts:
+            padding_BC[:, self._ring.slots_of(new_N[part])] = padding[:, num_kept:][:, part]
         return _State(slots, padding_BC, total)
 
     def _unshared(self, state: _State) -> Slots:
@@ -173,22 +157,15 @@ class RollingCache:
         """What the last token sees: all that is kept."""
         assert self._state is not None
         slots, padding, length = self._state
-        num_kept = min(length, self._num_slots)
+        num_kept = min(length, self._ring.num_slots)
         key, value = slots.show(num_kept)
         padding = None if padding is None else padding[:, :num_kept]
-        if length <= self._num_slots:
+        if length <= self._ring.num_slots:
             return Cached(key, value, None, padding)
         device = slots.form.device
-        positions = self._positions_kept(length, device)[None]
+        positions = self._ring.positions_kept(length, device)[None]
         last = torch.full((1, 1), length - 1, device=device)
         return Cached(key, value, positions, padding, last)
-
-    def _mask(self, form: Form) -> Mask:
-        window = SlidingWindow(self.window)
-        if not self.sinks:
-            return window
-        lengths = torch.full((form.batch,), self.sinks, device=form.device)
-        return window | (Causal() & Padding(lengths))
 
     def reorder(self, index: Tensor) -> None:
         """See `DecodingCache`."""
@@ -238,7 +215,7 @@ class RollingCache:
             if kept is None or common < stop or max(0, kept.length - self.window) > start:
                 continue
             slots = self._unshared(state)
-            at = self._slots_of(torch.arange(start, stop, device=slots.form.device))
+            at = self._ring.slots_of(torch.arange(start, stop, device=slots.form.device))
             slots.scatter(at, kept.slots.key[:, :, at], kept.slots.value[:, :, at])
             padding = state.padding_BC
             if padding is not None:
@@ -281,7 +258,7 @@ class RollingCache:
         tokens, length = None, 0
         if self._state is not None:
             slots, padding, length = self._state
-            num_kept = min(length, self._num_slots)
+            num_kept = min(length, self._ring.num_slots)
             padding = None if padding is None else padding[:, :num_kept]
             tokens = Tokens(slots.form, *slots.show(num_kept), padding)
         state = dict_of("RollingCache", tokens)
@@ -297,15 +274,15 @@ class RollingCache:
             )
         tokens, length = tokens_of(state), state["length"]
         num_kept = 0 if tokens is None else tokens.key.shape[2]
-        if num_kept != min(length, self._num_slots):
+        if num_kept != min(length, self._ring.num_slots):
             raise ValueError(f"state of length {length} must not hold {num_kept} tokens")
         self.reset()
         if tokens is not None:
-            slots = Slots.empty(tokens.form, self._num_slots)
+            slots = Slots.empty(tokens.form, self._ring.num_slots)
             slots.write(0, tokens.key, tokens.value)
             padding = tokens.padding
             if padding is not None:
-                room = self._num_slots - num_kept
+                room = self._ring.num_slots - num_kept
                 padding = torch.cat((padding, padding.new_zeros(len(padding), room)), dim=1)
             self._state = _State(slots, padding, length)
 

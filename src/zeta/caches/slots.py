@@ -113,7 +113,8 @@ class Slots(NamedTuple):
 
 
 def own(tensor: Tensor) -> Tensor:
-    """A copy that can be written to whatever the mode: one of inference mode could only be there."""
+    """A copy that can be written to whatever the mode: one of inference mode could only be
+    there."""
     if torch.compiler.is_compiling():
         return tensor.clone()
     with torch.inference_mode(False):

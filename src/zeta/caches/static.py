@@ -26,7 +26,7 @@ class _Kept(NamedTuple):
 
     def to(self, device: torch.device) -> "_Kept":
         return _Kept(
-            None if self.num_tokens is None else self.num_tokens.to(device),
+            None if self.num_tokens is None else own(self.num_tokens.to(device)),
             None if self.slots is None else self.slots.to(device),
             None if self.padding is None else own(self.padding.to(device)),
         )
@@ -121,7 +121,7 @@ class StaticCache:
         """
         checks.check_no_gradient("StaticCache", key, value)
         form = Form.of(key, value)
-        if self._slots is not None and (self._known != 0 or len(self._forks)):
+        if self._slots is not None and self._known != 0:
             self._slots.form.check(form)
         if _fixed(form.device):
             return self._update_fixed(form, key, value, key_padding_mask)
@@ -226,7 +226,7 @@ class StaticCache:
 
     def fork(self) -> None:
         """See `DecodingCache`."""
-        count = None if self._count is None else self._count.clone()
+        count = None if self._count is None or self._known == 0 else self._count.clone()
         padding = None if self._padding_BC is None else own(self._padding_BC)
         self._forks.open(_Kept(count, None, padding))
 
@@ -238,27 +238,22 @@ class StaticCache:
         """See `DecodingCache`."""
         kept = self._forks.close("rollback")
         self._padding_BC = kept.padding
-        if kept.num_tokens is None or self._slots is None:
-            self._slots = self._count = None
-            self._known = 0
-            return
-        if kept.slots is not None:
+        if self._slots is not None and kept.slots is not None:
             self._slots = self._slots.restore(kept.slots)
-        self._shorten(int(kept.num_tokens))
+        self._shorten(0 if kept.num_tokens is None else int(kept.num_tokens))
 
     def reset(self) -> None:
         """See `DecodingCache`. The memory is kept for sequences of the same sizes."""
         self._forks.clear()
         self._padding_BC = None
-        if self._slots is not None:
-            self._shorten(0)
+        self._shorten(0)
 
     def _shorten(self, length: int) -> None:
-        assert self._slots is not None
-        assert self._count is not None
-        self._slots.clear_from(length)
-        self._count.fill_(length)
         self._known = length
+        if self._slots is not None:
+            assert self._count is not None
+            self._slots.clear_from(length)
+            self._count.fill_(length)
         if self._padding_BC is not None:
             self._padding_BC[:, length:].zero_()
 
@@ -293,10 +288,8 @@ class StaticCache:
     def to(self, device: torch.device | str) -> Self:
         """See `DecodingCache`."""
         target = torch.empty(0, device=device).device
-        self._slots = None if self._slots is None else self._slots.to(target)
-        self._count = None if self._count is None else own(self._count.to(target))
-        padding = self._padding_BC
-        self._padding_BC = None if padding is None else own(padding.to(target))
+        now = _Kept(self._count, self._slots, self._padding_BC).to(target)
+        self._count, self._slots, self._padding_BC = now
         self._forks.states = [kept.to(target) for kept in self._forks.states]
         return self
 

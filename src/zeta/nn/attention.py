@@ -6,14 +6,15 @@ E embedding, D head dimension.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zeta.caches import Cache, Cached, CrossCache, extend_padding
+from zeta.caches import Cache, Cached, CrossCache
 from zeta.nn import checks
-from zeta.nn.calls import NeedWeights, attention_call, weights_of
+from zeta.nn.calls import NeedWeights, attention_call, uncached, weights_of
 from zeta.nn.config import AttentionConfig
 from zeta.nn.initialization import draw_inputs, draw_output, reset_norms
 from zeta.nn.masking import AttentionMask, RelativePosition
@@ -110,23 +111,13 @@ class MultiheadAttention(nn.Module):
 
         inner, inner_kv = num_heads * self.head_dim, num_kv_heads * self.head_dim
         eps = config.layernorm_eps
-        self.k_proj = MultiwayWrapper(
-            config, nn.Linear(self.kdim, inner_kv, bias=bias, device=device, dtype=dtype)
-        )
-        self.v_proj = MultiwayWrapper(
-            config, nn.Linear(self.vdim, inner_kv, bias=bias, device=device, dtype=dtype)
-        )
-        self.q_proj = MultiwayWrapper(
-            config, nn.Linear(embed_dim, inner, bias=bias, device=device, dtype=dtype)
-        )
-        self.out_proj = MultiwayWrapper(
-            config, nn.Linear(inner, embed_dim, bias=bias, device=device, dtype=dtype)
-        )
-        self.inner_attn_ln = (
-            MultiwayWrapper(config, nn.LayerNorm(inner, eps=eps, device=device, dtype=dtype))
-            if subln
-            else None
-        )
+        linear = partial(nn.Linear, bias=bias, device=device, dtype=dtype)
+        norm = partial(nn.LayerNorm, eps=eps, device=device, dtype=dtype)
+        self.k_proj = MultiwayWrapper(config, linear(self.kdim, inner_kv))
+        self.v_proj = MultiwayWrapper(config, linear(self.vdim, inner_kv))
+        self.q_proj = MultiwayWrapper(config, linear(embed_dim, inner))
+        self.out_proj = MultiwayWrapper(config, linear(inner, embed_dim))
+        self.inner_attn_ln = MultiwayWrapper(config, norm(inner)) if subln else None
         self.q_norm = query_key_norm(qk_norm, self.head_dim, eps, device, dtype)
         self.k_norm = query_key_norm(qk_norm, self.head_dim, eps, device, dtype)
         checks.check_position(
@@ -232,7 +223,7 @@ class MultiheadAttention(nn.Module):
             )
         call = attention_call(
             query_BHTD, cached, attn_mask=attn_mask, rel_pos=rel_pos, is_causal=is_causal,
-            window=self.window, scale=self.scale, first=place.first,
+            window=self.window, scale=self.scale,
             dropout_p=self.dropout if self.training else 0.0,
         )  # fmt: skip
         out_BTE = run(call)[0].transpose(1, 2).flatten(2)
@@ -261,29 +252,17 @@ class MultiheadAttention(nn.Module):
         place: Placement,
     ) -> tuple[Tensor, Cached]:
         """The queries, rotated, and all keys and values, those in the cache first."""
-        if key is None or value is None:
-            raise ValueError(
-                "key and value must be given, unless incremental_state has an encoder's keys"
-            )
-        checks.check_key_and_value(query_BHTD.shape[0], key, value, self.kdim, self.vdim)
+        key, value = checks.checked_source(query_BHTD.shape[0], key, value, self.kdim, self.vdim)
         key_BGND = self._heads(self.k_proj, self.k_norm, key, place.key_route)
         value_BGND = self._heads(self.v_proj, None, value, place.key_route)
         if self.xpos is not None:
             query_BHTD, key_BGND = place.rotate(
-                self.xpos,
-                query_BHTD,
-                key_BGND,
-                keys_too=self.self_attention,
-                cached=cache is not None,
-            )
-        if cache is not None:
-            return query_BHTD, cache.update(key_BGND, value_BGND, key_padding_mask)
-        if key_padding_mask is not None:
-            batch, source = key.shape[:2]
-            key_padding_mask = extend_padding(
-                None, key_padding_mask, batch=batch, length=source, added=source
-            )
-        return query_BHTD, Cached(key_BGND, value_BGND, None, key_padding_mask)
+                self.xpos, query_BHTD, key_BGND,
+                keys_too=self.self_attention, cached=cache is not None,
+            )  # fmt: skip
+        if cache is None:
+            return query_BHTD, uncached(key_BGND, value_BGND, key_padding_mask)
+        return query_BHTD, cache.update(key_BGND, value_BGND, key_padding_mask)
 
     def _rotate_first_keys(self, key_BGSD: Tensor) -> Tensor:
         assert self.xpos is not None

@@ -5,11 +5,10 @@ Shapes: B batch, H heads, T target length, S source length, D head dimension.
 
 from typing import Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from zeta.biases import Bias
-from zeta.caches import Cached
+from zeta.caches import Cached, extend_padding
 from zeta.masks import Mask
 from zeta.nn.masking import AttentionMask, RelativePosition, join, structured_mask
 from zeta.ops.attention import run_weights
@@ -17,6 +16,21 @@ from zeta.ops.call import AttentionCall
 from zeta.ops.weights import lazy_weights
 
 NeedWeights: TypeAlias = bool | Literal["lazy", "mean"]
+
+
+def uncached(key_BGSD: Tensor, value_BGSD: Tensor, key_padding_mask: Tensor | None) -> Cached:
+    """Keys and values of one call alone.
+
+    Raises:
+        ValueError: ``key_padding_mask`` is not ``(B, S)``.
+        TypeError: It is neither bool nor floating point.
+    """
+    if key_padding_mask is not None:
+        batch, _, source, _ = key_BGSD.shape
+        key_padding_mask = extend_padding(
+            None, key_padding_mask, batch=batch, length=source, added=source
+        )
+    return Cached(key_BGSD, value_BGSD, None, key_padding_mask)
 
 
 def attention_call(
@@ -29,7 +43,6 @@ def attention_call(
     window: int | None,
     scale: float,
     dropout_p: float,
-    first: int,
 ) -> AttentionCall:
     """Describe the attention of queries to all keys so far.
 
@@ -39,7 +52,6 @@ def attention_call(
         attn_mask, rel_pos, is_causal: As `MultiheadAttention.forward` takes them.
         window, scale: As `MultiheadAttention` takes them.
         dropout_p: 0 except in training.
-        first: Position of the first query, where keys have positions of their own.
 
     Raises:
         ValueError: A mask or bias does not fit the queries and keys.
@@ -47,18 +59,17 @@ def attention_call(
     """
     mask: Mask | None = None
     bias: Bias | None = None
-    query_positions = None
     batch, heads, target, _ = query_BHTD.shape
     sizes = (batch, heads, target, cached.key.shape[2])
     if is_causal or window is not None:
         mask = structured_mask(is_causal, window, sizes, ordered=cached.positions is None)
+    if cached.mask is not None:
+        mask = cached.mask if mask is None else mask & cached.mask
     if attn_mask is not None or rel_pos is not None or cached.padding is not None:
         mask, bias = join(attn_mask, cached.padding, rel_pos, mask, sizes, query_BHTD.device)
     if mask is None and bias is None and not dropout_p and cached.positions is None:
         # The plain call. What `checked` asks, the projections have made certain.
         return AttentionCall(query_BHTD, cached.key, cached.value, scale=scale)
-    if cached.positions is not None:
-        query_positions = torch.arange(first, first + target, device=query_BHTD.device)
     return AttentionCall.checked(
         query_BHTD,
         cached.key,
@@ -67,7 +78,7 @@ def attention_call(
         bias=bias,
         dropout_p=dropout_p,
         scale=scale,
-        query_positions=query_positions,
+        query_positions=cached.query_positions,
         key_positions=cached.positions,
     )
 

@@ -112,8 +112,14 @@ def check_query(query: Tensor, embed_dim: int) -> None:
         raise ValueError(f"query must not be empty; got {tuple(shape)}")
 
 
-def check_key_and_value(batch: int, key: Tensor, value: Tensor, kdim: int, vdim: int) -> None:
-    """Raise ValueError unless they are ``(B, S, kdim)`` and ``(B, S, vdim)``, not empty."""
+def checked_source(
+    batch: int, key: Tensor | None, value: Tensor | None, kdim: int, vdim: int
+) -> tuple[Tensor, Tensor]:
+    """Key and value; ValueError unless ``(B, S, kdim)`` and ``(B, S, vdim)``, not empty."""
+    if key is None or value is None:
+        raise ValueError(
+            "key and value must be given, unless incremental_state has an encoder's keys"
+        )
     k, v = key.shape, value.shape
     if len(k) != 3 or k[2] != kdim:
         raise ValueError(f"key must have shape (batch, length, {kdim}); got {tuple(k)}")
@@ -127,3 +133,4 @@ def check_key_and_value(batch: int, key: Tensor, value: Tensor, kdim: int, vdim:
         raise ValueError(f"key and value must have the same length; got {k[1]} and {v[1]}")
     if k[1] == 0:
         raise ValueError(f"key must not be empty; got {tuple(k)}")
+    return key, value

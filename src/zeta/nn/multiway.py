@@ -132,8 +132,6 @@ class Ways(nn.Module):
             # As a tensor it is never a constant of a compiled graph.
             split = torch.full((), split, device=x.device)
         ways = way_ids(split, x, self.dim, positions)
-        if ways.shape[0] > 1 and self.dim % x.dim() != 1:
-            raise ValueError(f"a split a sequence or a token needs dim=1; got dim={self.dim}")
         check_way_ids(ways, len(self._names))
         selected: Tensor | None = None
         for way, name in enumerate(self._names):
@@ -225,11 +223,11 @@ def check_split(name: str, split: object) -> None:
         raise ValueError(f"{name} must be a position, or -1 for all on way A; got {split}")
 
 
-def way_ids(split: Split, x: Tensor, dim: int, positions: Positions = 0) -> Tensor:
+def way_ids(split: Tensor, x: Tensor, dim: int, positions: Positions = 0) -> Tensor:
     """The way of each token: ``(1 or B, T)``, integers or bool.
 
     Args:
-        split: A `Split`.
+        split: A `Split` that is a tensor.
         x: The tokens, along ``dim``.
         dim: See ``x``.
         positions: Of the first token, or of all.
@@ -238,7 +236,9 @@ def way_ids(split: Split, x: Tensor, dim: int, positions: Positions = 0) -> Tens
         ValueError: The split is not for this batch or this length.
     """
     batch, length = x.shape[0], x.shape[dim]
-    if isinstance(split, Tensor) and split.dim() == 2:
+    if split.dim() and dim % x.dim() != 1:
+        raise ValueError(f"a split of each sequence or token needs dim=1; got dim={dim}")
+    if split.dim() == 2:
         if split.shape != (batch, length):
             raise ValueError(
                 f"split_position must give the way of each of ({batch}, {length}) tokens; "
@@ -247,7 +247,7 @@ def way_ids(split: Split, x: Tensor, dim: int, positions: Positions = 0) -> Tens
         return split
     if not isinstance(positions, Tensor):
         positions = torch.arange(positions, positions + length, device=x.device)
-    if isinstance(split, Tensor) and split.dim() == 1:
+    if split.dim() == 1:
         if split.shape != (batch,):
             raise ValueError(
                 f"split_position must have one entry for each of {batch} sequences; "

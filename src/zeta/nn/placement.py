@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from zeta.caches import Cache, CrossCache
+from zeta.caches import Cache, CrossCache, DictCache
 from zeta.nn.multiway import Split
 from zeta.nn.positions import Positions, Rotation
 
@@ -50,7 +50,8 @@ class Placement(NamedTuple):
 
     Attributes:
         first: Position of the first source token: the number of those in the cache.
-        positions: ``(T,)`` or ``(1 or B, T)``, given by the caller; None: tokens follow the cache.
+        positions: ``(T,)`` or ``(1 or B, T)``, given by the caller or the cache; None: tokens
+            follow ``first``.
         query_route: None without multiway.
         key_route: None without multiway.
     """
@@ -87,13 +88,21 @@ class Placement(NamedTuple):
             TypeError: ``positions`` are not integers.
             ValueError: Their shape is wrong, or the module has no use for an argument.
         """
-        first = 0 if cache is None or isinstance(cache, CrossCache) else cache.length
+        follows = None if isinstance(cache, CrossCache) else cache
         if positions is not None:
             if not (rotates or multiway):
                 raise ValueError(
                     "positions was given, but the module has neither position= nor multiway"
                 )
             _check_positions(positions, *query.shape[:2])
+        placing = follows if keys_too and (rotates or multiway) else None
+        if positions is None and placing is not None and not isinstance(placing, DictCache):
+            # Sequences may differ in length, or the device alone may know it.
+            positions = placing.next_positions(query.shape[1], query.device)
+        placed = positions is not None and keys_too
+        first = (
+            follows.length if follows is not None and (rotates or multiway) and not placed else 0
+        )
         if not multiway:
             if split is not None:
                 raise ValueError("split_position was given, but the module has no args.multiway")

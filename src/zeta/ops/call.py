@@ -4,6 +4,7 @@ Shape suffixes: B batch, H query heads, G key heads, T target length, S source l
 dimension.
 """
 
+import contextlib
 import dataclasses
 import math
 from typing import Literal
@@ -71,10 +72,13 @@ class AttentionCall:
     ) -> "AttentionCall":
         """Check the arguments of the public functions against each other, and fill in defaults.
 
+        Under ``torch.autocast`` query, key and value are cast as for torch's own attention.
+
         Raises:
             ValueError: A shape, a device or a range is wrong.
             TypeError: A type or a dtype is wrong.
         """
+        query, key, value = _narrowed(query, key, value)
         _check_tensors(query, key, value)
         batch, heads, target, head_dim = query.shape
         source = key.shape[2]
@@ -144,7 +148,7 @@ class AttentionCall:
         device = self.query.device
         queries, keys = self.query_positions, self.key_positions
         if queries is None:
-            first, last, _ = rows.indices(self.target)
+            first, last = _ends(rows, self.target)
             shift = self.source - self.target
             query_position = torch.arange(first + shift, last + shift, device=device).view(
                 1, 1, -1, 1
@@ -152,7 +156,7 @@ class AttentionCall:
         else:
             query_position = queries[batches if queries.shape[0] > 1 else ALL, None, rows, None]
         if keys is None:
-            first, last, _ = columns.indices(self.source)
+            first, last = _ends(columns, self.source)
             key_position = torch.arange(first, last, device=device).view(1, 1, 1, -1)
         else:
             key_position = keys[batches if keys.shape[0] > 1 else ALL, None, None, columns]
@@ -165,6 +169,13 @@ class AttentionCall:
             return seen
         filled = tile.key_position >= 0
         return filled if seen is None else seen & filled
+
+    def tensors(self) -> list[Tensor]:
+        """Everything it computes with."""
+        own = (self.seed, self.query_positions, self.key_positions)
+        values = (value for value in (self.bias, self.mask) if value is not None)
+        found = [self.query, self.key, self.value, *(t for t in own if t is not None)]
+        return found + [tensor for value in values for tensor in value.tensors()]
 
     def describe(self) -> str:
         """One line for messages."""
@@ -179,6 +190,31 @@ class AttentionCall:
         if self.result != "output":
             parts.append(f"result {self.result}")
         return ", ".join(parts)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """For the inside of a call, whose precision is settled by its dtype."""
+    if _autocasts(device):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _autocasts(device: torch.device) -> bool:
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def _narrowed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if not _autocasts(query.device) or torch.float64 in (query.dtype, key.dtype, value.dtype):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _ends(part: slice, length: int) -> tuple[int, int]:
+    # `slice.indices` would bind a compiled function to this length.
+    whole = part.start is None and part.stop is None
+    return (0, length) if whole else part.indices(length)[:2]
 
 
 def _name(value: Mask | Bias) -> str:

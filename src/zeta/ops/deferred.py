@@ -3,17 +3,16 @@
 Shape suffixes: B batch, H heads, T target length, S source length.
 """
 
-import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from zeta.biases import Bias
 from zeta.masks import Mask
-from zeta.ops.call import AttentionCall
+from zeta.ops.call import AttentionCall, without_autocast
 
 Compute = Callable[[AttentionCall], Tensor]
 """Makes the weights ``call.result`` asks for, differentiably: ``(B, H, T, S)`` or ``(B, T, S)``."""
@@ -120,7 +119,7 @@ class Deferred:
         assert self.call is not None
         call = self.unchanged(differentiable=False)
         # A tensor made in inference mode could never again take part in a gradient.
-        with torch.inference_mode(False), torch.no_grad(), _own_precision(call.query.device):
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(call.query.device):
             weights = self.compute(call)
         # The strides that the tensor standing in for the weights has announced.
         sizes = [1]
@@ -135,7 +134,7 @@ class Deferred:
     ) -> Tensor:
         """The weights of a changed call, in the layout asked for."""
         call = change(self.unchanged(differentiable=differentiable))
-        with _own_precision(call.query.device):
+        with without_autocast(call.query.device):
             weights = self.compute(call)
         return self.arrange(weights)
 
@@ -178,7 +177,7 @@ class Deferred:
         """
         assert self.call is not None
         twice = torch.is_grad_enabled()
-        with torch.enable_grad(), _own_precision(gradient.device):
+        with torch.enable_grad(), without_autocast(gradient.device):
             # New tensors, so that one input which was computed from another does not count twice.
             leaves = [
                 tensor.view_as(tensor) if twice and need else tensor.detach().requires_grad_(need)
@@ -204,17 +203,6 @@ def arrange(weights: Tensor, *, heads_first: bool, batched: bool) -> Tensor:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-@contextlib.contextmanager
-def _own_precision(device: torch.device) -> Iterator[None]:
-    """Without autocast: a call's precision was settled when it was made."""
-    available = torch.amp.is_autocast_available(device.type)
-    if available and torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            yield
-    else:
-        yield
 
 
 def _with_tensors(call: AttentionCall, tensors: Sequence[Tensor]) -> AttentionCall:

@@ -78,7 +78,7 @@ def _part(value: ValueT, heads: Part, rows: Part) -> ValueT:
         return value
     if isinstance(value, masks.AllOf | masks.AnyOf | biases.Sum):
         terms = tuple(_part(term, heads, rows) for term in value.terms)
-        return dataclasses.replace(value, terms=terms)  # type: ignore[arg-type]
+        return dataclasses.replace(value, terms=terms)  # type: ignore[arg-type]  # of its own kind
     if isinstance(value, masks.Dense | biases.Dense):
         return dataclasses.replace(value, tensor=_cut(value.tensor, heads, rows))
     if isinstance(value, biases.Bucketed):

@@ -25,7 +25,7 @@ class StandIn(Tensor):
     """
 
     # Results are plain tensors, and Python operations on it cost no detour.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch asks
 
     # Consumers that take it from the type would find no memory; `__dlpack__` serves them.
     __dlpack_c_exchange_api__ = None

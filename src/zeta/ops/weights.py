@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from zeta.ops.call import AttentionCall
 from zeta.ops.deferred import Compute, Deferred, arrange
 from zeta.ops.parts import Indivisible, Part, heads_of, rows_of
 from zeta.ops.standin import StandIn
+from zeta.ops.transforms import is_transforming
 
 Index = int | slice | Sequence[int] | Tensor
 """Which rows or heads: as in ``tensor[index]``, at most one-dimensional."""
@@ -44,7 +44,7 @@ def lazy_weights(
         ``(B, H, T, S)`` or ``(H, B, T, S)``, or ``(B, T, S)`` for ``"mean_weights"``, in the
         query's dtype.
     """
-    if torch.compiler.is_compiling() or _is_transformed():
+    if torch.compiler.is_compiling() or is_transforming():
         return arrange(compute(call), heads_first=heads_first, batched=batched)
     keep = torch.is_grad_enabled()
     deferred = Deferred(call, compute, heads_first=heads_first, batched=batched, keep=keep)
@@ -67,23 +67,15 @@ def without_batch(weights: Tensor) -> Tensor:
     return weights.squeeze(-3)
 
 
-def _is_transformed() -> bool:
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-    )
-
-
 class LazyWeights(StandIn):
     """Attention weights that are computed when first used, and cost nothing if they are not.
 
     A tensor like any other, ``(H, B, T, S)``, ``(B, H, T, S)`` or, averaged over the heads,
-    ``(B, T, S)``; unbatched without B. Shape, dtype, device and ``requires_grad`` are known from the
-    start; the first operation that reads a number computes all weights, once, whatever the number
-    of threads. What operations return are plain tensors, and so is what ``torch.save``, ``pickle``
-    and ``copy`` make of it. Gradients flow from it to the query, the key and the bias; the backward
-    pass computes the weights again.
+    ``(B, T, S)``; unbatched without B. Shape, dtype, device and ``requires_grad`` are known from
+    the start; the first operation that reads a number computes all weights, once, whatever the
+    number of threads. What operations return are plain tensors, and so is what ``torch.save``,
+    ``pickle`` and ``copy`` make of it. Gradients flow from it to the query, the key and the bias;
+    the backward pass computes the weights again.
 
     Some questions are answered without ever holding all weights, as long as they are not computed
     yet: `rows`, `heads`, `mean` over the heads, `topk` along the keys, `entropy`.
@@ -179,7 +171,7 @@ class LazyWeights(StandIn):
         lazily = self._heads_dim in dims and dtype in (None, self.dtype) and not others
         averaged = self._ask(_averaged) if lazily else None
         if averaged is None:
-            return super().mean(dim, keepdim, dtype=dtype, **others)  # type: ignore[arg-type]
+            return super().mean(dim, keepdim, dtype=dtype, **others)  # type: ignore[arg-type]  # dim may be None
         assert self._heads_dim is not None
         averaged = averaged.unsqueeze(self._heads_dim).mean(dims, keepdim=True)
         return averaged if keepdim else averaged.squeeze(dims)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zeta.biases import summands
-from zeta.ops.call import AttentionCall
+from zeta.ops.call import AttentionCall, without_autocast
 from zeta.ops.dropout import keep_mask
 
 NAME = "reference"
@@ -24,17 +24,19 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     Returns:
         ``(B, H, T, Dv)`` in the query's dtype and ``(B, H, T)`` in the wide dtype.
     """
-    weights_BHTS, lse_BHT = _softmax(_scores(call))
-    if call.dropout_p:
-        kept = keep_mask(call, call.tile())
-        weights_BHTS = torch.where(kept, weights_BHTS / (1.0 - call.dropout_p), 0.0)
-    value_BHSD = _for_query_heads(call, _readable(call, call.value))
-    return (weights_BHTS @ value_BHSD).to(call.query.dtype), lse_BHT
+    with without_autocast(call.query.device):
+        weights_BHTS, lse_BHT = _softmax(_scores(call))
+        if call.dropout_p:
+            kept = keep_mask(call, call.tile())
+            weights_BHTS = torch.where(kept, weights_BHTS / (1.0 - call.dropout_p), 0.0)
+        value_BHSD = _for_query_heads(call, _readable(call, call.value))
+        return (weights_BHTS @ value_BHSD).to(call.query.dtype), lse_BHT
 
 
 def weights(call: AttentionCall) -> Tensor:
     """Weights before dropout: ``(B, H, T, S)``, or ``(B, T, S)`` averaged over heads."""
-    weights_BHTS, _ = _softmax(_scores(call))
+    with without_autocast(call.query.device):
+        weights_BHTS, _ = _softmax(_scores(call))
     if call.result == "mean_weights":
         weights_BHTS = weights_BHTS.mean(1)
     return weights_BHTS.to(call.query.dtype)

@@ -5,6 +5,8 @@ decoding step or a short sequence, never ``T x S`` of a long one. As in torch, a
 or value that is hidden by such a tensor spreads.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +15,7 @@ from zeta.biases import Dense, OffsetBias, summands
 from zeta.masks import Causal, Mask, conjuncts
 from zeta.masks import Dense as DenseMask
 from zeta.ops.call import AttentionCall
+from zeta.ops.transforms import NO_FORWARD_MODE, is_forward_mode
 from zeta.values import broadcast_shape
 
 NAME = "sdpa"
@@ -25,6 +28,8 @@ def unsupported(call: AttentionCall) -> list[str]:
         reasons.append(f"it does not return {call.result}")
     if call.dropout_p:
         reasons.append("its dropout is not drawn from the counter-based hash")
+    if is_forward_mode():
+        reasons.append(NO_FORWARD_MODE)
     if call.value.shape[-1] != call.head_dim:
         reasons.append("it runs unfused where value and key differ in head_dim")
     if not call.query.stride(-1) == call.key.stride(-1) == call.value.stride(-1) == 1:
@@ -44,7 +49,8 @@ def run(call: AttentionCall) -> tuple[Tensor, None]:
         call.key,
         call.value,
         attn_mask=None if plain else _mask_tensor(call),
-        is_causal=plain and call.mask is not None and call.target > 1,
+        # The size of a traced tensor makes a comparison that is no bool yet.
+        is_causal=bool(plain and call.mask is not None and call.target > 1),
         scale=call.scale,
         enable_gqa=call.key_heads != call.heads,
     )
@@ -100,8 +106,11 @@ def _unsupported_mask_tensor(call: AttentionCall) -> list[str]:
     shapes = [value.shape(*sizes) for value in values] + [(1, 1, 1, 1)]
     if call.query_positions is not None or call.key_positions is not None:
         shapes.append((call.batch, 1, call.target, call.source))
-    elements = torch.Size(broadcast_shape(shapes)).numel()
+    elements = math.prod(broadcast_shape(shapes))
     if call.target > 1 and elements > call.query.numel():
+        if torch.compiler.is_compiling():
+            # A size in a text would bind the compiled function to it.
+            return ["its mask and bias would be a tensor larger than the query"]
         return [
             f"its mask and bias would be a tensor of {elements} elements, more than the "
             f"{call.query.numel()} of the query"

@@ -110,7 +110,8 @@ class _Backward:
                 part = incoming.weights[unit.batches, None, block.rows, block.columns]
                 return (part.to(wide) / self._call.heads).expand(weights_BHRC.shape).contiguous()
             part = incoming.weights[unit.batches, unit.heads, block.rows, block.columns]
-            return part.to(wide).contiguous()
+            # A copy, which may be written to.
+            return part.to(wide, copy=True, memory_format=torch.contiguous_format)
         if incoming.out is None:
             return None
         grad_out_BHRD = incoming.out[unit.batches, unit.heads, block.rows].to(wide)
@@ -144,5 +145,8 @@ def _zeros_transposed(tensor_BGSD: Tensor) -> Tensor:
 
 
 def _softmax_backward(grad_BHRC: Tensor, weights_BHRC: Tensor) -> Tensor:
-    """``weights * (grad - sum(grad * weights))``, over the rows."""
-    return torch._softmax_backward_data(grad_BHRC, weights_BHRC, -1, grad_BHRC.dtype)
+    """``weights * (grad - sum(grad * weights))``, over the rows; on the CPU in place."""
+    if grad_BHRC.device.type != "cpu":
+        return torch._softmax_backward_data(grad_BHRC, weights_BHRC, -1, grad_BHRC.dtype)
+    into = torch.ops.aten._softmax_backward_data.out
+    return into(grad_BHRC, weights_BHRC, -1, grad_BHRC.dtype, grad_input=grad_BHRC)

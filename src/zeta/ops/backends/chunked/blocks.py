@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from zeta.ops.backends.chunked.products import prefers_single_heads
 from zeta.ops.call import AttentionCall
 
-ROWS = (128, 512)
+ROWS = (256, 512)
 """Fewest and most rows of a block; in between, as many as make a block of `CPU_ELEMENTS`."""
 BOUNDED_ROWS = 256
-"""Most rows where a mask bounds the keys: a lower staircase along the diagonal wastes less."""
+"""Rows where a mask bounds the keys: a lower staircase along the diagonal wastes less."""
 CPU_ELEMENTS = 2**20
 """Scores of a unit on the CPU: a few MiB a buffer, large enough to hide the cost of a call."""
 GPU_ELEMENTS = 2**24
@@ -54,7 +54,9 @@ class Block:
 
 
 def blocks(call: AttentionCall, num_rows: int | None = None) -> list[Block]:
-    """The blocks of a call, first to last; rows that surely see no key have none.
+    """The blocks of a call, last to first; rows that surely see no key have none.
+
+    Under a causal mask the last see the most keys, and their memory then serves all the others.
 
     Args:
         call: The call.
@@ -64,7 +66,7 @@ def blocks(call: AttentionCall, num_rows: int | None = None) -> list[Block]:
         most = BOUNDED_ROWS if _bounds_keys(call) else ROWS[1]
         num_rows = max(ROWS[0], min(most, CPU_ELEMENTS // call.source))
     found = []
-    for first in range(0, call.target, num_rows):
+    for first in reversed(range(0, call.target, num_rows)):
         rows = slice(first, min(first + num_rows, call.target))
         columns = _columns(call, rows)
         if columns.start < columns.stop:

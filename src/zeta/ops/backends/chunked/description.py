@@ -11,6 +11,7 @@ from zeta.masks import Mask
 from zeta.ops.backends.chunked.offsets import Offset, OffsetByPosition
 from zeta.ops.backends.chunked.terms import Dense, Distance, Softcap, Term
 from zeta.ops.call import AttentionCall
+from zeta.ops.transforms import reasons_of_opaque
 
 _FAR = 2**40
 _LONGEST_VECTOR = 2**24
@@ -18,18 +19,18 @@ _KNOWN = (biases.Softcap, biases.Dense, biases.OffsetBias)
 _OPTIONAL = ("seed", "query_positions", "key_positions")
 
 Word = tuple[str, float]
-"""A bias without its tensor: its kind, and the limit of a softcap or the reach of an offset vector."""
+"""A bias without its tensor: its kind, and the limit of a softcap."""
 
 
 def unsupported(call: AttentionCall) -> list[str]:
-    """The biases that a `Plan` has no word for."""
+    """The biases that a `Plan` has no word for, and the transforms that cannot pass it."""
     reasons = []
     for bias in biases.summands(call.bias):
         if not isinstance(bias, _KNOWN):
             reasons.append(f"it cannot apply the bias {type(bias).__name__}")
         elif _is_vector(bias) and bias.reach(_longest(call)) > _LONGEST_VECTOR:
             reasons.append(f"with explicit positions, the bias {type(bias).__name__} has no bounded reach")
-    return reasons
+    return reasons + reasons_of_opaque(call.tensors)
 
 
 def _is_vector(bias: biases.Bias) -> bool:
@@ -74,9 +75,9 @@ class Plan:
                 words.append(("distance", 0))
                 tensors.append(bias.slopes)
             elif isinstance(bias, biases.OffsetBias):
-                reach = bias.reach(_longest(call))
-                words.append(("offset", reach))
-                tensors.append(bias.offset_vector(reach))
+                # The reach is the vector's to tell: a size in a text would bind torch.compile to it.
+                words.append(("offset", 0))
+                tensors.append(bias.offset_vector(bias.reach(_longest(call))))
         dropout = call.seed if call.dropout_p else None
         positions = (call.query_positions, call.key_positions)
         return cls(tuple(words), call.mask, call.dropout_p, call.scale, dropout, *positions), tensors
@@ -120,7 +121,7 @@ class Plan:
                 found.append(Distance(tensor, call, needed))
             else:
                 offset = OffsetByPosition if explicit else Offset
-                found.append(offset(tensor, int(number), call, needed))
+                found.append(offset(tensor, tensor.shape[1] // 2, call, needed))
         return found
 
     def pack(self) -> tuple[list[Tensor], str]:

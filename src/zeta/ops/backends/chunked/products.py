@@ -11,7 +11,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -48,7 +47,9 @@ def inner(left_BHRD: Tensor, right_BGCD: Tensor) -> Tensor:
     """Each row of ``left`` times each row of ``right``: contiguous ``(B, H, R, C)``."""
     linear = _by_onednn(left_BHRD)
     if linear is not None:
-        return linear(left_BHRD[0, 0], right_BGCD[0, 0], None, "none", [], "")[None, None]
+        # Rows with gaps between them, as of one head among many, would take oneDNN's slowest path.
+        right_CD = right_BGCD[0, 0].contiguous()
+        return linear(left_BHRD[0, 0], right_CD, None, "none", [], "")[None, None]
     batch, heads, rows, _ = left_BHRD.shape
     groups, columns = right_BGCD.shape[1:3]
     product = torch.bmm(_grouped(left_BHRD, groups), right_BGCD.flatten(0, 1).mT)
@@ -59,7 +60,8 @@ def combine(weights_BHRC: Tensor, columns_BGDC: Tensor) -> Tensor:
     """Sums of columns, weighted by each row of ``weights``: ``(B, H, R, D)``."""
     linear = _by_onednn(weights_BHRC)
     if linear is not None:
-        return linear(weights_BHRC[0, 0], columns_BGDC[0, 0], None, "none", [], "")[None, None]
+        columns_DC = columns_BGDC[0, 0].contiguous()
+        return linear(weights_BHRC[0, 0], columns_DC, None, "none", [], "")[None, None]
     batch, heads, rows, _ = weights_BHRC.shape
     groups, width = columns_BGDC.shape[1:3]
     product = torch.bmm(_grouped(weights_BHRC, groups), columns_BGDC.flatten(0, 1).mT)
@@ -69,7 +71,10 @@ def combine(weights_BHRC: Tensor, columns_BGDC: Tensor) -> Tensor:
 def combine_rows(weights_BHRC: Tensor, rows_BHRD: Tensor, groups: int) -> Tensor:
     """Sums of rows, weighted by each column of ``weights``, over the heads of a group: ``(B, G, D, C)``."""
     if _by_onednn(weights_BHRC) is not None:
-        # A convolution of width one is the one product of oneDNN's that takes the weights as they lie.
-        return F.conv1d(weights_BHRC[0], rows_BHRD[0].mT.reshape(rows_BHRD.shape[3], -1, 1))[None]
+        # A convolution of width one is the product of oneDNN's that takes the weights as they lie.
+        image = weights_BHRC[0].transpose(0, 1).unsqueeze(0)
+        filters = rows_BHRD[0, 0].T.reshape(rows_BHRD.shape[3], -1, 1, 1)
+        product = torch.mkldnn_convolution(image, filters, None, (0, 0), (1, 1), (1, 1), 1)
+        return product.transpose(1, 2)
     product = torch.bmm(_grouped(rows_BHRD, groups).mT, _grouped(weights_BHRC, groups))
     return product.unflatten(0, (-1, groups))

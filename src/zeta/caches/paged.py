@@ -1,0 +1,284 @@
+"""`PagedCache`: sequences of any lengths, in pages that they may share.
+
+Shapes: B batch, G key heads, N new tokens, M tokens that are stored, L longest sequence, D head
+dimension.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from zeta.caches import checks
+from zeta.caches.forks import Forks
+from zeta.caches.form import Form
+from zeta.caches.interface import Cached
+from zeta.caches.pool import PagePool
+from zeta.caches.rows import Rows
+from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
+
+_NAMES = STATE_NAMES | {"lengths"}
+
+
+class PagedCache:
+    """Keys and values in pages of a shared pool, copied only where sequences begin to differ.
+
+    Repeating a sequence (`select`, `reorder`), forking and `duplicate` share its pages; the first
+    to write to a shared page gets one of its own. So beams, and requests with the same prompt, keep
+    their common part once. Every page is given back when the last cache that uses it is reset,
+    drops the sequence, or is garbage.
+
+    Sequences may differ in length: padding at the end of what is given to `update`, bool and ``(B,
+    N)``, is not stored, and the next token follows the last real one. Each sequence is then what it
+    would be alone. Padding elsewhere keeps its place and is hidden.
+
+    The pages are gathered into one tensor at every step, into memory that is free again after it.
+
+    Args:
+        pool: Where the pages are.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self._rows: Rows | None = None
+        self._forks: Forks[Rows | None] = Forks()
+        self._table: Tensor | None = None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_table"):
+            self.reset()
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence; empty before the first `update`."""
+        return () if self._rows is None else self._rows.lengths
+
+    def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
+        """See `Cache`. ``(B, num_tokens)`` if sequences differ in length."""
+        alike = len(set(self.lengths)) <= 1
+        first = torch.tensor([self.length] if alike else self.lengths, device=device)
+        return first[:, None] + torch.arange(num_tokens, device=device)
+
+    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+        """See `Cache`.
+
+        Raises:
+            ValueError: The tokens do not fit the pool, or those that are there.
+            CacheFullError: The pool has too few free pages. Free some, and call again.
+        """
+        checks.check_no_gradient("PagedCache", key, value)
+        form = Form.of(key, value)
+        rows = self._rows
+        self.pool.form(form.batch if rows is None else len(rows.lengths)).check(form)
+        if rows is None:
+            rows = Rows(((),) * form.batch, (0,) * form.batch, None)
+        added = key.shape[2]
+        padding, counts = rows.extended_padding(key_padding_mask, added)
+        tables = self._make_room(rows, counts)
+        if tables != rows.tables:
+            self._table = None
+        query_positions = self.next_positions(added, form.device)
+        lengths = tuple(map(sum, zip(rows.lengths, counts, strict=True)))
+        self._write(tables, rows.lengths, counts, key, value)
+        self._rows = Rows(tables, lengths, padding)
+        keys, values = self._gathered()
+        if len(set(lengths)) == 1 and set(counts) == {added}:
+            return Cached(keys, values, None, padding)
+        if not self.length:
+            padding = None  # One empty slot stands for the keys that there are not.
+        return Cached(keys, values, self._positions(form.device), padding, query_positions)
+
+    def _make_room(self, rows: Rows, counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """The tables with pages for more tokens, and a page that is written to used once."""
+        size = self.pool.page_size
+        copied: list[int | None] = []
+        missing: list[int] = []
+        for table, length, count in zip(rows.tables, rows.lengths, counts, strict=True):
+            missing.append(-(-(length + count) // size) - len(table))
+            # Of the sequences that share a page, the last to get here keeps it.
+            partial = bool(count and length % size)
+            alone = partial and self.pool.uses(table[-1]) == 1 + copied.count(table[-1])
+            copied.append(table[-1] if partial and not alone else None)
+        sources = [page for page in copied if page is not None]
+        new = self.pool.take(sum(missing) + len(sources))
+        if sources:
+            self.pool.copy(sources, new[: len(sources)])
+            self.pool.give_back(sources)
+        targets, fresh = iter(new[: len(sources)]), iter(new[len(sources) :])
+        tables = []
+        for table, page, count in zip(rows.tables, copied, missing, strict=True):
+            begun = table if page is None else (*table[:-1], next(targets))
+            tables.append((*begun, *(next(fresh) for _ in range(count))))
+        return tuple(tables)
+
+    def _write(
+        self,
+        tables: Sequence[Sequence[int]],
+        lengths: Sequence[int],
+        counts: Sequence[int],
+        key: Tensor,
+        value: Tensor,
+    ) -> None:
+        """Store the first ``counts[b]`` of the new tokens of sequence ``b`` behind the others."""
+        size, added = self.pool.page_size, key.shape[2]
+        at: list[int] = []
+        tokens: list[int] = []
+        for b, (table, length, count) in enumerate(zip(tables, lengths, counts, strict=True)):
+            at += [table[n // size] * size + n % size for n in range(length, length + count)]
+            tokens += range(b * added, b * added + count)
+        at_M = torch.tensor(at, device=key.device)
+        key_MGD, value_MGD = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
+        if len(tokens) < len(key_MGD):
+            token_M = torch.tensor(tokens, device=key.device, dtype=torch.int64)
+            key_MGD, value_MGD = key_MGD[token_M], value_MGD[token_M]
+        if at:
+            self.pool.write(at_M, key_MGD, value_MGD)
+
+    def _gathered(self) -> tuple[Tensor, Tensor]:
+        """Keys ``(B, G, L, D)`` and values; 0 behind the end of a sequence."""
+        assert self._rows is not None
+        device = self.pool.form(1).device
+        if self._table is None:
+            width = max(1, *map(len, self._rows.tables))
+            rows = [table + (0,) * (width - len(table)) for table in self._rows.tables]
+            self._table = torch.tensor(rows, device=device)
+        length = max(1, self.length)
+        found = tuple(tokens[:, :length] for tokens in self.pool.read(self._table))
+        if min(self.lengths) < length:
+            # What others left there could be NaN.
+            empty = self._positions(device) < 0
+            found = tuple(tokens.masked_fill_(empty[:, :, None, None], 0) for tokens in found)
+        key, value = (tokens.transpose(1, 2) for tokens in found)
+        return key, value
+
+    def _positions(self, device: torch.device) -> Tensor:
+        """``(B, L)``: the position of each token, -1 behind the end of a sequence."""
+        slot_L = torch.arange(max(1, self.length), device=device)
+        return torch.where(slot_L < torch.tensor(self.lengths, device=device)[:, None], slot_L, -1)
+
+    def reorder(self, index: Tensor) -> None:
+        """See `DecodingCache`. Sequences share their pages."""
+        if self._rows is not None:
+            batch = len(self._rows.lengths)
+            self._take(checks.reorder_index(index, batch, torch.device("cpu")))
+
+    def select(self, rows: Tensor) -> None:
+        """See `DecodingCache`. Sequences share their pages."""
+        if self._rows is not None:
+            batch = len(self._rows.lengths)
+            self._take(checks.select_index(rows, batch, torch.device("cpu")))
+
+    def _take(self, index: Tensor) -> None:
+        assert self._rows is not None
+        self._replace(self._rows.take(index.tolist()))
+
+    def _replace(self, rows: Rows | None) -> None:
+        """Go over to other sequences, made of pages that are in use."""
+        before = self._rows
+        if rows is not None:
+            self.pool.share(rows.pages)
+        self._rows, self._table = rows, None
+        if before is not None:
+            self.pool.give_back(before.pages)
+
+    def crop(self, length: int) -> None:
+        """See `DecodingCache`. Sequences that are shorter stay as they are."""
+        checks.check_crop(length, self.length)
+        if self._rows is not None:
+            self._replace(self._rows.crop(length, self.pool.page_size))
+
+    def fork(self) -> None:
+        """See `DecodingCache`. All pages are shared with the fork until they are written to."""
+        if self._rows is not None:
+            self.pool.share(self._rows.pages)
+        self._forks.open(self._rows)
+
+    def commit(self) -> None:
+        """See `DecodingCache`."""
+        self._drop(self._forks.close("commit"))
+
+    def rollback(self) -> None:
+        """See `DecodingCache`."""
+        kept = self._forks.close("rollback")
+        self._drop(self._rows)
+        self._rows, self._table = kept, None
+
+    def reset(self) -> None:
+        """See `DecodingCache`. All pages are given back."""
+        for rows in (self._rows, *self._forks.states):
+            self._drop(rows)
+        self._rows = self._table = None
+        self._forks.clear()
+
+    def _drop(self, rows: Rows | None) -> None:
+        if rows is not None:
+            self.pool.give_back(rows.pages)
+
+    def duplicate(self) -> "PagedCache":
+        """Another cache with the same sequences, which shares their pages; without open forks."""
+        new = PagedCache(self.pool)
+        new._replace(self._rows)
+        return new
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use; one that sequences share counts once."""
+        if self._rows is None:
+            return 0
+        padding = self._rows.padding
+        held = len(set(self._rows.pages)) * self.pool.page_nbytes
+        return held + (0 if padding is None else padding.nbytes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `DecodingCache`."""
+        tokens = None
+        if self._rows is not None and self.length:
+            form = self.pool.form(len(self.lengths))
+            tokens = Tokens(form, *self._gathered(), self._rows.padding)
+        return dict_of("PagedCache", tokens) | {"lengths": list(self.lengths)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `DecodingCache`. It takes new pages before it gives the old ones back.
+
+        Raises:
+            CacheFullError: The pool has too few free pages.
+        """
+        checks.check_state(state, "PagedCache", _NAMES)
+        tokens, lengths = tokens_of(state), tuple(state["lengths"])
+        rows = None
+        if tokens is not None:
+            form = self.pool.form(len(lengths))
+            form.check(tokens.form._replace(device=form.device))
+            if max(lengths) != tokens.key.shape[2]:
+                raise ValueError(
+                    f"state must have keys as long as its longest sequence, {max(lengths)}; "
+                    f"got {tokens.key.shape[2]}"
+                )
+            none = Rows(((),) * form.batch, (0,) * form.batch, None)
+            tables = self._make_room(none, lengths)
+            key, value = tokens.key.to(form.device), tokens.value.to(form.device)
+            self._write(tables, none.lengths, lengths, key, value)
+            padding = tokens.padding
+            padding = None if padding is None else padding.to(form.device, copy=True)
+            rows = Rows(tables, lengths, padding)
+        elif lengths:
+            rows = Rows(((),) * len(lengths), lengths, None)
+        self.reset()
+        self._rows = rows
+
+    def to(self, device: torch.device | str) -> Self:
+        """See `DecodingCache`.
+
+        Raises:
+            ValueError: It is not the device of the pool, whose pages cannot be moved one by one.
+        """
+        here, target = self.pool.form(1).device, torch.empty(0, device=device).device
+        if target != here:
+            raise ValueError(f"device must be that of the pool, {here}; got {target}")
+        return self

@@ -1,0 +1,134 @@
+"""`PagePool`: the memory that the `PagedCache` of many sequences share.
+
+Shapes: P pages, S page size, G key heads, D head dimension, M tokens.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from zeta.caches.form import Form
+from zeta.caches.interface import CacheFullError
+
+
+class PagePool:
+    """Pages of keys and values, each counted by how many sequences use it.
+
+    One pool serves any number of caches, of all layers with the same heads, and any number of
+    threads with a cache each.
+
+    Args:
+        num_pages: Pages.
+        page_size: Tokens of a page.
+        num_kv_heads: Key heads.
+        head_dim: Features of a key's head.
+        value_dim: Features of a value's head; ``head_dim`` by default.
+        dtype: Of keys and values.
+        device: Of keys and values.
+
+    Raises:
+        ValueError: A size is below 1.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        value_dim = head_dim if value_dim is None else value_dim
+        sizes = (num_pages, page_size, num_kv_heads, head_dim, value_dim)
+        if min(sizes) < 1:
+            raise ValueError(
+                "num_pages, page_size, num_kv_heads, head_dim and value_dim must be positive; "
+                f"got {sizes}"
+            )
+        self.num_pages = num_pages
+        self.page_size = page_size
+        # A token's heads lie side by side, so that pages become a sequence in one copy.
+        shape = num_pages, page_size, num_kv_heads
+        # Nothing could be written to a tensor of inference mode outside of it.
+        with torch.inference_mode(False):
+            self._key_PSGD = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+            self._value_PSGD = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
+        self._form = Form(1, num_kv_heads, head_dim, value_dim, dtype, self._key_PSGD.device)
+        self._uses = [0] * num_pages
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._lock = threading.Lock()
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody uses."""
+        return len(self._free)
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page."""
+        return (self._key_PSGD.nbytes + self._value_PSGD.nbytes) // self.num_pages
+
+    def form(self, batch: int) -> Form:
+        """What the tokens of ``batch`` sequences must look like."""
+        return self._form._replace(batch=batch)
+
+    def uses(self, page: int) -> int:
+        """How many sequences use a page."""
+        return self._uses[page]
+
+    def take(self, count: int) -> list[int]:
+        """Pages for one sequence each, to be given back.
+
+        Raises:
+            CacheFullError: There are fewer; none is taken.
+        """
+        with self._lock:
+            if count > len(self._free):
+                raise CacheFullError(
+                    f"{count} more pages are needed, but the pool has {len(self._free)} of its "
+                    f"{self.num_pages} left; free some and call again"
+                )
+            pages = [self._free.pop() for _ in range(count)]
+            for page in pages:
+                self._uses[page] = 1
+            return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Count one more use of pages that are in use."""
+        with self._lock:
+            for page in pages:
+                self._uses[page] += 1
+
+    def give_back(self, pages: Iterable[int]) -> None:
+        """Count one use less; a page without any is free."""
+        with self._lock:
+            for page in pages:
+                self._uses[page] -= 1
+                if self._uses[page] == 0:
+                    self._free.append(page)
+
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy the contents of pages."""
+        device = self._form.device
+        source, target = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+        for pages in (self._key_PSGD, self._value_PSGD):
+            pages.index_copy_(0, target, pages.index_select(0, source))
+
+    def write(self, at_M: Tensor, key_MGD: Tensor, value_MGD: Tensor) -> None:
+        """Put tokens into the slots ``page * page_size + offset``."""
+        self._key_PSGD.flatten(0, 1).index_copy_(0, at_M, key_MGD)
+        self._value_PSGD.flatten(0, 1).index_copy_(0, at_M, value_MGD)
+
+    def read(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``(B, num * S, G, D)`` of the pages ``(B, num)``."""
+        batch, num_pages = table.shape
+        found = []
+        for pages in (self._key_PSGD, self._value_PSGD):
+            tokens = pages.index_select(0, table.flatten())
+            found.append(tokens.view(batch, num_pages * self.page_size, *pages.shape[2:]))
+        return found[0], found[1]

@@ -1,0 +1,93 @@
+"""``zeta doctor``: versions, devices, and which backends run here."""
+
+import argparse
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+import zeta
+from zeta import biases, masks
+from zeta.bench.machine import describe_machine
+from zeta.cli.terminal import heading, row
+from zeta.ops.backends import ORDER
+
+OPTIONAL = ("triton", "matplotlib", "tqdm", "numpy")
+TOLERANCE = 1e-4
+
+
+def add_to(commands: Any) -> None:
+    """Declare the command."""
+    parser = commands.add_parser(
+        "doctor",
+        help="versions, devices, and which backends run here and why others do not",
+        description="Say what Zeta finds on this machine, and try every backend that can run.",
+        epilog="examples:\n  zeta doctor",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report.
+
+    Returns:
+        0, or 1 where a backend gives a wrong result.
+    """
+    heading("Versions")
+    row("zeta", zeta.__version__)
+    row("python", f"{platform.python_version()} on {platform.platform()}")
+    row("torch", torch.__version__)
+    for package in OPTIONAL:
+        row(package, _version(package))
+    heading("Devices")
+    for name, value in describe_machine().items():
+        if name not in ("python", "torch", "date"):
+            row(name, str(value))
+    if not torch.cuda.is_available():
+        row("gpu", "none that torch can use")
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    verdicts = [_examine(device) for device in devices]
+    return 0 if all(verdicts) else 1
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _examine(device: str) -> bool:
+    """Try the backends on a device; return whether all results are right."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 4, 64, 32, generator=generator).to(device) for _ in "qkv")
+    table = torch.randn(32, 4, generator=generator).to(device).requires_grad_()
+    t5 = biases.Bucketed(table, bidirectional=False)
+    calls: dict[str, dict[str, Any]] = {
+        "causal": {"mask": masks.Causal()},
+        "causal, learned T5 bias": {"mask": masks.Causal(), "bias": t5},
+        "causal, learned T5 bias, dropout": {"mask": masks.Causal(), "bias": t5, "dropout_p": 0.1},
+    }
+    right = True
+    for name, call in calls.items():
+        call = {**call, "seed": 1} if "dropout_p" in call else call
+        explanation = zeta.explain(query, key, value, **call)
+        expected = zeta.attention(
+            query.double(), key.double(), value.double(), backend="reference", **call
+        )
+        heading(f"Backends on {device}: {name}")
+        for backend in (name for name in ORDER if name in explanation.reasons):
+            reasons = explanation.reasons[backend]
+            if reasons:
+                row(backend, "no: " + reasons[0])
+                for reason in reasons[1:]:
+                    row("", "    " + reason)
+                continue
+            out = zeta.attention(query, key, value, backend=backend, **call)
+            error = (out.double() - expected).abs().max().item()
+            right &= error <= TOLERANCE
+            verdict = f"right to {error:.0e}" if error <= TOLERANCE else f"WRONG by {error:.0e}"
+            row(backend, verdict + (", chosen" if backend == explanation.backend else ""))
+    return right

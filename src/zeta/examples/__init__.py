@@ -1,0 +1,1 @@
+"""Readable models built from `zeta.nn`, and what they learn from; `zeta demo` trains them."""

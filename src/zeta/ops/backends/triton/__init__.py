@@ -1,0 +1,77 @@
+"""GPU kernels in Triton: every feature of the op, in memory linear in the sequence length.
+
+Learned offset biases are read as a vector per head and get their gradient from the band of keys within their
+reach; dense ones get theirs in their own shape; nothing is summed by atomics, so two runs give the same bits.
+Dropout draws what every backend of Zeta's draws. Weights are recomputed from the log-sum-exp.
+
+Triton compiles each kernel at its first launch. On CPU tensors the kernels run only in Triton's interpreter, for
+tests: set ``TRITON_INTERPRET=1`` before the first call.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from zeta.ops.backends.triton.lowering import lower, refusals
+from zeta.ops.call import AttentionCall
+from zeta.ops.transforms import reasons_of_opaque
+
+NAME = "triton"
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+MIN_CAPABILITY = (8, 0)
+
+
+def unsupported(call: AttentionCall) -> list[str]:
+    """Why the kernels cannot do this call; empty if they can."""
+    reasons = _unsupported_device(call.query.device)
+    if call.query.dtype not in DTYPES:
+        reasons.append(f"it has no kernels for {call.query.dtype}")
+    if max(call.head_dim, call.value.shape[-1]) > MAX_HEAD_DIM:
+        reasons.append(
+            f"its head_dim goes up to {MAX_HEAD_DIM}; got {call.head_dim} and "
+            f"{call.value.shape[-1]}"
+        )
+    if call.query.device.type == "cpu" and call.query.dtype == torch.bfloat16:
+        reasons.append("Triton's interpreter multiplies no bfloat16")
+    return reasons + refusals(call) + reasons_of_opaque(call.tensors)
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Attention ``(B, H, T, Dv)`` and its log-sum-exp ``(B, H, T)`` in float32."""
+    from zeta.ops.backends.triton import operators
+
+    lowered = lower(call)
+    out, lse, _ = operators.attention(
+        call.query, call.key, call.value, lowered.offsets, lowered.dense, *lowered.fixed()
+    )
+    return out, lse
+
+
+def weights(call: AttentionCall) -> Tensor:
+    """Weights before dropout: ``(B, H, T, S)``, or ``(B, T, S)`` averaged over heads."""
+    from zeta.ops.backends.triton import operators
+
+    lowered = lower(call)
+    return operators.weights(
+        call.query, call.key, lowered.offsets, lowered.dense,
+        call.result == "mean_weights", *lowered.fixed(),
+    )[0]  # fmt: skip
+
+
+def _unsupported_device(device: torch.device) -> list[str]:
+    if importlib.util.find_spec("triton") is None:
+        return ["Triton is not installed"]
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return []
+        return ["it needs a CUDA device"]
+    if device.type != "cuda" or torch.version.hip is not None:
+        return [f"it needs a CUDA device of NVIDIA; got {device}"]
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return [f"it needs compute capability 8.0 or more; {device} has {capability}"]
+    return []

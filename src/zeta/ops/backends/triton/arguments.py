@@ -1,0 +1,208 @@
+"""What the kernels are launched with, made from tensors.
+
+Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, D head dimension.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from zeta.ops.backends.triton import configs
+from zeta.ops.backends.triton.kernels.dropout import hash_columns_kernel, hash_rows_kernel
+from zeta.ops.backends.triton.kernels.operands import (
+    Dropout,
+    Labels,
+    Offsets,
+    Plane,
+    Rows,
+    Score,
+    Sizes,
+    Softcap,
+)
+
+LOG2E = 1.4426950408889634
+PAD = 256
+"""Repeated ends of an offset vector: twice the largest side of a tile."""
+HASH_BLOCK = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fixed:
+    """What needs no gradient, as the operators get it."""
+
+    tensors: Sequence[Tensor | None]
+    scale: float
+    causal: bool
+    window: int
+    softcap: float
+    softcap_first: bool
+    dropout_p: float
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless its last dimension is dense."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def rows_operand(tensor: Tensor) -> Rows:
+    return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+
+def plane_operand(tensor: Tensor) -> Plane:
+    strides = (
+        0 if size == 1 else stride
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return Plane(tensor, *strides)
+
+
+def empty_rows(like: Tensor, width: int) -> Tensor:
+    """An unwritten ``(B, H, T, width)`` tensor, its heads inside or outside of the length as in ``like``."""
+    batch, heads, length, _ = like.shape
+    if like.stride(1) < like.stride(2):
+        return like.new_empty((batch, length, heads, width)).transpose(1, 2)
+    return like.new_empty((batch, heads, length, width))
+
+
+def sizes_of(query: Tensor, key: Tensor) -> Sizes:
+    batch, heads, queries, _ = query.shape
+    return Sizes(batch, heads, heads // key.shape[1], queries, key.shape[2])
+
+
+def is_exact(query: Tensor) -> bool:
+    """Whether float32 is kept through and through: rounding to half precision would hide less."""
+    return query.element_size() == 4
+
+
+def score_unit(query: Tensor) -> float:
+    return 1.0 if is_exact(query) else LOG2E
+
+
+def statistics_shape(query: Tensor) -> tuple[int, ...]:
+    """Of what the backward passes read of the normalisers: a plane of one number a row, or two."""
+    return (2 if is_exact(query) else 1, *query.shape[:3])
+
+
+def score_operand(
+    query: Tensor, key: Tensor, offsets: Tensor | None, dense: Tensor | None, fixed: Fixed
+) -> Score:
+    """Everything between the products and the softmax."""
+    slopes, prefix, padding, document_rows, document_columns, keep, *placed = fixed.tensors
+    query_positions, key_positions, seed = placed
+    unit = score_unit(query)
+    score = Score(
+        exact=tl.constexpr(is_exact(query)),
+        unit=unit,
+        scale=fixed.scale * unit,
+        slope=fixed.scale,
+        folds=tl.constexpr(fixed.scale >= 0),
+        causal=tl.constexpr(fixed.causal),
+        window=fixed.window or None,
+        prefix=prefix,
+        padding=padding,
+        documents=_labels(document_rows, document_columns),
+        keep=None if keep is None else plane_operand(keep),
+        positions=_labels(query_positions, key_positions),
+        softcap=_softcap(fixed, unit),
+        offsets=_offsets(offsets, unit),
+        slopes=None if slopes is None else slopes * unit,
+        dense=None if dense is None else plane_operand(dense),
+        dropout=None,
+    )
+    if not fixed.dropout_p:
+        return score
+    assert seed is not None
+    return score._replace(dropout=_dropout(seed, fixed.dropout_p, score, sizes_of(query, key)))
+
+
+def _labels(row: Tensor | None, column: Tensor | None) -> Labels | None:
+    if row is None or column is None:
+        return None
+    strides = [0 if tensor.shape[0] == 1 else tensor.shape[1] for tensor in (row, column)]
+    return Labels(row, strides[0], column, strides[1])
+
+
+def _softcap(fixed: Fixed, unit: float) -> Softcap | None:
+    if not fixed.softcap:
+        return None
+    return Softcap(
+        1.0 / (fixed.softcap * unit), fixed.softcap * unit, tl.constexpr(fixed.softcap_first)
+    )
+
+
+def _offsets(offsets: Tensor | None, unit: float) -> Offsets | None:
+    if offsets is None:
+        return None
+    padded = F.pad(offsets.detach() * unit, (PAD, PAD), mode="replicate")
+    return Offsets(padded, padded.stride(0), offsets.shape[1] // 2, PAD)
+
+
+def _dropout(seed: Tensor, dropout_p: float, score: Score, sizes: Sizes) -> Dropout:
+    """Both halves of the hash."""
+    batches = 1
+    if score.positions is not None and score.positions.column_batch:
+        batches = sizes.batch
+    row_hash = seed.new_empty((sizes.batch, sizes.heads, sizes.queries), dtype=torch.int32)
+    column_hash = seed.new_empty((batches, sizes.keys), dtype=torch.int32)
+    for kernel, hashes, programs, length in (
+        (hash_rows_kernel, row_hash, sizes.batch * sizes.heads, sizes.queries),
+        (hash_columns_kernel, column_hash, batches, sizes.keys),
+    ):
+        grid = (programs, triton.cdiv(length, HASH_BLOCK))
+        launch(kernel, grid, seed, hashes, score, sizes, BLOCK=HASH_BLOCK)
+    return Dropout(
+        row_hash,
+        column_hash,
+        sizes.keys if batches > 1 else 0,
+        min(round(dropout_p * 2**32), 2**32 - 1) - 2**31,
+        1.0 - dropout_p,
+    )
+
+
+def device_capability(tensor: Tensor) -> tuple[int, int] | None:
+    """None in the interpreter."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+
+
+def shape_of_tiles(
+    kind: configs.Pass, query: Tensor, causal: bool, *widths: int
+) -> dict[str, Any]:
+    """Compile-time arguments of a kernel for these widths: padded widths, tile, precision."""
+    capability = device_capability(query)
+    padded = [max(16, triton.next_power_of_2(width)) for width in widths]
+    tiles = configs.tiles(kind, max(padded), query.element_size(), causal, capability)
+    arguments = {
+        "WIDTH": widths[0],
+        "BLOCK_D": padded[0],
+        "BLOCK_M": tiles.rows,
+        "BLOCK_N": tiles.columns,
+        "PRECISION": "ieee" if query.element_size() == 2 else "tf32x3",
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+    if len(widths) > 1:
+        arguments |= {"VALUE_WIDTH": widths[1], "BLOCK_E": padded[1]}
+    return arguments
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
+    """Launches a kernel on the device of its first tensor."""
+    tensor = next(_tensors(operands))
+    guard = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*operands, **constants)
+
+
+def _tensors(operands: Any) -> Any:
+    for operand in operands:
+        if isinstance(operand, Tensor):
+            yield operand
+        elif isinstance(operand, tuple):
+            yield from _tensors(operand)

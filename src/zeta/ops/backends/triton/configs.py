@@ -1,0 +1,95 @@
+"""Tile shapes, warps and pipeline stages of every kernel: fixed, never searched for at run time.
+
+Chosen by the widths of keys and values padded to a power of two, the dtype's size, whether the
+mask is causal, and the compute capability. `python -m benchmarks.tune_gpu` searches for better
+ones.
+"""
+
+import dataclasses
+from typing import Literal
+
+Pass = Literal["forward", "keys", "queries", "band", "dense", "weights"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tiles:
+    """A tile of scores has `rows` queries and `columns` keys."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+Table = dict[Pass, dict[int, tuple[Tiles, Tiles]]]
+"""By the padded width up to which they serve: without a causal mask, with one."""
+
+
+def _both(*numbers: int) -> tuple[Tiles, Tiles]:
+    return Tiles(*numbers), Tiles(*numbers)
+
+
+INTERPRETED = Tiles(rows=32, columns=32, num_warps=4, num_stages=1)
+"""In the interpreter a tile costs the same whatever its size."""
+
+HOPPER: Table = {
+    "forward": {
+        64: _both(64, 64, 4, 3),
+        128: _both(128, 64, 8, 3),
+        256: _both(128, 32, 8, 2),
+    },
+    "keys": {
+        64: (Tiles(128, 64, 4, 2), Tiles(32, 64, 4, 3)),
+        128: (Tiles(32, 64, 4, 3), Tiles(32, 64, 4, 3)),
+        256: _both(16, 64, 8, 1),
+    },
+    "queries": {
+        64: (Tiles(64, 64, 4, 3), Tiles(64, 32, 4, 3)),
+        128: _both(128, 64, 8, 3),
+        256: _both(64, 32, 8, 1),
+    },
+    "band": {64: _both(64, 64, 4, 2), 128: _both(64, 64, 4, 1), 256: _both(32, 32, 4, 1)},
+    "dense": {64: _both(64, 64, 4, 2), 128: _both(64, 64, 4, 1), 256: _both(32, 32, 4, 1)},
+    "weights": {64: _both(64, 64, 4, 2), 128: _both(64, 64, 4, 2), 256: _both(64, 64, 4, 1)},
+}
+"""float16 and bfloat16 from compute capability 9.0 on, with 227 KiB of shared memory."""
+
+AMPERE: Table = {
+    "forward": {64: _both(128, 64, 4, 2), 128: _both(64, 64, 4, 2), 256: _both(64, 32, 4, 1)},
+    "keys": {64: _both(32, 64, 4, 2), 128: _both(32, 64, 4, 1), 256: _both(16, 32, 4, 1)},
+    "queries": {64: _both(64, 32, 4, 2), 128: _both(64, 32, 4, 1), 256: _both(32, 32, 4, 1)},
+    "band": {64: _both(64, 32, 4, 1), 128: _both(32, 32, 4, 1), 256: _both(32, 32, 4, 1)},
+    "dense": {64: _both(64, 32, 4, 1), 128: _both(32, 32, 4, 1), 256: _both(32, 32, 4, 1)},
+    "weights": {64: _both(64, 64, 4, 1), 128: _both(64, 64, 4, 1), 256: _both(32, 32, 4, 1)},
+}
+"""float16 and bfloat16 elsewhere, within the 99 KiB of shared memory of the smaller devices."""
+
+WIDE: Table = {
+    "forward": {64: _both(64, 32, 4, 1), 128: _both(32, 32, 8, 1), 256: _both(16, 16, 8, 1)},
+    "keys": {64: _both(32, 32, 8, 1), 128: _both(16, 32, 8, 1), 256: _both(16, 16, 8, 1)},
+    "queries": {64: _both(64, 32, 8, 1), 128: _both(32, 16, 8, 1), 256: _both(16, 16, 8, 1)},
+    "band": {64: _both(32, 32, 8, 1), 128: _both(16, 16, 4, 1), 256: _both(16, 16, 8, 1)},
+    "dense": {64: _both(32, 32, 8, 1), 128: _both(16, 16, 4, 1), 256: _both(16, 16, 8, 1)},
+    "weights": {64: _both(32, 32, 4, 1), 128: _both(32, 32, 4, 1), 256: _both(16, 16, 4, 1)},
+}
+"""float32: each product is made of three of half the width, with more registers."""
+
+
+def tiles(
+    kind: Pass, width: int, itemsize: int, causal: bool, capability: tuple[int, int] | None
+) -> Tiles:
+    """The tiles of one kernel.
+
+    Args:
+        kind: Which kernel.
+        width: The larger padded width, of keys or of values.
+        itemsize: Bytes of an element.
+        causal: Whether the mask is causal.
+        capability: Of the device; None in the interpreter.
+    """
+    if capability is None:
+        return INTERPRETED
+    table = WIDE
+    if itemsize == 2:
+        table = HOPPER if capability[0] in (9, 10) else AMPERE
+    return next(pair[causal] for limit, pair in sorted(table[kind].items()) if width <= limit)

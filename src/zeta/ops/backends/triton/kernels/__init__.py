@@ -1,0 +1,1 @@
+"""Kernels. Importing them imports Triton; nothing is compiled before the first launch."""

@@ -1,0 +1,100 @@
+"""The arguments kernels take, grouped: an absent part is None, and its code is not compiled."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+# Fields hold tensors and numbers on the host, and pointers and scalars inside a kernel: hence `Any`.
+
+
+class Sizes(NamedTuple):
+    """Counts of one call: `group` query heads share a key head."""
+
+    batch: Any
+    heads: Any
+    group: Any
+    queries: Any
+    keys: Any
+
+
+class Rows(NamedTuple):
+    """A (B, H, rows, D) tensor whose last dimension is dense: its strides in elements."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    row: Any
+
+
+class Plane(NamedTuple):
+    """A tensor seen as (B, H, T, S): a stride is 0 where it is broadcast."""
+
+    pointer: Any
+    batch: Any
+    head: Any
+    row: Any
+    column: Any
+
+
+class Labels(NamedTuple):
+    """A number per query (B, T) and per key (B, S): document ids, or positions. Batch stride 0 where shared."""
+
+    rows: Any
+    row_batch: Any
+    columns: Any
+    column_batch: Any
+
+
+class Softcap(NamedTuple):
+    """`outer * tanh(inner * score)`, before or after what is added."""
+
+    inner: Any
+    outer: Any
+    first: Any
+
+
+class Offsets(NamedTuple):
+    """A vector per head over key-query offsets, each end repeated `pad` times."""
+
+    pointer: Any
+    head: Any
+    reach: Any
+    pad: Any
+
+
+class Dropout(NamedTuple):
+    """Hash halves per query (B, H, T) and key (B or 1, S): kept where their mix reaches `threshold`."""
+
+    rows: Any
+    columns: Any
+    column_batch: Any
+    threshold: Any
+    keep: Any
+
+
+class Score(NamedTuple):
+    """How a product of a query and a key becomes a score, and what exponential makes it a weight.
+
+    Scores, and all that is added to them, are in a unit: with `exact`, that of the natural exponential, and 1;
+    otherwise that of exp2, which is faster, and log2(e). `scale` includes the unit, `slope` does not;
+    `scale` is not negative where `folds`.
+    """
+
+    unit: Any
+    scale: Any
+    slope: Any
+    folds: Any
+    causal: Any
+    window: Any
+    prefix: Any
+    padding: Any
+    documents: Any
+    keep: Any
+    positions: Any
+    softcap: Any
+    offsets: Any
+    slopes: Any
+    dense: Any
+    dropout: Any
+    # Last, because Triton 3.6 loses a constant in a nested tuple unless one of the outer follows.
+    exact: Any

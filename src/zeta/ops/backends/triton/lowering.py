@@ -1,0 +1,205 @@
+"""Masks and biases as the kernels take them: flags, lengths, vectors, strided tensors.
+
+Shape suffixes: B batch, H heads, T target length, S source length, R offsets.
+"""
+
+import dataclasses
+import functools
+import operator
+
+import torch
+from torch import Tensor
+
+from zeta import biases, masks
+from zeta.ops.call import AttentionCall
+
+MAX_REACH = 1 << 20
+"""The longest offset vector worth making: beyond, a bias is no function of a bounded distance."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lowered:
+    """A call's mask and bias, taken apart.
+
+    Attributes:
+        offsets: ``(H, 2 * reach + 1)`` float32, the sum of the offset biases; differentiable.
+        dense: Four dimensions, broadcastable to the scores; differentiable.
+        window, softcap: 0 for none.
+        slopes_H and the other tensors: Without a gradient, None where the call has none.
+    """
+
+    offsets: Tensor | None
+    dense: Tensor | None
+    slopes_H: Tensor | None
+    prefix_B: Tensor | None
+    padding_B: Tensor | None
+    document_rows_BT: Tensor | None
+    document_columns_BS: Tensor | None
+    keep: Tensor | None
+    query_positions: Tensor | None
+    key_positions: Tensor | None
+    seed: Tensor | None
+    scale: float
+    causal: bool
+    window: int
+    softcap: float
+    softcap_first: bool
+    dropout_p: float
+
+    def fixed(self) -> tuple[list[Tensor | None], float, bool, int, float, bool, float]:
+        """Everything without a gradient, as the operators take it."""
+        tensors = [
+            self.slopes_H, self.prefix_B, self.padding_B, self.document_rows_BT,
+            self.document_columns_BS, self.keep, self.query_positions, self.key_positions,
+            self.seed,
+        ]  # fmt: skip
+        return (
+            tensors, self.scale, self.causal, self.window, self.softcap, self.softcap_first,
+            self.dropout_p,
+        )  # fmt: skip
+
+
+def refusals(call: AttentionCall) -> list[str]:
+    """Why a mask or bias cannot be lowered."""
+    reasons = []
+    for mask in masks.conjuncts(call.mask):
+        if not isinstance(mask, _MASKS):
+            reasons.append(f"it cannot apply the mask {type(mask).__name__}")
+    terms = biases.summands(call.bias)
+    for term in terms:
+        if not isinstance(term, biases.Dense | biases.OffsetBias | biases.Softcap):
+            reasons.append(f"it cannot apply the bias {type(term).__name__}")
+    caps = [place for place, term in enumerate(terms) if isinstance(term, biases.Softcap)]
+    if len(caps) > 1:
+        reasons.append(f"it applies one soft cap; got {len(caps)}")
+    elif caps and caps[0] not in (0, len(terms) - 1):
+        reasons.append("its soft cap comes before or after everything that is added")
+    return reasons + _refused_offsets(call, terms)
+
+
+def _refused_offsets(call: AttentionCall, terms: tuple[biases.Bias, ...]) -> list[str]:
+    offsets = [term for term in terms if isinstance(term, biases.OffsetBias)]
+    reasons = []
+    if any(term.reach(_longest(call)) > MAX_REACH for term in offsets if _in_vector(term)):
+        reasons.append("it needs an offset bias that ends within a bounded distance")
+    if _has_positions(call) and any(_learned(term) for term in offsets):
+        reasons.append("it finds no gradient of an offset bias under explicit positions")
+    return reasons
+
+
+_MASKS = (
+    masks.Causal, masks.SlidingWindow, masks.PrefixLM, masks.Documents, masks.Padding, masks.Dense,
+)  # fmt: skip
+
+
+def lower(call: AttentionCall) -> Lowered:
+    """Takes a call's mask and bias apart; `refusals` must be empty."""
+    conjuncts = masks.conjuncts(call.mask)
+    terms = biases.summands(call.bias)
+    windows = [mask.size for mask in conjuncts if isinstance(mask, masks.SlidingWindow)]
+    caps = [place for place, term in enumerate(terms) if isinstance(term, biases.Softcap)]
+    cap = terms[caps[0]] if caps else None
+    document_rows, document_columns = _documents(call, conjuncts)
+    has_positions = _has_positions(call)
+    query_positions, key_positions = call.query_positions, call.key_positions
+    if has_positions:
+        tile = call.tile()
+        query_positions = tile.query_position[:, 0, :, 0].to(torch.int32).contiguous()
+        key_positions = tile.key_position[:, 0, 0, :].to(torch.int32).contiguous()
+    return Lowered(
+        offsets=_offset_vector(call, terms),
+        dense=_dense(terms),
+        slopes_H=_slopes(terms),
+        # Two prefixes, or two paddings, hold where the shorter does.
+        prefix_B=_least([mask.lengths for mask in conjuncts if isinstance(mask, masks.PrefixLM)]),
+        padding_B=_least([mask.lengths for mask in conjuncts if isinstance(mask, masks.Padding)]),
+        document_rows_BT=document_rows,
+        document_columns_BS=document_columns,
+        keep=_keep(conjuncts),
+        query_positions=query_positions,
+        key_positions=key_positions,
+        seed=call.seed,
+        scale=float(call.scale),
+        causal=bool(windows) or any(isinstance(mask, masks.Causal) for mask in conjuncts),
+        window=min(windows, default=0),
+        softcap=cap.limit if isinstance(cap, biases.Softcap) else 0.0,
+        softcap_first=bool(caps) and caps[0] == 0,
+        dropout_p=call.dropout_p,
+    )
+
+
+def _has_positions(call: AttentionCall) -> bool:
+    return call.query_positions is not None or call.key_positions is not None
+
+
+def _longest(call: AttentionCall) -> int:
+    """The longest distance between a query and a key; unbounded where positions are given."""
+    return 1 << 62 if _has_positions(call) else max(call.source, call.target)
+
+
+def _learned(term: biases.Bias) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in term.flatten()[1])
+
+
+def _in_vector(term: biases.Bias) -> bool:
+    """Whether an offset bias is read from a vector: fixed ALiBi slopes are multiplied instead."""
+    return isinstance(term, biases.OffsetBias) and not (
+        isinstance(term, biases.Alibi) and not _learned(term)
+    )
+
+
+def _offset_vector(call: AttentionCall, terms: tuple[biases.Bias, ...]) -> Tensor | None:
+    vectors = [t for t in terms if isinstance(t, biases.OffsetBias) and _in_vector(t)]
+    if not vectors:
+        return None
+    reach = max(1, *(term.reach(_longest(call)) for term in vectors))
+    return functools.reduce(operator.add, (t.offset_vector(reach).float() for t in vectors))
+
+
+def _slopes(terms: tuple[biases.Bias, ...]) -> Tensor | None:
+    slopes = [
+        term.slopes.detach().float()
+        for term in terms
+        if isinstance(term, biases.Alibi) and not _in_vector(term)
+    ]
+    return functools.reduce(operator.add, slopes).contiguous() if slopes else None
+
+
+def _dense(terms: tuple[biases.Bias, ...]) -> Tensor | None:
+    tensors = [
+        term.tensor.float() if term.tensor.dtype == torch.float64 else term.tensor
+        for term in terms
+        if isinstance(term, biases.Dense)
+    ]
+    return functools.reduce(operator.add, tensors) if tensors else None
+
+
+def _keep(conjuncts: tuple[masks.Mask, ...]) -> Tensor | None:
+    tensors = [mask.tensor for mask in conjuncts if isinstance(mask, masks.Dense)]
+    return functools.reduce(operator.and_, tensors).view(torch.uint8) if tensors else None
+
+
+def _least(lengths: list[Tensor]) -> Tensor | None:
+    return functools.reduce(torch.minimum, lengths).contiguous() if lengths else None
+
+
+def _documents(
+    call: AttentionCall, conjuncts: tuple[masks.Mask, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The document of each query and of each key."""
+    documents = [mask.ids for mask in conjuncts if isinstance(mask, masks.Documents)]
+    if not documents:
+        return None, None
+    ids = documents[0]
+    for more in documents[1:]:
+        # A number for each pair of numbers: the same in both.
+        ids = ids.to(torch.int64) * (1 << 31) + more.to(torch.int64)
+    tile = call.tile()
+    rows = _at(ids, tile.query_position[:, 0, :, 0])
+    return rows, _at(ids, tile.key_position[:, 0, 0, :])
+
+
+def _at(ids_BL: Tensor, position: Tensor) -> Tensor:
+    """``ids[b, position[b, n]]``; a position before the first is in a document of its own."""
+    found = ids_BL.gather(1, position.clamp(min=0).expand(ids_BL.shape[0], -1))
+    return torch.where(position >= 0, found, torch.iinfo(ids_BL.dtype).min).contiguous()

@@ -1,0 +1,248 @@
+"""The passes as operators of ``torch.library``: what torch.compile, export and autograd see.
+
+An operator cannot take a dataclass: everything without a gradient comes as one list of tensors, in the order of
+`Lowered.fixed`, and plain numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zeta.ops.backends.triton import passes
+from zeta.ops.backends.triton.arguments import Fixed, empty_rows, rows, statistics_shape
+
+
+@torch.library.custom_op("zeta::triton_attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    softcap_first: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output ``(B, H, T, Dv)``, lse ``(B, H, T)`` in float32, and what backward reads."""
+    fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p)
+    return passes.forward(query, key, value, offsets, dense, fixed)
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        empty_rows(rows(query), value.shape[-1]),
+        query.new_empty(query.shape[:3], dtype=torch.float32),
+        query.new_empty(statistics_shape(query), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("zeta::triton_attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    softcap_first: bool,
+    dropout_p: float,
+    needs_offsets: bool,
+    needs_dense: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, offsets, dense; an empty one for those not needed."""
+    fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p)
+    given = passes.of_output(
+        dout, dlse, (query, key, value, out, statistics), offsets, dense, fixed
+    )
+    dkey, dvalue = passes.keys_gradient(given)
+    dquery, far = passes.queries_gradient(given, needs_offsets)
+    doffsets, ddense = statistics.new_empty(0), statistics.new_empty(0)
+    if needs_offsets:
+        doffsets = passes.offsets_gradient(given, far)
+    if needs_dense and dense is not None:
+        ddense = passes.dense_gradient(given, dense)
+    return dquery, dkey, dvalue, doffsets, ddense
+
+
+@attention_backward.register_fake
+def _(
+    dout: Tensor,
+    dlse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    *fixed: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, needs_offsets, needs_dense = fixed
+    return (
+        *(empty_rows(rows(tensor), tensor.shape[-1]) for tensor in (query, key, value)),
+        _like(offsets if needs_offsets else None, statistics),
+        _like(dense if needs_dense else None, statistics),
+    )
+
+
+def _like(tensor: Tensor | None, other: Tensor) -> Tensor:
+    if tensor is None:
+        return other.new_empty(0)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _save_attention(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    query, key, value, offsets, dense, tensors, *numbers = inputs
+    out, _, statistics = output
+    ctx.save_for_backward(query, key, value, out, statistics, offsets, dense, *tensors)
+    ctx.numbers = numbers
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradient(
+    ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
+) -> tuple[Any, ...]:
+    query, key, value, out, statistics, offsets, dense, *tensors = ctx.saved_tensors
+    needs_offsets, needs_dense = ctx.needs_input_grad[3:5]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dquery, dkey, dvalue, doffsets, ddense = attention_backward(
+        dout, dlse, query, key, value, out, statistics, offsets, dense, tensors, *ctx.numbers,
+        needs_offsets, needs_dense,
+    )  # fmt: skip
+    return (
+        dquery, dkey, dvalue, doffsets if needs_offsets else None,
+        ddense if needs_dense else None, _no_gradients(tensors), *[None] * len(ctx.numbers),
+    )  # fmt: skip
+
+
+def _no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
+    """To torch.library, a list with an absent tensor in it is one argument; one of tensors is many."""
+    return None if any(tensor is None for tensor in tensors) else [None] * len(tensors)
+
+
+attention.register_autograd(_attention_gradient, setup_context=_save_attention)
+
+
+@torch.library.custom_op("zeta::triton_weights", mutates_args=())
+def weights(
+    query: Tensor,
+    key: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    mean: bool,
+    tensors: Sequence[Tensor | None],
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    softcap_first: bool,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Weights ``(B, H, T, S)`` or their mean ``(B, T, S)``; and what backward reads."""
+    fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, 0.0)
+    return passes.weights(query, key, offsets, dense, mean, fixed)
+
+
+@weights.register_fake
+def _(
+    query: Tensor, key: Tensor, offsets: Tensor | None, dense: Tensor | None, mean: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = query.shape
+    planes = (batch,) if mean else (batch, heads)
+    return (
+        query.new_empty((*planes, queries, key.shape[2])),
+        query.new_empty(statistics_shape(query), dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("zeta::triton_weights_backward", mutates_args=())
+def weights_backward(
+    dweights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    statistics: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    softcap_first: bool,
+    dropout_p: float,
+    needs_offsets: bool,
+    needs_dense: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, offsets, dense; an empty one for those not needed."""
+    fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, 0.0)
+    given = passes.of_weights(dweights, query, key, statistics, offsets, dense, fixed)
+    dkey, _ = passes.keys_gradient(given)
+    dquery, far = passes.queries_gradient(given, needs_offsets)
+    doffsets, ddense = statistics.new_empty(0), statistics.new_empty(0)
+    if needs_offsets:
+        doffsets = passes.offsets_gradient(given, far)
+    if needs_dense and dense is not None:
+        ddense = passes.dense_gradient(given, dense)
+    return dquery, dkey, doffsets, ddense
+
+
+@weights_backward.register_fake
+def _(
+    dweights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    statistics: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    *fixed: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, needs_offsets, needs_dense = fixed
+    return (
+        *(empty_rows(rows(tensor), tensor.shape[-1]) for tensor in (query, key)),
+        _like(offsets if needs_offsets else None, statistics),
+        _like(dense if needs_dense else None, statistics),
+    )
+
+
+def _save_weights(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, offsets, dense, _, tensors, *numbers = inputs
+    ctx.save_for_backward(query, key, output[1], offsets, dense, *tensors)
+    ctx.numbers = numbers
+    ctx.set_materialize_grads(False)
+
+
+def _weights_gradient(ctx: Any, dweights: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    query, key, statistics, offsets, dense, *tensors = ctx.saved_tensors
+    nothing = [None] * len(ctx.numbers)
+    if dweights is None:
+        return None, None, None, None, None, _no_gradients(tensors), *nothing
+    needs_offsets, needs_dense = ctx.needs_input_grad[2:4]
+    dquery, dkey, doffsets, ddense = weights_backward(
+        dweights, query, key, statistics, offsets, dense, tensors, *ctx.numbers, needs_offsets,
+        needs_dense,
+    )  # fmt: skip
+    return (
+        dquery, dkey, doffsets if needs_offsets else None, ddense if needs_dense else None, None,
+        _no_gradients(tensors), *nothing,
+    )  # fmt: skip
+
+
+weights.register_autograd(_weights_gradient, setup_context=_save_weights)

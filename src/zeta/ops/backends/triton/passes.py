@@ -1,0 +1,299 @@
+"""Forward and backward passes: outputs are allocated, kernels launched.
+
+Shape suffixes: B batch, H query heads, T target length, S source length.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from zeta.ops.backends.triton.arguments import (
+    Fixed,
+    empty_rows,
+    is_exact,
+    launch,
+    plane_operand,
+    rows,
+    rows_operand,
+    score_operand,
+    shape_of_tiles,
+    sizes_of,
+    statistics_shape,
+)
+from zeta.ops.backends.triton.kernels.backward import keys_kernel, queries_kernel
+from zeta.ops.backends.triton.kernels.bias_gradient import (
+    band_kernel,
+    dense_kernel,
+    diagonals_kernel,
+)
+from zeta.ops.backends.triton.kernels.forward import forward_kernel
+from zeta.ops.backends.triton.kernels.gradients import delta_kernel, row_sums_kernel
+from zeta.ops.backends.triton.kernels.operands import Plane, Rows, Score, Sizes
+from zeta.ops.backends.triton.kernels.weights import weights_kernel
+
+BAND_PROGRAMS = 1024
+"""About how many programs share the band: a constant, so that the order of a sum is one too."""
+DELTA_ROWS = 64
+DIAGONAL_BLOCK = 64
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    fixed: Fixed,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output, lse ``(B, H, T)``, statistics; without values, the output is empty."""
+    query, key = rows(query), rows(key)
+    wanted = value is not None
+    value = key if value is None else rows(value)
+    sizes = sizes_of(query, key)
+    out = empty_rows(query, value.shape[-1] if wanted else 0)
+    lse = query.new_empty((sizes.batch, sizes.heads, sizes.queries), dtype=torch.float32)
+    statistics = lse.new_empty(statistics_shape(query))
+    constants = shape_of_tiles("forward", query, fixed.causal, query.shape[-1], value.shape[-1])
+    grid = (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
+    launch(
+        forward_kernel, grid, rows_operand(query), rows_operand(key), rows_operand(value),
+        rows_operand(out), lse, statistics, score_operand(query, key, offsets, dense, fixed), sizes,
+        EVEN=sizes.keys % constants["BLOCK_N"] == 0, VALUES=wanted, **constants,
+    )  # fmt: skip
+    return out, lse, statistics
+
+
+@dataclasses.dataclass(slots=True)
+class Backward:
+    """What every backward kernel of one call is given.
+
+    Attributes:
+        dweights: Of returned weights, seen as ``(B, H, T, S)``, in place of `dout` and values.
+        total_H: The sum of all of dS of each head, or None for zero.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    dout: Tensor
+    dweights: Tensor | None
+    statistics: Tensor
+    delta: Tensor
+    score: Score
+    sizes: Sizes
+    fixed: Fixed
+    total_H: Tensor | None = None
+
+    def operands(self) -> tuple[Rows, Rows, Rows, Rows, Plane | None, Tensor, Tensor]:
+        return (
+            rows_operand(self.query), rows_operand(self.key), rows_operand(self.value),
+            rows_operand(self.dout),
+            None if self.dweights is None else plane_operand(self.dweights), self.statistics,
+            self.delta,
+        )  # fmt: skip
+
+    def constants(self, kind: Any) -> dict[str, Any]:
+        return shape_of_tiles(
+            kind, self.query, self.fixed.causal, self.query.shape[-1], self.value.shape[-1]
+        )
+
+    @property
+    def keep(self) -> float:
+        return 1.0 - self.fixed.dropout_p
+
+
+def of_output(
+    dout: Tensor,
+    dlse: Tensor | None,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    fixed: Fixed,
+) -> Backward:
+    """Prepares the gradient of `forward`; ``inputs`` are query, key, value, out, statistics."""
+    query, key, value, out, dout = (rows(tensor) for tensor in (*inputs[:4], dout))
+    statistics = inputs[4]
+    sizes = sizes_of(query, key)
+    score = score_operand(query, key, offsets, dense, fixed)
+    delta = torch.empty_like(statistics[0])
+    given = Backward(query, key, value, dout, None, statistics, delta, score, sizes, fixed)
+    if dlse is not None:
+        dlse = torch.where(statistics[0] == float("inf"), 0.0, dlse).contiguous()
+        given.total_H = dlse.sum((0, 2))
+    if is_exact(query):
+        _row_sums(given, dlse)
+        return given
+    width = value.shape[-1]
+    launch(
+        delta_kernel, (triton.cdiv(sizes.queries, DELTA_ROWS) * sizes.batch * sizes.heads,),
+        rows_operand(out), rows_operand(dout), dlse, delta, sizes, given.keep,
+        VALUE_WIDTH=width, BLOCK_E=triton.next_power_of_2(width), BLOCK_M=DELTA_ROWS,
+    )  # fmt: skip
+    return given
+
+
+def of_weights(
+    dweights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    statistics: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    fixed: Fixed,
+) -> Backward:
+    """Prepares the gradient of `weights`."""
+    query, key = rows(query), rows(key)
+    sizes = sizes_of(query, key)
+    if dweights.dim() == 3:
+        dweights = (dweights.float() / sizes.heads).unsqueeze(1)
+    score = score_operand(query, key, offsets, dense, fixed)
+    delta = torch.empty_like(statistics[0])
+    given = Backward(query, key, key, query, dweights, statistics, delta, score, sizes, fixed)
+    _row_sums(given, None)
+    return given
+
+
+def _row_sums(given: Backward, dlse: Tensor | None) -> None:
+    """Writes delta from the weights and their gradient."""
+    sizes, constants = given.sizes, given.constants("queries")
+    *operands, delta = given.operands()
+    launch(
+        row_sums_kernel,
+        (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,),
+        *operands, dlse, delta, given.score, sizes, **constants,
+    )  # fmt: skip
+
+
+def keys_gradient(given: Backward) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values, each laid out as what it belongs to; of weights, the first."""
+    sizes, constants = given.sizes, given.constants("keys")
+    dkey = empty_rows(given.key, given.key.shape[-1])
+    dvalue = dkey
+    if given.dweights is None:
+        dvalue = empty_rows(given.value, given.value.shape[-1])
+    grid = (triton.cdiv(sizes.keys, constants["BLOCK_N"]) * sizes.batch * given.key.shape[1],)
+    launch(
+        keys_kernel, grid, *given.operands(), rows_operand(dkey), rows_operand(dvalue),
+        given.score, sizes, EVEN=sizes.queries % constants["BLOCK_M"] == 0, **constants,
+    )  # fmt: skip
+    return dkey, dvalue
+
+
+def queries_gradient(
+    given: Backward, far: bool
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Gradient of queries; and if asked for, the sums ``(H,)`` of dS beyond the reach on each side."""
+    sizes, constants = given.sizes, given.constants("queries")
+    dquery = empty_rows(given.query, given.query.shape[-1])
+    left, right = _needed_sums(given) if far else (False, False)
+    sums = [torch.empty_like(given.delta) if needed else None for needed in (left, right)]
+    grid = (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
+    launch(
+        queries_kernel, grid, *given.operands(), rows_operand(dquery), *sums, given.score, sizes,
+        EVEN=sizes.keys % constants["BLOCK_N"] == 0, **constants,
+    )  # fmt: skip
+    totals = [None if sum_BHT is None else sum_BHT.sum((0, 2)) for sum_BHT in sums]
+    return dquery, (totals[0], totals[1])
+
+
+def _far_sides(given: Backward) -> tuple[bool, bool]:
+    """Whether there are offsets at or beyond the reach, left and right of the diagonal."""
+    reach = given.score.offsets.reach
+    return reach < given.sizes.keys, reach < given.sizes.queries and not given.fixed.causal
+
+
+def _sums_are_known(given: Backward) -> bool:
+    """Rows of dS sum to the gradient of lse, unless a soft cap stands between bias and softmax."""
+    return given.fixed.softcap == 0.0 or given.fixed.softcap_first
+
+
+def _needed_sums(given: Backward) -> tuple[bool, bool]:
+    """Which far sums must be taken from dS itself: all but one, or all where rows' sums are unknown."""
+    left, right = _far_sides(given)
+    if _sums_are_known(given):
+        return left and right, False
+    return left, right
+
+
+def offsets_gradient(given: Backward, far: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """Gradient ``(H, 2 * reach + 1)`` of an offset vector, given `queries_gradient`'s far sums."""
+    sizes, constants = given.sizes, given.constants("band")
+    reach = given.score.offsets.reach
+    rows_, columns = constants["BLOCK_M"], constants["BLOCK_N"]
+    # The offsets that the first diagonal of tiles begins with, and the last one ends with.
+    last = 0 if given.fixed.causal else reach - 1
+    num_diagonals = triton.cdiv(last + reach - 1 + rows_, columns)
+    work = triton.cdiv(sizes.queries, rows_) * sizes.batch
+    num_splits = max(1, min(work, triton.cdiv(BAND_PROGRAMS, sizes.heads * num_diagonals)))
+    tiles = given.delta.new_empty((sizes.heads, num_diagonals, num_splits, rows_, columns))
+    launch(
+        band_kernel, (sizes.heads * num_diagonals * num_splits,), *given.operands(), tiles,
+        given.score, sizes, num_diagonals, num_splits, **constants,
+    )  # fmt: skip
+    gradient = given.delta.new_zeros((sizes.heads, 2 * reach + 1))
+    launch(
+        diagonals_kernel, (sizes.heads, triton.cdiv(2 * reach + 1, DIAGONAL_BLOCK)), tiles,
+        gradient, reach, num_diagonals, num_splits, given.keep, BLOCK_M=rows_, BLOCK_N=columns,
+        BLOCK=DIAGONAL_BLOCK,
+    )  # fmt: skip
+    left, right = far
+    if _sums_are_known(given):
+        rest = -gradient.sum(1)
+        if given.total_H is not None:
+            rest = rest + given.total_H
+        if left is not None:
+            right = rest - left
+        elif _far_sides(given)[0]:
+            left = rest
+        elif _far_sides(given)[1]:
+            right = rest
+    if left is not None:
+        gradient[:, 0] = left
+    if right is not None:
+        gradient[:, -1] = right
+    return gradient
+
+
+def dense_gradient(given: Backward, dense: Tensor) -> Tensor:
+    """Gradient of a dense bias in its own shape."""
+    sizes, constants = given.sizes, given.constants("dense")
+    gradient = torch.empty_like(dense, memory_format=torch.contiguous_format)
+    batch, heads, num_rows, num_columns = dense.shape
+    programs = batch * heads
+    if num_rows > 1:
+        programs *= triton.cdiv(sizes.queries, constants["BLOCK_M"])
+    if num_columns > 1:
+        programs *= triton.cdiv(sizes.keys, constants["BLOCK_N"])
+    launch(
+        dense_kernel, (programs,), *given.operands(), plane_operand(gradient), given.score, sizes,
+        heads, batch, SUM_ROWS=num_rows == 1, SUM_COLUMNS=num_columns == 1, **constants,
+    )  # fmt: skip
+    return gradient
+
+
+def weights(
+    query: Tensor,
+    key: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    mean: bool,
+    fixed: Fixed,
+) -> tuple[Tensor, Tensor]:
+    """Weights ``(B, H, T, S)`` or their mean ``(B, T, S)``, and statistics."""
+    query, key = rows(query), rows(key)
+    _, _, statistics = forward(query, key, None, offsets, dense, fixed)
+    sizes = sizes_of(query, key)
+    planes = (sizes.batch,) if mean else (sizes.batch, sizes.heads)
+    out = query.new_empty((*planes, sizes.queries, sizes.keys))
+    constants = shape_of_tiles("weights", query, fixed.causal, query.shape[-1])
+    num_tiles = triton.cdiv(sizes.queries, constants["BLOCK_M"])
+    num_tiles *= triton.cdiv(sizes.keys, constants["BLOCK_N"])
+    launch(
+        weights_kernel, (num_tiles * sizes.batch * (1 if mean else sizes.heads),),
+        rows_operand(query), rows_operand(key), statistics, out,
+        score_operand(query, key, offsets, dense, fixed), sizes, MEAN=mean, **constants,
+    )  # fmt: skip
+    return out, statistics

@@ -1,0 +1,43 @@
+"""Which of torch's function transforms are going on, for what cannot live inside one."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+NO_FORWARD_MODE = "it has no forward-mode derivative (torch.func.jvp)"
+
+
+def is_transforming() -> bool:
+    """Inside any transform of ``torch.func``, forward-mode differentiation, ``torch.jit.trace``."""
+    return (
+        torch._C._are_functorch_transforms_active() or is_forward_mode() or torch._C._is_tracing()
+    )
+
+
+def is_forward_mode() -> bool:
+    """Inside forward-mode differentiation, ``torch.func.jvp`` included."""
+    return forward_ad._current_level >= 0
+
+
+def reasons_of_opaque(tensors: Callable[[], Iterable[Tensor]]) -> list[str]:
+    """Why these tensors cannot enter a function that torch cannot look into; empty if they can."""
+    reasons = []
+    if is_forward_mode():
+        reasons.append(NO_FORWARD_MODE)
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return reasons
+    if any(_is_mapped(tensor) for tensor in tensors()):
+        reasons.append(
+            "torch.func.vmap cannot map over it; the mapped dimension can join the batch"
+        )
+    return reasons
+
+
+def _is_mapped(tensor: Tensor) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False

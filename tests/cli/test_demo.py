@@ -1,0 +1,132 @@
+"""`zeta demo`, run as users run it; one quick run serves most tests."""
+
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TIMED = re.compile(r" in \d+ s|bytes per second|\d ms |MiB|picture is")
+
+
+def start(*arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "zeta.cli", "demo", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+
+
+def quick_run(output: Path, seed: int) -> str:
+    """What a quick run prints; its output folder is new."""
+    process = start("--quick", "--output", str(output), "--seed", str(seed))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err == ""
+    return out
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo") / "new" / "folder"
+
+
+@pytest.fixture(scope="module")
+def printed(output: Path) -> str:
+    return quick_run(output, seed=3)
+
+
+def number(printed: str, pattern: str) -> float:
+    """The number that stands before a text in the output."""
+    found = re.search(rf"^ +([\d.,e-]+) (?:%|ms|MiB)? *{pattern}", printed, flags=re.MULTILINE)
+    assert found, pattern
+    return float(found[1].replace(",", ""))
+
+
+@pytest.mark.slow
+def test_language_model_learns(printed: str) -> None:
+    assert number(printed, "the model before training") == 8.0
+    unigram = number(printed, "unigram")
+    assert 3.0 < unigram < 6.0
+    assert number(printed, "the model after training") < unigram - 0.5
+    assert number(printed, "lzma -9e, what") < number(printed, "lzma -9e, the held-out") < unigram
+
+
+@pytest.mark.slow
+def test_cached_logits_are_the_full_ones(printed: str) -> None:
+    assert number(printed, "largest difference") <= 1e-3
+    assert "(agree: limit 1e-03)" in printed
+    assert number(printed, "bytes per second with the cache") > 0
+    assert number(printed, "bytes per second without") > 0
+
+
+@pytest.mark.slow
+def test_held_out_numbers_are_written(printed: str) -> None:
+    assert number(printed, "of the held-out numbers") > 80.0
+
+
+@pytest.mark.slow
+def test_picture_is_whole_and_alone(printed: str, output: Path) -> None:
+    assert [file.name for file in output.iterdir()] == ["cross-attention.png"]
+    assert f"the picture is {output / 'cross-attention.png'}" in printed
+    content = (output / "cross-attention.png").read_bytes()
+    assert content.startswith(b"\x89PNG\r\n\x1a\n")
+    assert content.endswith(b"IEND\xaeB`\x82")
+    assert min(struct.unpack(">II", content[16:24])) > 400
+
+
+@pytest.mark.slow
+def test_step_is_timed_and_explained(printed: str) -> None:
+    losses = re.search(r"losses are ([\d.]+) and ([\d.]+)", printed)
+    assert losses
+    assert float(losses[1]) == pytest.approx(float(losses[2]), abs=1e-5)
+    for name in ("Zeta", "the textbook"):
+        assert number(printed, f"a step on {name}") > 0
+        assert number(printed, f"peak memory of a step on {name}") > 0
+    assert re.search(r"^ +\w+ runs: query \(1, 4, 512, 16\)", printed, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_seed_makes_it_reproducible(printed: str, output: Path, tmp_path: Path) -> None:
+    def untimed(text: str) -> list[str]:
+        return [line for line in text.splitlines() if not TIMED.search(line)]
+
+    again = quick_run(tmp_path / "again", seed=3)
+    assert untimed(again) == untimed(printed)
+    picture = "cross-attention.png"
+    assert (tmp_path / "again" / picture).read_bytes() == (output / picture).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_interrupt_ends_cleanly(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    process = start("--output", str(output))
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("  model"):
+            break
+    assert output.is_dir()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "zeta demo: interrupted\n"
+    assert not output.exists()
+
+
+@pytest.mark.slow
+def test_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+    process = start("--quick", "--output", str(tmp_path / "output"))
+    assert process.stdout
+    assert process.stderr
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) == 1

@@ -1,0 +1,242 @@
+"""``torch.compile(fullgraph=True)``: equal numbers, unused weights dead code, few compilations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import zeta
+from zeta import biases, masks
+from zeta.nn import (
+    ALiBi,
+    MultiheadAttention,
+    RelativePositionBias,
+    RotaryEmbedding,
+    set_split_position,
+)
+
+EMBED = 32
+Run = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    torch._dynamo.reset()
+
+
+def tokens(length: int = 9) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(2, length, EMBED, generator=generator)
+
+
+def attending(**arguments: Any) -> Run:
+    x = tokens()
+    return lambda module: module(x, x, x, **arguments)
+
+
+PADDING = torch.arange(9) >= torch.tensor([[9], [6]])
+MODULES: dict[str, tuple[dict[str, Any], Run]] = {
+    "plain": ({}, attending()),
+    "documented": (
+        {"args": {"xpos_rel_pos": True}, "self_attention": True, "subln": True},
+        attending(is_causal=True, key_padding_mask=PADDING),
+    ),
+    "learned bias": ({}, attending(is_causal=True, rel_pos=RelativePositionBias(n_heads=4))),
+    "dense float mask": ({}, attending(attn_mask=tokens(9)[0, :, :9])),
+    "mask value": (
+        {},
+        attending(attn_mask=masks.SlidingWindow(3) & masks.Padding(torch.tensor([9, 4]))),
+    ),
+    "grouped, normalised, windowed": (
+        {"num_kv_heads": 2, "qk_norm": "rms", "window": 3, "self_attention": True},
+        attending(rel_pos=ALiBi(4)),
+    ),
+    "rotary": ({"position": RotaryEmbedding(8), "self_attention": True}, attending()),
+    "multiway": ({"args": {"multiway": True}}, attending(split_position=4)),
+    "ways by token": (
+        {"args": {"multiway": 3}},
+        attending(split_position=torch.arange(18).view(2, 9) % 3),
+    ),
+    "cross": (
+        {"encoder_decoder_attention": True},
+        lambda module: module(tokens(5), tokens(7), tokens(7)),
+    ),
+    "unbatched": ({}, lambda module: module(tokens()[0], tokens()[0], tokens()[0])),
+    "weights now": ({"need_weights": True}, attending()),
+    "weights averaged": ({"need_weights": "mean"}, attending()),
+    "no weights": ({"need_weights": False}, attending()),
+}
+
+
+def module_of(args: object = None, **options: Any) -> MultiheadAttention:
+    torch.manual_seed(0)
+    return MultiheadAttention(args, EMBED, 4, **options)
+
+
+def outcome(run: Run, module: nn.Module, own: nn.Module) -> list[Tensor]:
+    """Output, weights, and the gradients of a loss on both."""
+    out, weights = run(module)
+    loss = out.square().sum()
+    results = [out.detach()]
+    if weights is not None:
+        loss = loss + (weights * weights.detach()).sum()
+        results.append(weights.detach())
+    parameters = list(own.parameters())
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    missing = (torch.zeros_like(parameter) for parameter in parameters)
+    return results + [next(missing) if grad is None else grad for grad in found]
+
+
+@pytest.mark.parametrize(("options", "run"), MODULES.values(), ids=MODULES)
+def test_the_module_compiles_whole(options: dict[str, Any], run: Run) -> None:
+    module = module_of(**options)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        outcome(run, compiled, module), outcome(run, module, module), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference", "sdpa"])
+def test_the_op_compiles_whole(backend: str) -> None:
+    query, key, value = (tokens().view(2, 9, 4, 8).transpose(1, 2).requires_grad_() for _ in "qkv")
+    table = torch.linspace(-1, 1, 32 * 4).view(32, 4).requires_grad_()
+    everything = {
+        "mask": masks.Causal() & masks.Padding(torch.tensor([9, 5])),
+        "bias": biases.Softcap(5.0) + biases.Bucketed(table, max_distance=20),
+        "dropout_p": 0.2,
+        "seed": 7,
+    }
+    arguments = {"mask": masks.Causal()} if backend == "sdpa" else everything
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return zeta.attention(query, key, value, backend=backend, **arguments)
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    leaves = (query, key, value) if backend == "sdpa" else (query, key, value, table)
+    results = [
+        (out.detach(), *torch.autograd.grad(out.square().sum(), leaves))
+        for out in (compiled(query, key, value), attend(query, key, value))
+    ]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+class Captured:
+    """A compiler that notes the operators of the graphs it gets, dead code removed."""
+
+    def __init__(self) -> None:
+        self.operators: list[str] = []
+        self.backend = aot_autograd(fw_compiler=self._note, bw_compiler=self._note)
+
+    def _note(self, graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        self.operators += [
+            str(node.target) for node in graph.graph.nodes if node.op == "call_function"
+        ]
+        return make_boxed_func(graph.forward)
+
+    def weights(self) -> int:
+        """How often weights are computed, whoever does it."""
+        return sum("weights" in name or "softmax" in name for name in self.operators)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("used", [False, True])
+def test_unused_weights_are_dead_code(used: bool, training: bool) -> None:
+    attention = module_of(dropout=0.1).train(training)
+    bias = RelativePositionBias(n_heads=4)
+    x = tokens()
+
+    def step(x: Tensor) -> Tensor:
+        out, weights = attention(x, x, x, rel_pos=bias, is_causal=True)
+        loss = out.square().sum()
+        return loss + weights.square().sum() if used else loss
+
+    captured = Captured()
+    with torch.set_grad_enabled(training):
+        loss = torch.compile(step, backend=captured.backend, fullgraph=True)(x)
+        if training:
+            loss.backward()
+    assert any("attention" in name for name in captured.operators)
+    assert captured.weights() == used
+
+
+def compilations(module: nn.Module, runs: list[Run], backend: str = "eager") -> int:
+    """How often a module is compiled for these runs, each checked against eager mode."""
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for run in runs:
+        got, expected = run(compiled), run(module)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    return counter.frame_count
+
+
+def of_lengths(*lengths: int, **arguments: Any) -> list[Run]:
+    def run(length: int) -> Run:
+        x = tokens(length)
+        return lambda module: module(x, x, x, **arguments)
+
+    return [run(length) for length in lengths]
+
+
+def test_new_lengths_compile_once_more() -> None:
+    assert compilations(module_of(), of_lengths(9, 12, 17)) == 2
+
+
+def test_new_lengths_of_masks_and_biases_do_not_compile_each() -> None:
+    bias = RelativePositionBias(n_heads=4)
+    runs = of_lengths(19, 25, 40, 150, rel_pos=bias, is_causal=True)
+    assert compilations(module_of(), runs, "aot_eager") <= 2
+    torch._dynamo.reset()
+    module = module_of({"xpos_rel_pos": True}, self_attention=True, window=4)
+    assert compilations(module, of_lengths(19, 25, 40)) <= 2
+
+
+def test_another_split_does_not_compile_again() -> None:
+    module = module_of({"multiway": True})
+
+    def split(position: int) -> Run:
+        def run(attention: nn.Module) -> tuple[Tensor, Tensor | None]:
+            module.apply(set_split_position(position))
+            return attending()(attention)
+
+        return run
+
+    assert compilations(module, [split(position) for position in (3, 5, 0, 9, -1)]) == 1
+    torch._dynamo.reset()
+    # Of a Python int torch.compile learns that it varies, once.
+    calls = [attending(split_position=position) for position in (3, 5, 2, 7)]
+    assert compilations(module_of({"multiway": True}), calls) <= 2
+
+
+def test_decoding_does_not_compile_each_step() -> None:
+    x = tokens(8)
+
+    def decode(module: nn.Module) -> tuple[Tensor, None]:
+        state: dict[str, Tensor] = {}
+        steps = (x[:, step : step + 1] for step in range(8))
+        return torch.cat([module(t, t, t, incremental_state=state)[0] for t in steps], 1), None
+
+    with torch.no_grad():
+        module = module_of(self_attention=True, need_weights=False).eval()
+        assert compilations(module, [decode]) <= 3
+
+
+# Where a compiled function meets a subclass that it does not know, torch looks at all attributes.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_lazy_weights_enter_a_compiled_function() -> None:
+    module = module_of()
+    (_, weights), (_, expected) = attending()(module), attending(need_weights=True)(module)
+
+    @torch.compile(backend="aot_eager")
+    def loss(weights: Tensor) -> Tensor:
+        return (weights * weights.log()).sum()
+
+    parameters = [module.q_proj.weight, module.k_proj.weight]
+    torch.testing.assert_close(
+        torch.autograd.grad(loss(weights), parameters),
+        torch.autograd.grad((expected * expected.log()).sum(), parameters),
+    )

@@ -1,0 +1,202 @@
+"""What the module refuses: the argument, what was expected and what came."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zeta import biases, masks
+from zeta.nn import ALiBi, MultiheadAttention, RelativePositionBias, RotaryEmbedding, XPos
+
+B, H, T, S, E = 2, 4, 5, 7, 16
+
+
+def make(args: Any = None, **options: Any) -> MultiheadAttention:
+    return MultiheadAttention(args, **{"embed_dim": E, "num_heads": H, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_dim": 0}, "embed_dim must be positive; got 0"),
+        ({"num_heads": 3}, "embed_dim must be a multiple of num_heads.*; got 16 and 3"),
+        ({"num_heads": 0}, "num_heads must be positive; got 0"),
+        ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads; got 4 and 3"),
+        ({"num_kv_heads": 0}, "num_kv_heads must be positive; got 0"),
+        ({"head_dim": 0}, "head_dim must be positive; got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\); got -0.1"),
+        ({"dropout": float("nan")}, r"dropout must be in \[0, 1\); got nan"),
+        (
+            {"self_attention": True, "encoder_decoder_attention": True},
+            "at most one of self_attention and encoder_decoder_attention can be True; got both",
+        ),
+        ({"subln": True}, "subln=True needs self_attention=True"),
+        (
+            {"subln": True, "encoder_decoder_attention": True},
+            "subln=True needs self_attention=True",
+        ),
+        ({"window": 0}, "window must be at least 1, the token itself; got 0"),
+        ({"window": 2, "encoder_decoder_attention": True}, "window needs queries and keys of one"),
+        ({"need_weights": "yes"}, "need_weights must be 'lazy', True, False or 'mean'; got 'yes'"),
+        ({"qk_norm": "layer"}, "qk_norm must be 'rms', 'l2' or None; got 'layer'"),
+        ({"args": {"xpos_rel_pos": True}}, "xpos_rel_pos=True needs self_attention=True"),
+        ({"position": XPos(4)}, "position=XPos needs self_attention=True"),
+        (
+            {"position": RotaryEmbedding(4), "encoder_decoder_attention": True},
+            "position=RotaryEmbedding needs self_attention=True",
+        ),
+        (
+            {"position": XPos(4), "self_attention": True, "args": {"xpos_rel_pos": True}},
+            "give only one",
+        ),
+    ],
+    ids=str,
+)
+def test_constructor_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_constructor_refuses_a_position_that_cannot_rotate() -> None:
+    with pytest.raises(TypeError, match="position must be a RotaryEmbedding or an XPos; got ALiBi"):
+        make(position=ALiBi(4), self_attention=True)
+
+
+def inputs(**changes: Any) -> dict[str, Any]:
+    """Good arguments of a call, but for the changes."""
+    source = torch.randn(B, S, E)
+    return {"query": torch.randn(B, T, E), "key": source, "value": source, **changes}
+
+
+CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    (
+        {"query": torch.randn(B, T, E + 1)},
+        ValueError,
+        r"query must have shape \(batch, length, 16\) or \(length, 16\); got \(2, 5, 17\)",
+    ),
+    (
+        {"query": torch.randn(1, B, T, E)},
+        ValueError,
+        r"query must have shape .*; got \(1, 2, 5, 16\)",
+    ),
+    ({"query": torch.randn(B, 0, E)}, ValueError, r"query must not be empty; got \(2, 0, 16\)"),
+    ({"query": torch.randn(3, T, E)}, ValueError, "one batch size; got 3, 2 and 2"),
+    (
+        {"key": torch.randn(B, S, E - 1)},
+        ValueError,
+        r"key must have shape \(batch, length, 16\); got",
+    ),
+    ({"value": torch.randn(B, S, 3)}, ValueError, r"value must have shape .*; got \(2, 7, 3\)"),
+    (
+        {"value": torch.randn(B, S - 1, E)},
+        ValueError,
+        "key and value must have the same length; got 7 and 6",
+    ),
+    (
+        {"key": torch.randn(B, 0, E), "value": torch.randn(B, 0, E)},
+        ValueError,
+        r"key must not be empty; got \(2, 0, 16\)",
+    ),
+    ({"key": None, "value": None}, ValueError, "key and value must be given"),
+    ({"value": None}, ValueError, "key and value must be given"),
+    (
+        {"attn_mask": torch.zeros(S, T)},
+        ValueError,
+        r"attn_mask must have shape \(5, 7\), .*; got \(7, 5\)",
+    ),
+    ({"attn_mask": torch.zeros(3, T, S)}, ValueError, r"\(8, 5, 7\).*; got \(3, 5, 7\)"),
+    (
+        {"attn_mask": torch.zeros(B, 3, T, S)},
+        ValueError,
+        r"attn_mask must have shape .*; got \(2, 3, 5, 7\)",
+    ),
+    ({"attn_mask": torch.zeros(S)}, ValueError, r"attn_mask must have shape .*; got \(7,\)"),
+    (
+        {"attn_mask": torch.zeros(T, S, dtype=torch.uint8)},
+        TypeError,
+        "bool or floating point; got torch.uint8",
+    ),
+    (
+        {"attn_mask": torch.zeros(T, S, device="meta")},
+        ValueError,
+        "attn_mask must be on .* cpu; got meta",
+    ),
+    (
+        {"attn_mask": [[True]]},
+        TypeError,
+        "attn_mask must be a tensor or a value from zeta.masks; got list",
+    ),
+    (
+        {"attn_mask": biases.Softcap(2.0)},
+        TypeError,
+        "attn_mask must be a tensor or .*; got Softcap",
+    ),
+    (
+        {"key_padding_mask": torch.zeros(B, T, dtype=torch.bool)},
+        ValueError,
+        r"\(2, 7\); got \(2, 5\)",
+    ),
+    ({"key_padding_mask": torch.zeros(B, S).long()}, TypeError, "key_padding_mask must be bool or"),
+    (
+        {"key_padding_mask": torch.zeros(B, S, device="meta")},
+        ValueError,
+        "key_padding_mask must be on the query's device cpu; got meta",
+    ),
+    (
+        {"rel_pos": torch.zeros(3, T, S)},
+        ValueError,
+        r"rel_pos must have shape \(8, 5, 7\), \(4, 5, 7\)",
+    ),
+    (
+        {"rel_pos": torch.zeros(B, 2, T, S)},
+        ValueError,
+        r"rel_pos must have shape .*; got \(2, 2, 5, 7\)",
+    ),
+    (
+        {"rel_pos": torch.zeros(H, T, S).bool()},
+        TypeError,
+        "rel_pos must be floating point; got torch.bool",
+    ),
+    (
+        {"rel_pos": RelativePositionBias(n_heads=3)},
+        ValueError,
+        "rel_pos must be for 4 heads; got one for 3",
+    ),
+    ({"rel_pos": ALiBi(8)}, ValueError, "rel_pos must be for 4 heads; got one for 8"),
+    ({"rel_pos": masks.Causal()}, TypeError, "rel_pos must be a tensor, .*; got Causal"),
+    ({"need_weights": "all"}, ValueError, "need_weights must be .*; got 'all'"),
+    ({"positions": torch.arange(T)}, ValueError, "neither position= nor multiway"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), CALLS, ids=[c[2][:40] for c in CALLS])
+def test_call_refuses(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()(**inputs(**changes))
+
+
+def test_the_unchanged_call_is_fine() -> None:
+    out, _ = make()(**inputs())
+    assert out.shape == (B, T, E)
+
+
+@pytest.mark.parametrize(
+    ("positions", "error", "message"),
+    [
+        (
+            torch.arange(T + 1),
+            ValueError,
+            r"positions must have shape \(5,\) or \(1 or 2, 5\); got \(6,\)",
+        ),
+        (torch.zeros(3, T, dtype=torch.long), ValueError, r"got \(3, 5\)"),
+        (torch.zeros(T), TypeError, "positions must be integers; got torch.float32"),
+    ],
+)
+def test_wrong_positions_are_refused(
+    positions: Tensor, error: type[Exception], message: str
+) -> None:
+    module, x = make(self_attention=True, position=RotaryEmbedding(4)), torch.randn(B, T, E)
+    with pytest.raises(error, match=message):
+        module(x, x, x, positions=positions)

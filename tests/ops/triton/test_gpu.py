@@ -1,0 +1,127 @@
+"""The kernels as compiled, on a GPU: the grid of all backends, and sizes that no other test reaches."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.cases import CASES, Case, assert_within_bound, widened
+from zeta import BackendUnsupported, attention, attention_with_lse, biases, masks
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _id(case: Case) -> str:
+    return case.name
+
+
+def _run_or_skip(case: Case, run: str, *arguments: object) -> dict[str, Tensor]:
+    try:
+        return getattr(case, run)(*arguments)  # type: ignore[no-any-return]
+    except BackendUnsupported as refusal:
+        pytest.skip(str(refusal))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=_id)
+def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    made = case.tensors(dtype, "cuda")
+    actual = _run_or_skip(case, "run", made, "triton")
+    low = case.run(made, "reference")
+    assert_within_bound(actual, low, case.run(widened(made), "reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduce", [None, "mean"])
+@pytest.mark.parametrize("case", [case for case in CASES if not case.dropout_p], ids=_id)
+def test_weights_and_gradients(case: Case, reduce: str | None, dtype: torch.dtype) -> None:
+    made = case.tensors(dtype, "cuda")
+    actual = _run_or_skip(case, "run_weights", made, "triton", reduce)
+    low = case.run_weights(made, "reference", reduce)
+    assert_within_bound(actual, low, case.run_weights(widened(made), "reference", reduce))
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_two_runs_give_the_same_bits(head_dim: int, causal: bool) -> None:
+    query, key, value, dout = (_random(2, 4, 1024, head_dim) for _ in range(4))
+    table = torch.randn(32, 4, device="cuda", requires_grad=True)
+
+    def gradients() -> tuple[Tensor, ...]:
+        out = attention(
+            query, key, value, mask=masks.Causal() if causal else None, seed=1, dropout_p=0.1,
+            bias=biases.Bucketed(table, bidirectional=not causal), backend="triton",
+        )  # fmt: skip
+        return out, *torch.autograd.grad(out, (query, key, value, table), dout)
+
+    for first, second in zip(gradients(), gradients(), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("length", [4096, 65536])
+def test_sampled_rows_and_columns_of_long_sequences(length: int) -> None:
+    query, key, value, dout = (_random(1, 2, length, 64) for _ in range(4))
+    table = torch.randn(32, 2, device="cuda")
+    bias = biases.Bucketed(table, bidirectional=False)
+    out, lse = attention_with_lse(
+        query, key, value, mask=masks.Causal(), bias=bias, backend="triton"
+    )
+    dquery, dkey, dvalue = torch.autograd.grad(out, (query, key, value), dout)
+    q, k, v, d, o = (t.detach().double()[0, 1] for t in (query, key, value, dout, out))
+    vector = bias.offset_vector(128).double()[1]
+    delta = (o * d).sum(-1)
+    position = torch.arange(length, device="cuda")
+
+    def weights(rows: Tensor, columns: Tensor) -> Tensor:
+        offset = position[columns] - position[rows][:, None]
+        s = q[rows] @ k[columns].mT * 0.125 + vector[offset.clamp(-128, 128) + 128]
+        return torch.where(offset <= 0, s - lse[0, 1, rows, None].double(), -torch.inf).exp()
+
+    everything = slice(None)
+    for chosen in (torch.randint(length, (32,), device="cuda"),):
+        p = weights(chosen, everything)
+        torch.testing.assert_close(p.sum(-1), torch.ones_like(p.sum(-1)), atol=2e-5, rtol=0)
+        _close(out[0, 1, chosen], p @ v)
+        ds = p * (d[chosen] @ v.mT - delta[chosen, None])
+        _close(dquery[0, 1, chosen], ds @ k * 0.125)
+        p = weights(everything, chosen)
+        _close(dvalue[0, 1, chosen], p.mT @ d)
+        ds = p * (d @ v[chosen].mT - delta[:, None])
+        _close(dkey[0, 1, chosen], ds.mT @ q * 0.125)
+
+
+def _close(actual: Tensor, expected: Tensor) -> None:
+    error = (actual.double() - expected).norm() / expected.norm()
+    assert error < 5e-3, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("layout", ["batch", "rows"])
+def test_offsets_beyond_31_bits(layout: str) -> None:
+    """The last batch entry, or the last rows of interleaved heads, lie past 2**31 elements."""
+    if layout == "batch":
+        batch, length, window = 260, 1024, 1024
+    else:
+        batch, length, window = 1, (1 << 18) + 1024, 512
+    query, key, value, dout = (
+        torch.randn(batch, length, 64, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        for _ in range(4)
+    )
+    mask = masks.SlidingWindow(window)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, d = (tensor.detach() for tensor in tensors)
+        leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
+        out = attention(*leaves, mask=mask, backend="triton")
+        return out.detach(), *torch.autograd.grad(out, leaves, d)
+
+    whole = run(query, key, value, dout)
+    # Two windows back, the last 512 rows see and are seen by nothing that is cut off.
+    last = slice(-1024, None)
+    part = run(*(tensor[-1:, :, last].clone() for tensor in (query, key, value, dout)))
+    for complete, alone in zip(whole, part, strict=True):
+        _close(complete[-1:, :, -512:], alone[:, :, -512:].double())

@@ -1,0 +1,52 @@
+"""Figures: what is drawn, and that a file is written whole or not at all."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from zeta import plots
+
+matplotlib = pytest.importorskip("matplotlib")
+
+
+def test_map_has_labels_and_values() -> None:
+    weights = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]], requires_grad=True)
+    figure = plots.attention_map(weights, ["seven", "<end>"], ["a", "b", "c"], title="a title")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["seven", "<end>"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c"]
+    assert [text.get_text() for text in axes.texts] == ["90", "10", "20", "30", "50"]
+    assert figure.get_suptitle() == "a title"
+    assert axes.images[0].get_array().tolist() == weights.tolist()
+
+
+def test_labels_must_fit() -> None:
+    message = "weights must be (target, source) = (1, 2) like the labels; got (2, 2)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plots.attention_map(torch.ones(2, 2), ["a"], ["b", "c"], title="")
+
+
+def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install 'zeta-attention\[demo\]'"):
+        plots.attention_map(torch.ones(1, 1), ["a"], ["b"], title="")
+
+
+def test_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "map.png"
+    figure = plots.attention_map(torch.ones(1, 1), ["a"], ["b"], title="")
+    plots.save(figure, path)
+    content = path.read_bytes()
+
+    def fail(file, **_):  # type: ignore[no-untyped-def]
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figure, "savefig", fail)
+    with pytest.raises(KeyboardInterrupt):
+        plots.save(figure, path)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
