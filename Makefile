@@ -38,11 +38,11 @@ demo: $(VENV)/.ready-demo ## Train, generate, translate and time: `zeta demo`.
 	$(BIN)/zeta demo $(ARGS)
 
 test: $(VENV)/.ready-dev ## Run every test this machine can run.
-	$(PYTEST) --numprocesses $(WORKERS) -m "not serial" $(ARGS) $(NONE_IS_FINE)
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not serial" $(ARGS) $(NONE_IS_FINE)
 	$(PYTEST) -m serial $(ARGS) $(NONE_IS_FINE)
 
 test-fast: $(VENV)/.ready-dev ## Run the tests that take less than five seconds each.
-	$(PYTEST) --numprocesses $(WORKERS) -m "not slow and not serial" $(ARGS)
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not slow and not serial" $(ARGS)
 
 histories: $(VENV)/.ready-dev ## Run 100,000 random histories of caches: about half an hour.
 	$(PYTEST) --numprocesses $(WORKERS) --histories 100000 tests/caches/test_histories.py $(ARGS)

@@ -1,7 +1,7 @@
-"""Searches for better tiles of the GPU kernels: ``python -m benchmarks.tune_gpu [--kinds forward,keys] [--dims 64,128]``.
+"""Searches for better tiles of the GPU kernels: ``python -m benchmarks.tune_gpu --dims 64,128``.
 
-Every candidate is compiled in a pool of processes, then timed alone on one shape, full and causal, with a learned
-offset bias. Prints each kernel's candidates, best first; the table to edit is
+Every candidate is compiled in a pool of processes, then timed alone on one shape, full and causal,
+with a learned offset bias. Prints each kernel's candidates, best first; the table to edit is in
 ``zeta/ops/backends/triton/configs.py``.
 """
 
@@ -18,57 +18,52 @@ from typing import Any
 
 import torch
 
-CANDIDATES: dict[tuple[str, int], list[tuple[int, int, int, int]]] = {
+from zeta import biases
+from zeta.ops.backends.triton import configs
+
+SHIPPED = {kind: dict(widths) for kind, widths in configs.HOPPER.items()}
+CANDIDATES: dict[tuple[configs.Pass, int], list[tuple[int, int, int, int]]] = {
     ("forward", 64): [
-        (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
-        (128, 128, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 4, 4),
+        (64, 64, 4, 3), (64, 64, 4, 4), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2),
+        (64, 128, 4, 3),
     ],
     ("forward", 128): [
-        (128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 2),
-        (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 8, 4),
+        (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 4),
     ],
     ("keys", 64): [
-        (64, 128, 8, 3), (64, 128, 8, 2), (64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 8, 2),
-        (32, 128, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2), (32, 64, 4, 3), (128, 64, 4, 2),
+        (32, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2), (32, 128, 4, 3),
+        (64, 128, 8, 3), (32, 64, 4, 4), (32, 128, 8, 3), (128, 64, 4, 1),
     ],
     ("keys", 128): [
-        (64, 128, 8, 2), (64, 128, 8, 1), (32, 128, 8, 2), (32, 128, 8, 3), (64, 64, 4, 2),
-        (32, 64, 4, 3), (64, 64, 8, 2), (32, 64, 4, 2), (32, 128, 4, 2), (128, 64, 8, 1),
+        (32, 64, 4, 3), (32, 128, 8, 3), (64, 128, 8, 2), (64, 128, 8, 1), (64, 64, 4, 2),
+        (64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 4, 1), (32, 128, 8, 2), (16, 64, 4, 4),
     ],
     ("queries", 64): [
-        (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 2), (128, 64, 4, 3), (64, 64, 4, 3),
-        (128, 128, 8, 2), (64, 128, 4, 2), (128, 32, 4, 3), (64, 32, 4, 3),
+        (64, 64, 4, 3), (64, 32, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3), (64, 64, 4, 2),
+        (128, 64, 8, 3), (64, 32, 4, 4),
     ],
     ("queries", 128): [
-        (128, 64, 8, 2), (128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2),
-        (64, 32, 4, 3), (64, 64, 8, 2), (128, 128, 8, 1), (64, 128, 8, 2), (128, 32, 4, 2),
+        (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3),
+        (128, 32, 8, 3), (128, 128, 8, 1), (64, 128, 8, 2), (64, 128, 4, 1),
     ],
-    ("band", 64): [
-        (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 3), (128, 64, 8, 2),
-        (64, 128, 8, 2), (32, 64, 4, 3),
-    ],
-    ("band", 128): [
-        (64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (128, 64, 8, 2), (64, 128, 8, 2),
-        (64, 64, 8, 2),
-    ],
-    ("weights", 64): [(64, 64, 4, 2), (128, 64, 4, 2), (128, 128, 8, 2), (128, 64, 8, 3)],
-    ("weights", 128): [(64, 64, 4, 2), (128, 64, 4, 2), (128, 128, 8, 2), (128, 64, 8, 3)],
+    ("band", 64): [(64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 1), (128, 64, 4, 1)],
+    ("band", 128): [(64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 8, 2), (64, 32, 4, 3)],
 }  # fmt: skip
 BATCH, HEADS, LENGTH = 4, 16, 4096
 
 
 def trial(
-    kind: str, dim: int, tiles: tuple[int, int, int, int], causal: bool, batch: int, heads: int,
+    kind: configs.Pass, dim: int, tiles: tuple[int, int, int, int], causal: bool, batch: int, heads: int,
     length: int,
 ) -> Callable[[], object]:  # fmt: skip
     """A function that launches one kernel with the given tiles."""
-    from zeta import biases
-    from zeta.ops.backends.triton import configs, passes
+    from zeta.ops.backends.triton import passes
     from zeta.ops.backends.triton.arguments import Fixed
 
-    # The table of this process alone is changed, and all other kernels keep theirs.
-    for table_kind, widths in configs.HOPPER.items():
-        widths[dim] = (DEFAULTS | {kind: None}).get(table_kind) or widths[dim]
+    # The table of this process alone is changed, and the other kernels keep theirs.
+    for name, widths in SHIPPED.items():
+        configs.HOPPER[name] = dict(widths)
+    configs.HOPPER[kind][dim] = (configs.Tiles(*tiles), configs.Tiles(*tiles))
     shape = (batch, heads, length, dim)
     query, key, value, dout = (
         torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)
@@ -78,10 +73,10 @@ def trial(
     fixed = Fixed([None] * 9, dim**-0.5, causal, 0, 0.0, False, 0.0)
     if kind == "forward":
         return lambda: passes.forward(query, key, value, offsets, None, fixed)
-    if kind == "weights":
-        return lambda: passes.weights(query, key, offsets, None, True, fixed)
     out, _, normalisers = passes.forward(query, key, value, offsets, None, fixed)
-    given = passes.of_output(dout, None, (query, key, value, out, normalisers), offsets, None, fixed)
+    given = passes.of_output(
+        dout, None, (query, key, value, out, normalisers), offsets, None, fixed
+    )
     if kind == "keys":
         return lambda: passes.keys_gradient(given)
     if kind == "queries":
@@ -117,7 +112,7 @@ def milliseconds(function: Callable[[], object], repeats: int = 12) -> float:
 
 def flops(kind: str, dim: int, causal: bool) -> float:
     """Of the products a kernel makes; those of the band are counted as 0."""
-    products = {"forward": 2, "keys": 4, "queries": 3, "weights": 2, "band": 0}[kind]
+    products = {"forward": 2, "keys": 4, "queries": 3, "band": 0}[kind]
     return products * 2.0 * BATCH * HEADS * LENGTH**2 * dim * (0.5 if causal else 1.0)
 
 
@@ -128,9 +123,25 @@ def jobs(kinds: list[str], dims: list[int]) -> Iterator[tuple[Any, ...]]:
                 yield kind, dim, tiles, causal
 
 
+def use(results: list[dict[str, Any]]) -> None:
+    """Puts the fastest tiles of earlier results into the table of this process."""
+    for kind, dim in CANDIDATES:
+        best = {}
+        for causal in (False, True):
+            found = [
+                entry for entry in results
+                if (entry["kind"], entry["dim"], entry["causal"]) == (kind, dim, causal)
+                and "ms" in entry
+            ]  # fmt: skip
+            if found:
+                best[causal] = configs.Tiles(*min(found, key=lambda entry: entry["ms"])["tiles"])
+        if len(best) == 2:
+            configs.HOPPER[kind][dim] = (best[False], best[True])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kinds", default="forward,keys,queries,band,weights")
+    parser.add_argument("--kinds", default="forward,keys,queries,band")
     parser.add_argument("--dims", default="64,128")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--out", type=Path)
@@ -152,7 +163,9 @@ def main() -> None:
     results.sort(key=lambda e: (e["kind"], e["dim"], e["causal"], e.get("ms", 1e9)))
     for entry in results:
         cost = entry.get("failure") or f"{entry['ms']:8.3f} ms {entry['tflops']:7.1f} TFLOP/s"
-        print(f"{entry['kind']:8} D{entry['dim']:<4} causal={entry['causal']!s:5} {entry['tiles']!s:20} {cost}")
+        print(
+            f"{entry['kind']:8} D{entry['dim']:<4} causal={entry['causal']!s:5} {entry['tiles']!s:20} {cost}"
+        )
     if options.out:
         options.out.write_text(json.dumps(results, indent=1))
 

@@ -4,6 +4,7 @@ from zeta import biases, caches, masks, nn
 from zeta.ops import (
     BackendUnsupported,
     Explanation,
+    LazyWeights,
     attention,
     attention_weights,
     attention_with_lse,
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnsupported",
     "Explanation",
+    "LazyWeights",
     "__version__",
     "attention",
     "attention_weights",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import zeta
 from zeta import biases, masks
-from zeta.caches import CacheFullError, Cached, DecodingCache
+from zeta.caches import Cached, CacheFullError, DecodingCache
 from zeta.positions import rotary_tables, rotate, xpos_scale
 
 TOLERANCE = 1e-9
@@ -297,26 +297,31 @@ class History:
 
     def crop(self, length: int) -> None:
         before = snapshot(self.cache)
-        try:
-            self.cache.crop(length)
-        except ValueError as error:
-            assert "not there any more" in str(error)
+        words = refusal(lambda: self.cache.crop(length))
+        if words:
+            assert "not there any more" in words
             assert same(before, snapshot(self.cache))
-            return
-        self.ledger = [row.cut(length) for row in self.ledger]
+        else:
+            self.ledger = [row.cut(length) for row in self.ledger]
 
     def close(self, operation: str) -> None:
+        words = refusal(getattr(self.cache, operation))
         if not self.forks:
-            try:
-                getattr(self.cache, operation)()
-            except ValueError as error:
-                assert "needs an open fork" in str(error)
-                return
-            raise AssertionError(f"{operation} without a fork was accepted")
-        getattr(self.cache, operation)()
+            assert "needs an open fork" in words
+            return
+        assert not words
         kept = self.forks.pop()
         if operation == "rollback":
             self.ledger = kept
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """The words of the ValueError that it raises; none if it does not."""
+    try:
+        act()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def snapshot(cache: DecodingCache) -> dict[str, Any]:

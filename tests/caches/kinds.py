@@ -82,15 +82,20 @@ class PlainDict:
 
 
 def new_pool(
-    num_pages: int, page_size: int, *, key_heads: int = 2, dtype: torch.dtype = torch.float64
+    num_pages: int,
+    page_size: int,
+    *,
+    key_heads: int = 2,
+    head_dim: int = HEAD_DIM,
+    value_dim: int = VALUE_DIM,
 ) -> PagePool:
     return PagePool(
         num_pages,
         page_size,
         num_kv_heads=key_heads,
-        head_dim=HEAD_DIM,
-        value_dim=VALUE_DIM,
-        dtype=dtype,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        dtype=torch.float64,
     )
 
 
@@ -111,7 +116,6 @@ class Kind:
     Attributes:
         make: Makes an empty one, for keys of so many heads.
         history: Options of a `History` with it.
-        shared: Whether those that a test makes share a pool.
     """
 
     make: Callable[[int], DecodingCache]
@@ -122,9 +126,7 @@ def _paged(num_pages: int, page_size: int) -> Kind:
     def options(setting: Setting) -> dict[str, Any]:
         return {"drops_trailing_padding": setting.padding != "float"}
 
-    return Kind(
-        lambda heads: PagedCache(new_pool(num_pages, page_size, key_heads=heads)), options
-    )
+    return Kind(lambda heads: PagedCache(new_pool(num_pages, page_size, key_heads=heads)), options)
 
 
 KINDS = {

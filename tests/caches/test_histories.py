@@ -37,7 +37,19 @@ def test_any_history_equals_the_full_forward(kind: str, num_histories: int) -> N
 
 
 SETTING = Setting(2, 4, 2, "causal", "t5", "rope", "inside", 7)
-HISTORY = ["chunk", "one", "fork", "long", "reorder", "one", "rollback", "one", "crop", "one", "select"]
+HISTORY = [
+    "chunk",
+    "one",
+    "fork",
+    "long",
+    "reorder",
+    "one",
+    "rollback",
+    "one",
+    "crop",
+    "one",
+    "select",
+]
 HISTORY += ["chunk", "one", "fork", "chunk", "commit", "one", "crop", "one", "crop", "one"]
 
 

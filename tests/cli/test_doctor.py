@@ -1,6 +1,8 @@
-"""`zeta doctor`: what it says, and that it notices a wrong backend."""
+"""`zeta doctor`: what it says, and that it notices a backend that is wrong or broken."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from zeta.ops.backends import chunked
 
 
 def test_every_backend_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor"]) == 0
+    main(["doctor"])
     printed = capsys.readouterr().out
     assert f"  zeta         {zeta.__version__}\n" in printed
     assert f"  torch        {torch.__version__}\n" in printed
@@ -22,24 +24,37 @@ def test_every_backend_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
         for name in backends.ORDER:
             assert f"\n  {name} " in part
         assert part.count(", chosen") == 1
-    assert "no: it needs a CUDA device" in parts[0]
+    assert "\n  sdpa         no: its dropout is not drawn from" in parts[2]
+    assert "\n  reference    right to " in parts[0]
     assert "WRONG" not in printed
 
 
+def fail(call: Any) -> Any:
+    raise OSError("no such library\nand more")
+
+
+@pytest.mark.parametrize(
+    ("run", "verdict"),
+    [
+        (lambda call: (chunked.run(call)[0] + 0.01, None), "WRONG by 1e-02"),
+        (fail, "FAILED: OSError: no such library"),
+    ],
+)
 def test_wrong_backend_is_noticed(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Callable[[Any], Any],
+    verdict: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def load(name: str) -> object:
-        found = original(name)
         if name != "chunked":
-            return found
-        return SimpleNamespace(
-            NAME=name,
-            unsupported=chunked.unsupported,
-            run=lambda call: (chunked.run(call)[0] + 0.01, None),
-        )
+            return original(name)
+        return SimpleNamespace(NAME=name, unsupported=chunked.unsupported, run=run)
 
     original = backends.load
     monkeypatch.setattr(backends, "load", load)
     assert main(["doctor"]) == 1
-    assert "WRONG by 1e-02" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"  chunked      {verdict}" in printed
+    # The others are still judged.
+    assert printed.count("\n  reference    right to ") == 3 * (1 + torch.cuda.device_count())

@@ -12,6 +12,7 @@ PUBLIC = {
     "zeta": [
         "BackendUnsupported",
         "Explanation",
+        "LazyWeights",
         "__version__",
         "attention",
         "attention_weights",

@@ -282,6 +282,8 @@ def filled(module: MultiheadAttention) -> dict[str, Any]:
             r"\(2, 1\) or \(2, 4\); got \(2, 2\)",
         ),
         ({"is_first_step": True}, "is_first_step=True, but incremental_state holds 3 tokens"),
+        ({"attn_mask": torch.zeros(1, 3)}, r"attn_mask must have shape \(1, 4\), .*; got \(1, 3\)"),
+        ({"rel_pos": ALiBi(3)}, "rel_pos must be for 4 heads; got one for 3"),
     ],
 )
 def test_refused_step_leaves_the_state_as_it_was(change: dict[str, Any], message: str) -> None:

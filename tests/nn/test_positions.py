@@ -122,6 +122,20 @@ def test_xpos_does_not_overflow_over_long_sequences(dtype: torch.dtype, length: 
         assert turned.isfinite().all()
 
 
+def test_position_that_xpos_cannot_represent_is_refused() -> None:
+    module, x = XPos(D), torch.ones(1, 1, 1, D)
+    reach = module.reach(torch.float32)
+    for offset in (reach, -reach):
+        for turned in (module(x, offset), module(x, offset, True)):
+            assert turned.isfinite().all()
+            assert turned.any()
+    for offset in (reach + 1, -reach - 1):
+        with pytest.raises(ValueError, match=f"xPos reaches {reach} positions in torch"):
+            module(x, offset)
+    with pytest.raises(ValueError, match=r"in torch\.float16"):
+        module(x.half(), reach)
+
+
 @pytest.mark.parametrize("rotation", ["rotary", "xpos"])
 def test_keys_in_the_cache_are_rotated_once(rotation: str) -> None:
     module, x = module_with(rotation), torch.randn(2, T, E)

@@ -35,5 +35,14 @@ module = MultiheadAttention(
     dtype=torch.bfloat16,
 )
 MultiheadAttention(None, 64, 4, position=XPos(16), need_weights=False, window=128)
-module(q, k, v, rel_pos=RelativePositionBias(n_heads=4))
+out, weights = module(q, k, v, rel_pos=RelativePositionBias(n_heads=4))
+assert_type(weights, Tensor | None)
+if isinstance(weights, zeta.LazyWeights):
+    assert_type(weights.rows([0, -1]), Tensor)
+    assert_type(weights.heads(slice(2)), Tensor)
+    assert_type(weights.mean(0, keepdim=True), Tensor)
+    assert_type(weights.entropy(), Tensor)
+    assert_type(weights.materialized, bool)
+    values, indices = weights.topk(3)
+    total: Tensor = weights.detach().sum() + out.sum()
 module(q, k, v, rel_pos=ALiBi(4), attn_mask=masks.SlidingWindow(4), incremental_state={})

@@ -8,13 +8,17 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
+def peak_bytes(work: Callable[[], object], device: str | None = None) -> int:
     """The most memory that ``work`` holds at once, beyond what was held before it, in bytes.
 
     On the CPU every allocation of torch is counted, by its profiler; on a GPU the allocator keeps
     the count itself.
+
+    Args:
+        work: What is called, once.
+        device: Whose memory counts, ``"cpu"`` or ``"cuda"``; the GPU's by default, if there is one.
     """
-    if torch.cuda.is_available():
+    if device == "cuda" or (device is None and torch.cuda.is_available()):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

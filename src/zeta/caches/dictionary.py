@@ -57,6 +57,7 @@ class DictCache:
             raise ValueError("incremental_state holds rotated keys, of an attention with positions")
         self._state = state
         self._rotate = rotate
+        self._before: dict[str, Any] = {}
 
     @property
     def length(self) -> int:
@@ -90,12 +91,18 @@ class DictCache:
         if before_key is not None and self._rotate is not None and ROTATED not in state:
             before_key = self._rotate(before_key)
         key, value = append(before_key, key), append(before_value, value)
+        self._before = dict(state)
         state[KEY], state[VALUE] = key, value
         if padding is not None:
             state[PADDING] = padding
         if self._rotate is not None and ROTATED not in state:
             state[ROTATED] = _flag(key)
         return Cached(key, value, None, padding)
+
+    def take_back(self) -> None:
+        """Undo the last `update`: the call that it was for has failed."""
+        self._state.clear()
+        self._state.update(self._before)
 
 
 def check_fits(name: str, before: Tensor, new: Tensor) -> None:

@@ -121,9 +121,10 @@ class StaticCache:
         """
         checks.check_no_gradient("StaticCache", key, value)
         form = Form.of(key, value)
-        if self._slots is not None and self._known != 0:
+        fixed = _fixed(form.device)
+        if self._slots is not None and (fixed or self.length):
             self._slots.form.check(form)
-        if _fixed(form.device):
+        if fixed:
             return self._update_fixed(form, key, value, key_padding_mask)
         first, added = self.length, key.shape[2]
         total = first + added

@@ -7,12 +7,12 @@ E embedding, D head dimension.
 
 import math
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from zeta.caches import Cache, Cached, CrossCache
+from zeta.caches import Cache, Cached, CrossCache, DictCache
 from zeta.nn import checks
 from zeta.nn.calls import NeedWeights, attention_call, uncached, weights_of
 from zeta.nn.config import AttentionConfig
@@ -205,7 +205,7 @@ class MultiheadAttention(nn.Module):
         checks.check_need_weights(need_weights)
         cache = None
         if incremental_state is not None:
-            rotate = None if self.xpos is None else self._rotate_first_keys
+            rotate = None if self.xpos is None else partial(self.xpos.keys, positions=0)
             cache = open_state(
                 incremental_state, self.encoder_decoder_attention, is_first_step, rotate
             )
@@ -221,23 +221,33 @@ class MultiheadAttention(nn.Module):
             query_BHTD, cached = self._remember(
                 query_BHTD, key, value, key_padding_mask, cache, place
             )
-        call = attention_call(
-            query_BHTD, cached, attn_mask=attn_mask, rel_pos=rel_pos, is_causal=is_causal,
-            window=self.window, scale=self.scale,
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+        try:
+            call = attention_call(
+                query_BHTD, cached, attn_mask=attn_mask, rel_pos=rel_pos, is_causal=is_causal,
+                window=self.window, scale=self.scale,
+                dropout_p=self.dropout if self.training else 0.0,
+            )  # fmt: skip
+        except (TypeError, ValueError):
+            if isinstance(cache, DictCache):
+                cache.take_back()
+            raise
         out_BTE = run(call)[0].transpose(1, 2).flatten(2)
         if self.inner_attn_ln is not None:
             out_BTE = through(self.inner_attn_ln, out_BTE, place.query_route)
         out_BTE = through(self.out_proj, out_BTE, place.query_route)
         return out_BTE, weights_of(call, need_weights)
 
+    if TYPE_CHECKING:
+        # Of `nn.Module` a checker only learns that it returns something.
+        __call__ = forward
+
     def _heads(
         self, projection: nn.Module, norm: nn.Module | None, x: Tensor, route: Route | None
     ) -> Tensor:
         """Tokens ``(B, L, features)`` projected, in heads, normalised: ``(B, heads, L, D)``."""
         batch, length, _ = x.shape
-        heads_BLHD = through(projection, x, route).view(batch, length, -1, self.head_dim)
+        projected = projection(x) if route is None else through(projection, x, route)
+        heads_BLHD = projected.view(batch, length, -1, self.head_dim)
         if norm is not None:
             heads_BLHD = norm(heads_BLHD)
         return heads_BLHD.transpose(1, 2)
@@ -263,10 +273,6 @@ class MultiheadAttention(nn.Module):
         if cache is None:
             return query_BHTD, uncached(key_BGND, value_BGND, key_padding_mask)
         return query_BHTD, cache.update(key_BGND, value_BGND, key_padding_mask)
-
-    def _rotate_first_keys(self, key_BGSD: Tensor) -> Tensor:
-        assert self.xpos is not None
-        return self.xpos.keys(key_BGSD, 0)
 
     def _unbatched(
         self,
@@ -294,8 +300,7 @@ class MultiheadAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print`` shows beside the submodules."""
-        parts = [f"embed_dim={self.embed_dim}", f"num_heads={self.num_heads}"]
-        if self.num_kv_heads != self.num_heads:
-            parts.append(f"num_kv_heads={self.num_kv_heads}")
-        parts += [f"head_dim={self.head_dim}", f"dropout={self.dropout}"]
-        return ", ".join(parts)
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
+            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, dropout={self.dropout}"
+        )

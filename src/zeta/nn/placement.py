@@ -88,21 +88,19 @@ class Placement(NamedTuple):
             TypeError: ``positions`` are not integers.
             ValueError: Their shape is wrong, or the module has no use for an argument.
         """
-        follows = None if isinstance(cache, CrossCache) else cache
+        # Not asked with `isinstance(cache, Cache)`: a protocol takes microseconds to say no.
+        follows = None if isinstance(cache, CrossCache) or not (rotates or multiway) else cache
         if positions is not None:
             if not (rotates or multiway):
                 raise ValueError(
                     "positions was given, but the module has neither position= nor multiway"
                 )
             _check_positions(positions, *query.shape[:2])
-        placing = follows if keys_too and (rotates or multiway) else None
-        if positions is None and placing is not None and not isinstance(placing, DictCache):
+        elif keys_too and follows is not None and not isinstance(follows, DictCache):
             # Sequences may differ in length, or the device alone may know it.
-            positions = placing.next_positions(query.shape[1], query.device)
+            positions = follows.next_positions(query.shape[1], query.device)
         placed = positions is not None and keys_too
-        first = (
-            follows.length if follows is not None and (rotates or multiway) and not placed else 0
-        )
+        first = 0 if follows is None or placed else follows.length
         if not multiway:
             if split is not None:
                 raise ValueError("split_position was given, but the module has no args.multiway")

@@ -6,6 +6,7 @@ rotation itself is done in that precision.
 Shapes: B batch, H heads, L length, D head dimension.
 """
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -157,11 +158,14 @@ class XPos(Rotation):
             offset: Position of the first token.
             downscale: True for keys, False for queries.
             positions: ``(L,)`` or ``(1 or B, L)`` integers, in place of ``offset``.
-            anchor: The position whose scale is 1. In float32 positions up to about 36,000 from it
-                can be represented, in float16 about 4,500.
+            anchor: The position whose scale is 1. Positions further than `reach` from it cannot be
+                represented.
 
         Returns:
             The shape and dtype of ``x``.
+
+        Raises:
+            ValueError: A position that ``offset`` implies is out of reach.
         """
         return self._turn(
             x, offset if positions is None else positions, anchor, -1 if downscale else 1
@@ -175,7 +179,22 @@ class XPos(Rotation):
         """See `Rotation`."""
         return self._turn(x, positions, anchor, -1)
 
+    def reach(self, dtype: torch.dtype) -> int:
+        """How far from its anchor a position can be before features of size 1 overflow.
+
+        With a ``scale_base`` of 512: 36,000 positions in float32 and bfloat16, 4,200 in float16.
+        """
+        largest = math.log(torch.finfo(dtype).max / 2.0)
+        return int(self.scale_base * largest / math.log(1.4 / 0.4))
+
     def _turn(self, x: Tensor, positions: Positions, anchor: int, sign: int) -> Tensor:
+        if not isinstance(positions, Tensor) and not torch.compiler.is_compiling():
+            furthest = max(abs(positions - anchor), abs(positions + x.shape[-2] - 1 - anchor))
+            if furthest > self.reach(x.dtype):
+                raise ValueError(
+                    f"xPos reaches {self.reach(x.dtype)} positions in {x.dtype} with "
+                    f"scale_base={self.scale_base}; got one {furthest} from position {anchor}"
+                )
         position_L = _as_tensor(positions, x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         # float32 angles: those that models with xPos were trained with.

@@ -32,7 +32,8 @@ def open_state(
     cache: Cache | CrossCache
     if isinstance(state, MutableMapping):
         cache = CrossCache(state) if cross else DictCache(state, rotate)
-    elif isinstance(state, CrossCache if cross else Cache):
+    elif isinstance(state, CrossCache) if cross else hasattr(state, "next_positions"):
+        # Asked so for speed: `isinstance` of a protocol takes longer than a short attention.
         cache = state
     else:
         kind = "a dict or a CrossCache" if cross else "a dict or a cache from zeta.caches"

@@ -8,10 +8,12 @@ from zeta.ops.attention import (
     explain,
 )
 from zeta.ops.call import BackendUnsupported
+from zeta.ops.weights import LazyWeights
 
 __all__ = [
     "BackendUnsupported",
     "Explanation",
+    "LazyWeights",
     "attention",
     "attention_weights",
     "attention_with_lse",

@@ -142,9 +142,16 @@ class AttentionCall:
         return torch.promote_types(self.query.dtype, torch.float32)
 
     def tile(
-        self, batches: slice = ALL, heads: slice = ALL, rows: slice = ALL, columns: slice = ALL
+        self,
+        batches: slice | None = None,
+        heads: slice | None = None,
+        rows: slice | None = None,
+        columns: slice | None = None,
     ) -> Tile:
         """The coordinates of a block of the scores; the whole by default."""
+        # Not as defaults of the arguments: torch 2.11 cannot trace a slice among those.
+        batches, heads = batches or ALL, heads or ALL
+        rows, columns = rows or ALL, columns or ALL
         device = self.query.device
         queries, keys = self.query_positions, self.key_positions
         if queries is None:
@@ -200,8 +207,8 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def _autocasts(device: torch.device) -> bool:
-    kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # `torch.amp.is_autocast_available` would say so too, but torch 2.11 cannot trace it.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _narrowed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,8 +46,8 @@ def row_and_column_hashes(call: AttentionCall, tile: Tile) -> tuple[Tensor, Tens
     if call.seed is None:
         raise ValueError("dropout needs a seed")
     device = call.query.device
-    batch = torch.arange(*tile.batches.indices(call.batch), dtype=torch.int32, device=device)
-    head = torch.arange(*tile.heads.indices(call.heads), dtype=torch.int32, device=device)
+    batch = torch.arange(call.batch, dtype=torch.int32, device=device)[tile.batches]
+    head = torch.arange(call.heads, dtype=torch.int32, device=device)[tile.heads]
     base = _mix(_mix(_low_32(call.seed)) + _low_32(call.seed >> 32))
     sequence = _mix(_mix(base + batch[:, None, None, None]) + head[:, None, None])
     row = _mix(sequence + _low_32(tile.query_position))

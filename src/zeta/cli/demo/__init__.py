@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         print(
             f"Zeta {zeta.__version__}, torch {torch.__version__}, "
-            f"{torch.get_num_threads()} threads, seed {arguments.seed}"
+            f"threads: {torch.get_num_threads()}, seed: {arguments.seed}"
         )
         if not is_installed("tqdm"):
             row("note", f"no progress bar without tqdm: {INSTALL}")

@@ -13,6 +13,8 @@ from zeta.examples.language_model import LanguageModel, generate
 TOLERANCE = 1e-3
 """Largest difference of logits, which span some tens, that rounding may make."""
 
+SAMPLE_WIDTH = 92
+
 
 def compare(model: LanguageModel, text: ByteText, sizes: Sizes, seed: int) -> bool:
     """Generate with and without the cache; print a sample, both speeds and the difference.
@@ -21,15 +23,16 @@ def compare(model: LanguageModel, text: ByteText, sizes: Sizes, seed: int) -> bo
         Whether the logits of both agree.
     """
     heading("2  Generation, byte by byte")
-    prompt = _line_start(text.held_out, sizes.prompt_bytes)
+    prompt = _lines_of(text.held_out, sizes.prompt_bytes)
     timed = {
         use_cache: _generate(model, prompt, sizes.new_bytes, seed, use_cache=use_cache)
         for use_cache in (True, False)
     }
     written, logits_NV, seconds = timed[True]
     row("sample", f"{len(prompt)} held-out bytes, then ▶ and {len(written)} of the model's own")
-    for line in (_readable(prompt) + "▶" + _readable(written)).splitlines():
-        print(f"    │ {line}")
+    for line in (_readable(prompt) + "▶" + _readable(written)).split("\n"):
+        for start in range(0, max(1, len(line)), SAMPLE_WIDTH):
+            print(f"    │ {line[start : start + SAMPLE_WIDTH]}".rstrip())
     print()
     number_row(f"{len(written) / seconds:,.0f}", "bytes per second with the cache")
     number_row(
@@ -65,10 +68,11 @@ def _generate(
     return bytes(written), torch.stack(logits), time.perf_counter() - began
 
 
-def _line_start(text: bytes, count: int) -> bytes:
-    """About the first `count` bytes of a text, up to the end of a line where there is one."""
-    end = text.rfind(b"\n", 0, count)
-    return text[: end + 1 if end > 0 else count]
+def _lines_of(text: bytes, count: int) -> bytes:
+    """At most `count` bytes out of a text's middle, whole lines where there are any."""
+    start = text.find(b"\n", len(text) // 2) + 1
+    middle = text[start : start + count] or text[:count]
+    return middle[: middle.rfind(b"\n") + 1] or middle
 
 
 def _readable(text: bytes) -> str:

@@ -15,7 +15,7 @@ class Sizes:
         batch: Windows in a training step.
         window: Bytes in a window.
         steps: Training steps of the language model.
-        prompt_bytes: Held-out bytes that the generated text continues.
+        prompt_bytes: Most held-out bytes for the generated text to continue.
         new_bytes: Bytes to generate.
         max_digits: Of the longest number.
         word_steps: Training steps of the encoder-decoder, each of 128 numbers.
@@ -47,11 +47,11 @@ FULL = Sizes(
     num_layers=4,
     batch=8,
     window=128,
-    steps=700,
+    steps=600,
     prompt_bytes=200,
     new_bytes=256,
     max_digits=9,
-    word_steps=240,
+    word_steps=220,
     held_out_numbers=500,
     step_bytes=2048,
     rounds=3,
@@ -69,6 +69,6 @@ QUICK = Sizes(
     max_digits=4,
     word_steps=90,
     held_out_numbers=100,
-    step_bytes=512,
+    step_bytes=1024,
     rounds=1,
 )

@@ -55,7 +55,7 @@ def compare(model: LanguageModel, text: ByteText, sizes: Sizes, seed: int) -> No
     }
     timings = time_interleaved(steps, rounds=sizes.rounds, warmup=1)
     with _chatter_dropped():
-        peaks = {name: peak_bytes(step) for name, step in steps.items()}
+        peaks = {name: peak_bytes(step, "cpu") for name, step in steps.items()}
     print()
     for name, timing in timings.items():
         number_row(f"{1000 * timing.median:,.0f} ms", f"a step on {name}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from zeta.ops.call import AttentionCall
 
 ORDER = ("sdpa", "triton", "chunked", "reference")
+ORDER_ON_CPU = (*(name for name in ORDER if name != "triton"), "triton")
 
 
 class Backend(Protocol):
@@ -32,9 +33,7 @@ def order(call: AttentionCall) -> tuple[str, ...]:
 
     On CPU tensors Triton's kernels run in its interpreter only, slower than the textbook: last.
     """
-    if call.query.device.type != "cpu":
-        return ORDER
-    return (*(name for name in ORDER if name != "triton"), "triton")
+    return ORDER if call.query.device.type != "cpu" else ORDER_ON_CPU
 
 
 def load(name: str) -> Backend:

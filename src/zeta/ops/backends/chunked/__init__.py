@@ -1,11 +1,13 @@
-"""Exact attention in plain torch, a block of rows at a time: every feature, any device, bounded memory.
+"""Exact attention in plain torch, a block of rows at a time: every feature, any device, bounded
+memory.
 
-Nothing of the size target x source is ever held, unless it was given or is asked for. Blocks span all keys their
-rows may see, so memory is that of the operands and of one block, which grows with the source length alone.
-Gradients make the weights again.
+Nothing of the size target x source is ever held, unless it was given or is asked for. Blocks span
+all keys their rows may see, so memory is that of the operands and of one block, which grows with
+the source length alone. Gradients make the weights again.
 """
 
 import dataclasses
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -33,17 +35,22 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
         others, spec = plan.pack()
         found = operators.attention(*operands, biases, others, spec, call.scale, call.dropout_p)
     else:
-        found = functions.Attention.apply(plan, *operands, *biases)
+        found = functions.Attention.apply(plan, *operands, *biases)  # type: ignore[no-untyped-call]
     return found[0], found[1]
 
 
 def weights(call: AttentionCall) -> Tensor:
-    """Weights after the softmax, before dropout: ``(B, H, T, S)``, or ``(B, T, S)`` averaged over heads."""
+    """Weights after the softmax, before dropout.
+
+    Returns:
+        ``(B, H, T, S)``, or ``(B, T, S)`` averaged over heads, in the query's dtype.
+    """
     mean = call.result == "mean_weights"
     plan, biases = description.Plan.of(dataclasses.replace(call, dropout_p=0.0))
     operands = (call.query, call.key)
     if torch.compiler.is_compiling():
         others, spec = plan.pack()
-        return operators.weights(*operands, biases, others, spec, call.scale, mean)[0]
-    found: Tensor = functions.Weights.apply(plan, mean, *operands, *biases)[0]
-    return found
+        packed = operators.weights(*operands, biases, others, spec, call.scale, mean)
+        return cast(Tensor, packed[0])
+    found = functions.Weights.apply(plan, mean, *operands, *biases)  # type: ignore[no-untyped-call]
+    return cast(Tensor, found[0])

@@ -1,7 +1,7 @@
 """The backward pass: weights are made again from what normalised them, a block of rows at a time.
 
-Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, R rows of the block
-(queries), C columns (keys), D features.
+Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, R rows of the
+block (queries), C columns (keys), D features.
 """
 
 import dataclasses
@@ -149,4 +149,5 @@ def _softmax_backward(grad_BHRC: Tensor, weights_BHRC: Tensor) -> Tensor:
     if grad_BHRC.device.type != "cpu":
         return torch._softmax_backward_data(grad_BHRC, weights_BHRC, -1, grad_BHRC.dtype)
     into = torch.ops.aten._softmax_backward_data.out
-    return into(grad_BHRC, weights_BHRC, -1, grad_BHRC.dtype, grad_input=grad_BHRC)
+    into(grad_BHRC, weights_BHRC, -1, grad_BHRC.dtype, grad_input=grad_BHRC)
+    return grad_BHRC

@@ -1,7 +1,8 @@
-"""How the scores are cut: blocks of rows, the range of keys each may see, and units of heads done at once.
+"""How the scores are cut: blocks of rows, the range of keys each may see, and units of heads done
+at once.
 
-A block spans all keys that its rows may see, so that its softmax is complete and nothing is rescaled; what
-masks surely hide is never computed, and what they surely show is never masked.
+A block spans all keys that its rows may see, so that its softmax is complete and nothing is
+rescaled; what masks surely hide is never computed, and what they surely show is never masked.
 
 Ranges are of indices; a unit's scores are ``(batches, heads, rows, columns)``.
 """
@@ -19,7 +20,7 @@ BOUNDED_ROWS = 256
 CPU_ELEMENTS = 2**20
 """Scores of a unit on the CPU: a few MiB a buffer, large enough to hide the cost of a call."""
 GPU_ELEMENTS = 2**24
-SINGLE_ELEMENTS = 2**15
+SINGLE_ELEMENTS = 2**17
 """Scores of a head from which single heads go faster than batches of them."""
 SEGMENT = 64
 """Columns that are looked at together when the ones to mask are sought."""
@@ -50,7 +51,7 @@ class Block:
 
     @property
     def num_rows(self) -> int:
-        return self.rows.stop - self.rows.start
+        return int(self.rows.stop - self.rows.start)
 
 
 def blocks(call: AttentionCall, num_rows: int | None = None) -> list[Block]:

@@ -1,4 +1,4 @@
-"""`Plan`: all of a call but its differentiable tensors, as values, or as text and tensors for an operator."""
+"""`Plan`: all of a call but its differentiable tensors, as values, or packed for an operator."""
 
 import dataclasses
 import functools
@@ -28,13 +28,18 @@ def unsupported(call: AttentionCall) -> list[str]:
     for bias in biases.summands(call.bias):
         if not isinstance(bias, _KNOWN):
             reasons.append(f"it cannot apply the bias {type(bias).__name__}")
-        elif _is_vector(bias) and bias.reach(_longest(call)) > _LONGEST_VECTOR:
-            reasons.append(f"with explicit positions, the bias {type(bias).__name__} has no bounded reach")
+        elif _reach(bias, call) > _LONGEST_VECTOR:
+            reasons.append(
+                f"with explicit positions, the bias {type(bias).__name__} has no bounded reach"
+            )
     return reasons + reasons_of_opaque(call.tensors)
 
 
-def _is_vector(bias: biases.Bias) -> bool:
-    return isinstance(bias, biases.OffsetBias) and not isinstance(bias, biases.Alibi)
+def _reach(bias: biases.Bias, call: AttentionCall) -> int:
+    """Of a bias that crosses as a vector; 0 of others."""
+    if not isinstance(bias, biases.OffsetBias) or isinstance(bias, biases.Alibi):
+        return 0
+    return bias.reach(_longest(call))
 
 
 def _longest(call: AttentionCall) -> int:
@@ -75,12 +80,15 @@ class Plan:
                 words.append(("distance", 0))
                 tensors.append(bias.slopes)
             elif isinstance(bias, biases.OffsetBias):
-                # The reach is the vector's to tell: a size in a text would bind torch.compile to it.
+                # The reach is the vector's to tell: a size in a text would bind torch.compile to
+                # it.
                 words.append(("offset", 0))
                 tensors.append(bias.offset_vector(bias.reach(_longest(call))))
         dropout = call.seed if call.dropout_p else None
         positions = (call.query_positions, call.key_positions)
-        return cls(tuple(words), call.mask, call.dropout_p, call.scale, dropout, *positions), tensors
+        return cls(
+            tuple(words), call.mask, call.dropout_p, call.scale, dropout, *positions
+        ), tensors
 
     def call(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionCall:
         """The call again, without its biases; those are `terms`."""
@@ -97,7 +105,10 @@ class Plan:
         )
 
     def terms(
-        self, tensors: Sequence[Tensor], call: AttentionCall, needs_grad: Sequence[bool] | None = None
+        self,
+        tensors: Sequence[Tensor],
+        call: AttentionCall,
+        needs_grad: Sequence[bool] | None = None,
     ) -> list[Term]:
         """The biases, in order.
 
@@ -133,7 +144,9 @@ class Plan:
         return [*present.values(), *tensors], "|".join((words, ",".join(present), spec))
 
     @classmethod
-    def unpack(cls, tensors: Sequence[Tensor], spec: str, scale: float, dropout_p: float = 0.0) -> "Plan":
+    def unpack(
+        cls, tensors: Sequence[Tensor], spec: str, scale: float, dropout_p: float = 0.0
+    ) -> "Plan":
         """The inverse of `pack`."""
         words, present, mask_spec = _parse(spec)
         optional: dict[str, Tensor | None] = dict.fromkeys(_OPTIONAL)

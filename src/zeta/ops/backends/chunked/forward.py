@@ -1,7 +1,7 @@
 """The forward passes: output and log-sum-exp, or weights, a block of rows at a time.
 
-Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, R rows of the block
-(queries), C columns (keys), D features.
+Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, R rows of the
+block (queries), C columns (keys), D features.
 """
 
 import math
@@ -33,7 +33,9 @@ class Scores:
         query_BHRD = self._call.query[unit.batches, unit.heads, block.rows]
         return (query_BHRD.to(self._call.wide_dtype) * self._call.scale).contiguous()
 
-    def of(self, query_BHRD: Tensor, block: Block, unit: Unit) -> tuple[Tensor, list[Tensor | None]]:
+    def of(
+        self, query_BHRD: Tensor, block: Block, unit: Unit
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """``(B, H, R, C)``, and what the terms saved for their backward."""
         key_BGCD = self._key_BGSD[unit.batches, unit.groups, block.columns]
         scores_BHRC = products.inner(query_BHRD, key_BGCD)
@@ -51,8 +53,8 @@ def exponentials(scores_BHRC: Tensor, maximum_BHR1: Tensor) -> Tensor:
 class Normaliser:
     """What turns scores into weights, a pair of numbers a row: the maximum, and one over the sum.
 
-    Kept for the backward pass, instead of the log-sum-exp that says the same: weights made from that would
-    carry its rounding.
+    Kept for the backward pass, instead of the log-sum-exp that says the same: weights made from
+    that would carry its rounding.
 
     Attributes:
         pairs_BHT2: The numbers; of a row that sees nothing, 0 and 1.
@@ -66,7 +68,7 @@ class Normaliser:
         self.lse_BHT = call.query.new_full(shape, float("-inf"), dtype=call.wide_dtype)
 
     def divide_later(self, scores_BHRC: Tensor, block: Block, unit: Unit) -> Tensor:
-        """Turn scores into weights that are not divided yet, in place; return the factors ``(B, H, R, 1)``."""
+        """Turn scores into weights but for a factor a row, in place; return those factors."""
         maximum = scores_BHRC.amax(-1, keepdim=True)
         maximum.masked_fill_(maximum == float("-inf"), 0.0)
         exponentials(scores_BHRC, maximum)
@@ -125,4 +127,3 @@ def weights(call: AttentionCall, terms: Sequence[Term], mean: bool) -> tuple[Ten
             else:
                 part.add_(weights_BHRC.mul_(factor).sum(1))
     return result.to(call.query.dtype), normaliser
-

@@ -1,12 +1,11 @@
-"""The passes as ``torch.autograd`` functions, for eager mode: cheaper to call than operators, and they compose
-with ``torch.func.grad``.
+"""The passes as ``torch.autograd`` functions, for eager mode: cheaper to call than operators, and
+they compose with ``torch.func.grad``.
 
 Shape suffixes: B batch, H query heads, T target length, S source length, D features.
 """
 
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -15,8 +14,8 @@ from zeta.ops.backends.chunked.backward import Incoming
 from zeta.ops.backends.chunked.description import Plan
 
 _NO_VMAP = (
-    "the backend 'chunked' has no torch.func.vmap; make the mapped dimension part of the batch, or use "
-    "backend='reference'"
+    "the backend 'chunked' has no torch.func.vmap; make the mapped dimension part of the batch, "
+    "or use backend='reference'"
 )
 
 
@@ -31,12 +30,18 @@ class _Once(Function):
 class _Gradients(_Once):
     @staticmethod
     def forward(
-        plan: Plan, given: tuple[str, ...], needs_grad: tuple[bool, ...], pairs: Tensor, *tensors: Tensor
+        plan: Plan,
+        given: tuple[str, ...],
+        needs_grad: tuple[bool, ...],
+        pairs: Tensor,
+        *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
         """Arguments after ``pairs``: incoming gradients, query, key, value, tensors of biases."""
         incoming = Incoming(**dict(zip(given, tensors, strict=False)))
         query, key, value, *biases = tensors[len(given) :]
-        *found, of_biases = passes.gradients(plan, incoming, pairs, query, key, value, biases, needs_grad)
+        *found, of_biases = passes.gradients(
+            plan, incoming, pairs, query, key, value, biases, needs_grad
+        )
         return *found, *of_biases
 
     @staticmethod
@@ -57,7 +62,10 @@ def _find(ctx: Any, incoming: dict[str, Tensor | None], num_operands: int) -> li
         operands.append(operands[1])  # Weights have no value; nothing is made of it.
     needs_grad = tuple(ctx.needs_input_grad[-len(biases) :]) if biases else ()
     tensors = (*arrived.values(), *operands, *biases)
-    found = _Gradients.apply(ctx.plan, tuple(arrived), needs_grad, pairs, *tensors)
+    # torch leaves `apply` untyped.
+    found = _Gradients.apply(  # type: ignore[no-untyped-call]
+        ctx.plan, tuple(arrived), needs_grad, pairs, *tensors
+    )
     rest = iter(found[3:])
     return [*found[:3], *(next(rest) if needed else None for needed in needs_grad)]
 

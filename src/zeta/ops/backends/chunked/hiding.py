@@ -1,10 +1,10 @@
 """Masks of a block, as bits: what they hide becomes -inf whatever it was, and its gradient zero.
 
-Comparing and selecting with bool tensors is slow on the CPU, so masks are made into integers, all ones where a
-pair is seen, and joined with the floating-point bits of the scores.
+Comparing and selecting with bool tensors is slow on the CPU, so masks are made into integers, all
+ones where a pair is seen, and joined with the floating-point bits of the scores.
 
-Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, R rows of the block
-(queries), C columns (keys), D features.
+Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, R rows of the
+block (queries), C columns (keys), D features.
 """
 
 import torch
@@ -123,4 +123,5 @@ def _seen(call: AttentionCall) -> Tensor:
         if visible is None:
             return torch.ones_like(seen_BHS[:, : call.key_heads])
         seen_BHS |= visible.any(2)
-    return seen_BHS.unflatten(1, (call.key_heads, -1)).any(2)
+    batch, heads, source = seen_BHS.shape
+    return seen_BHS.view(batch, call.key_heads, heads // call.key_heads, source).any(2)

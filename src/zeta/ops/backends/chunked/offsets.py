@@ -1,10 +1,11 @@
-"""Biases that depend on the offset of key and query alone: vectors, never a matrix of target by source.
+"""Biases that depend on the offset of key and query alone: vectors, never a matrix of target by
+source.
 
-A block needs ``rows + columns - 1`` values of a head's vector, and beyond its reach only one on each side. The
-gradient of the vector is the sums of the diagonals of that band.
+A block needs ``rows + columns - 1`` values of a head's vector, and beyond its reach only one on
+each side. The gradient of the vector is the sums of the diagonals of that band.
 
-Shape suffixes: B batch, H heads, R rows of the block (queries), C columns (keys), W columns within reach,
-O offsets, N pairs.
+Shape suffixes: B batch, H heads, R rows of the block (queries), C columns (keys), W columns within
+reach, O offsets, N pairs.
 """
 
 import torch
@@ -16,9 +17,11 @@ from zeta.ops.call import AttentionCall
 
 
 class Offset(Term):
-    """A value a head and offset; those from ``reach`` on share the last. By index: positions count on."""
+    """A value for each head and offset, positions being indices; beyond its reach, the last."""
 
-    def __init__(self, vector_HO: Tensor, reach: int, call: AttentionCall, needs_grad: bool) -> None:
+    def __init__(
+        self, vector_HO: Tensor, reach: int, call: AttentionCall, needs_grad: bool
+    ) -> None:
         self._vector_HO = vector_HO.to(call.wide_dtype)
         self._reach = reach
         self._shift = call.source - call.target
@@ -26,7 +29,7 @@ class Offset(Term):
         self._known: tuple[Block, slice, Tensor] | None = None
 
     def _near(self, block: Block) -> tuple[slice, Tensor]:
-        """The columns within reach of some row, and where the offsets of all their pairs lie in the vector."""
+        """The columns within reach of some row, and where their offsets lie in the vector."""
         if self._known is None or self._known[0] is not block:
             start, stop = block.columns.start, block.columns.stop
             first = block.rows.start + self._shift
@@ -69,7 +72,9 @@ class Offset(Term):
 class OffsetByPosition(Term):
     """As `Offset`, where positions are given and may be any."""
 
-    def __init__(self, vector_HO: Tensor, reach: int, call: AttentionCall, needs_grad: bool) -> None:
+    def __init__(
+        self, vector_HO: Tensor, reach: int, call: AttentionCall, needs_grad: bool
+    ) -> None:
         self._vector_HO = vector_HO.to(call.wide_dtype)
         self._reach = reach
         self._call = call
@@ -101,7 +106,8 @@ def sum_diagonals(matrix_BHRW: Tensor) -> Tensor:
     """``(B, H, R + W - 1)``: sums over ``column - row``, from ``1 - R`` to ``W - 1``."""
     batch, heads, rows, width = matrix_BHRW.shape
     offsets = rows + width - 1
-    # Rows that are followed and preceded by zeros turn diagonals into columns when read one element wider.
+    # Rows that are followed and preceded by zeros turn diagonals into columns when read one element
+    # wider.
     padded = matrix_BHRW.new_zeros(batch, heads, rows * (offsets + 1))
     spread = padded[..., : rows * offsets].unflatten(-1, (rows, offsets))
     spread[..., rows - 1 :].copy_(matrix_BHRW)

@@ -1,7 +1,8 @@
-"""The passes as ``torch.library`` operators: opaque to ``torch.compile``, with shapes and gradients declared.
+"""The passes as ``torch.library`` operators: opaque to ``torch.compile``, with shapes and gradients
+declared.
 
-An operator takes tensors, numbers and text; everything but query, key, value and the tensors of biases crosses
-as `Plan.pack` writes it.
+An operator takes tensors, numbers and text; everything but query, key, value and the tensors of
+biases crosses as `Plan.pack` writes it.
 
 Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, D features.
 """
@@ -111,7 +112,9 @@ def _(
     return grad_query, grad_key, grad_value, of_biases
 
 
-def _remember(ctx: _Context, operands: Sequence[Tensor], rest: Sequence[Any], pairs: Tensor) -> None:
+def _remember(
+    ctx: _Context, operands: Sequence[Tensor], rest: Sequence[Any], pairs: Tensor
+) -> None:
     biases, others, ctx.spec, ctx.scale = rest
     ctx.needs_grad = [tensor.requires_grad for tensor in biases]
     ctx.save_for_backward(pairs, *operands, *biases, *others)

@@ -1,4 +1,5 @@
-"""The passes of a `Plan`, as pure functions of tensors; what operators and autograd functions have in common.
+"""The passes of a `Plan`, as pure functions of tensors; what operators and autograd functions have
+in common.
 
 Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, D features.
 """
@@ -32,9 +33,9 @@ def _as_written(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 def _reuse_memory(query: Tensor, key: Tensor) -> None:
     """Make glibc hand the memory of one block to the next.
 
-    It returns freed memory to the system above a threshold that follows what is freed, and faulting pages in
-    again costs up to a third of a pass. Making a tensor, untouched, and freeing it lifts the threshold to the
-    highest that glibc takes.
+    It returns freed memory to the system above a threshold that follows what is freed, and faulting
+    pages in again costs up to a third of a pass. Making a tensor, untouched, and freeing it lifts
+    the threshold to the highest that glibc takes.
     """
     if query.device.type == "cpu" and query.shape[2] * key.shape[2] >= _MANY_SCORES:
         torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
@@ -43,7 +44,7 @@ def _reuse_memory(query: Tensor, key: Tensor) -> None:
 def attention(
     plan: Plan, query: Tensor, key: Tensor, value: Tensor, biases: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output ``(B, H, T, Dv)``, log-sum-exp ``(B, H, T)``, and the pairs of `forward.Normaliser`."""
+    """Output ``(B, H, T, Dv)``, log-sum-exp ``(B, H, T)``, and pairs of `forward.Normaliser`."""
     call = plan.call(query, key, value)
     _reuse_memory(query, key)
     with _as_written(query.device):

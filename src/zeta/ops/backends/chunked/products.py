@@ -1,10 +1,11 @@
 """Matrix products of a block of scores, for grouped heads, by the fastest way the device has.
 
-On the CPU in float32 oneDNN's products are taken, one head at a time, where torch was built with it: on some
-processors they run at twice the speed of the BLAS behind `torch.bmm`. Elsewhere `torch.bmm`, many heads at once.
+On the CPU in float32 oneDNN's products are taken, one head at a time, where torch was built with
+it: on some processors they run at twice the speed of the BLAS behind `torch.bmm`. Elsewhere
+`torch.bmm`, many heads at once.
 
-Shape suffixes: B batch, H query heads, G key heads, R rows of the block (queries), C columns (keys),
-D features.
+Shape suffixes: B batch, H query heads, G key heads, R rows of the block (queries), C columns
+(keys), D features.
 """
 
 import functools
@@ -69,7 +70,7 @@ def combine(weights_BHRC: Tensor, columns_BGDC: Tensor) -> Tensor:
 
 
 def combine_rows(weights_BHRC: Tensor, rows_BHRD: Tensor, groups: int) -> Tensor:
-    """Sums of rows, weighted by each column of ``weights``, over the heads of a group: ``(B, G, D, C)``."""
+    """Sums of rows, weighted by each column, over the heads of a group: ``(B, G, D, C)``."""
     if _by_onednn(weights_BHRC) is not None:
         # A convolution of width one is the product of oneDNN's that takes the weights as they lie.
         image = weights_BHRC[0].transpose(0, 1).unsqueeze(0)
@@ -77,4 +78,4 @@ def combine_rows(weights_BHRC: Tensor, rows_BHRD: Tensor, groups: int) -> Tensor
         product = torch.mkldnn_convolution(image, filters, None, (0, 0), (1, 1), (1, 1), 1)
         return product.transpose(1, 2)
     product = torch.bmm(_grouped(rows_BHRD, groups).mT, _grouped(weights_BHRC, groups))
-    return product.unflatten(0, (-1, groups))
+    return product.view(-1, groups, *product.shape[1:])

@@ -1,4 +1,5 @@
-"""Biases of a block: added or applied to its scores, and their gradients gathered from those of the scores.
+"""Biases of a block: added or applied to its scores, and their gradients gathered from those of the
+scores.
 
 Shape suffixes: B batch, H heads, R rows of the block (queries), C columns (keys).
 """
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from zeta.ops.backends.chunked.blocks import Block, Unit
 from zeta.ops.call import AttentionCall
+
 
 class Term:
     """One bias."""

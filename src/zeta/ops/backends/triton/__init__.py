@@ -45,7 +45,9 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     from zeta.ops.backends.triton import operators
 
     lowered = lower(call)
-    out, lse, _ = operators.attention(
+    eager = operators.is_eager(call.query)
+    run_one = operators.EagerAttention.apply if eager else operators.attention
+    out, lse, _ = run_one(
         call.query, call.key, call.value, lowered.offsets, lowered.dense, *lowered.fixed()
     )
     return out, lse

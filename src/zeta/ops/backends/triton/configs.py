@@ -8,12 +8,12 @@ ones.
 import dataclasses
 from typing import Literal
 
-Pass = Literal["forward", "keys", "queries", "band", "dense", "weights"]
+Pass = Literal["forward", "keys", "queries", "band", "dense", "weights", "split"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tiles:
-    """A tile of scores has `rows` queries and `columns` keys."""
+    """A tile of scores has `rows` queries (fitted to the call in "split") and `columns` keys."""
 
     rows: int
     columns: int
@@ -51,6 +51,7 @@ HOPPER: Table = {
     "band": {64: _both(64, 64, 4, 2), 128: _both(64, 64, 4, 1), 256: _both(32, 32, 4, 1)},
     "dense": {64: _both(64, 64, 4, 2), 128: _both(64, 64, 4, 1), 256: _both(32, 32, 4, 1)},
     "weights": {64: _both(64, 64, 4, 2), 128: _both(64, 64, 4, 2), 256: _both(64, 64, 4, 1)},
+    "split": {64: _both(16, 128, 4, 3), 128: _both(16, 64, 4, 4), 256: _both(16, 32, 4, 3)},
 }
 """float16 and bfloat16 from compute capability 9.0 on, with 227 KiB of shared memory."""
 
@@ -61,6 +62,7 @@ AMPERE: Table = {
     "band": {64: _both(64, 32, 4, 1), 128: _both(32, 32, 4, 1), 256: _both(32, 32, 4, 1)},
     "dense": {64: _both(64, 32, 4, 1), 128: _both(32, 32, 4, 1), 256: _both(32, 32, 4, 1)},
     "weights": {64: _both(64, 64, 4, 1), 128: _both(64, 64, 4, 1), 256: _both(32, 32, 4, 1)},
+    "split": {64: _both(16, 64, 4, 2), 128: _both(16, 32, 4, 2), 256: _both(16, 32, 4, 1)},
 }
 """float16 and bfloat16 elsewhere, within the 99 KiB of shared memory of the smaller devices."""
 
@@ -71,6 +73,7 @@ WIDE: Table = {
     "band": {64: _both(32, 32, 8, 1), 128: _both(16, 16, 4, 1), 256: _both(16, 16, 8, 1)},
     "dense": {64: _both(32, 32, 8, 1), 128: _both(16, 16, 4, 1), 256: _both(16, 16, 8, 1)},
     "weights": {64: _both(32, 32, 4, 1), 128: _both(32, 32, 4, 1), 256: _both(16, 16, 4, 1)},
+    "split": {64: _both(16, 32, 4, 1), 128: _both(16, 32, 4, 1), 256: _both(16, 16, 4, 1)},
 }
 """float32: each product is made of three of half the width, with more registers."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from zeta.ops.backends.triton import passes
 from zeta.ops.backends.triton.arguments import Fixed, empty_rows, rows, statistics_shape
@@ -69,14 +70,10 @@ def attention_backward(
     given = passes.of_output(
         dout, dlse, (query, key, value, out, statistics), offsets, dense, fixed
     )
-    dkey, dvalue = passes.keys_gradient(given)
-    dquery, far = passes.queries_gradient(given, needs_offsets)
-    doffsets, ddense = statistics.new_empty(0), statistics.new_empty(0)
-    if needs_offsets:
-        doffsets = passes.offsets_gradient(given, far)
-    if needs_dense and dense is not None:
-        ddense = passes.dense_gradient(given, dense)
-    return dquery, dkey, dvalue, doffsets, ddense
+    dquery, dkey, dvalue, doffsets, ddense = passes.gradients(
+        given, dense, needs_offsets, needs_dense
+    )
+    return dquery, dkey, dvalue, _or_empty(doffsets, query), _or_empty(ddense, query)
 
 
 @attention_backward.register_fake
@@ -98,6 +95,10 @@ def _(
         _like(offsets if needs_offsets else None, statistics),
         _like(dense if needs_dense else None, statistics),
     )
+
+
+def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor
 
 
 def _like(tensor: Tensor | None, other: Tensor) -> Tensor:
@@ -194,14 +195,8 @@ def weights_backward(
     """Gradients of query, key, offsets, dense; an empty one for those not needed."""
     fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, 0.0)
     given = passes.of_weights(dweights, query, key, statistics, offsets, dense, fixed)
-    dkey, _ = passes.keys_gradient(given)
-    dquery, far = passes.queries_gradient(given, needs_offsets)
-    doffsets, ddense = statistics.new_empty(0), statistics.new_empty(0)
-    if needs_offsets:
-        doffsets = passes.offsets_gradient(given, far)
-    if needs_dense and dense is not None:
-        ddense = passes.dense_gradient(given, dense)
-    return dquery, dkey, doffsets, ddense
+    dquery, dkey, _, doffsets, ddense = passes.gradients(given, dense, needs_offsets, needs_dense)
+    return dquery, dkey, _or_empty(doffsets, query), _or_empty(ddense, query)
 
 
 @weights_backward.register_fake
@@ -246,3 +241,36 @@ def _weights_gradient(ctx: Any, dweights: Tensor | None, _: Tensor | None) -> tu
 
 
 weights.register_autograd(_weights_gradient, setup_context=_save_weights)
+
+
+class EagerAttention(torch.autograd.Function):
+    """`attention` without the operator's cost of a third of a millisecond: what eager code calls."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value, offsets, dense, *fixed = inputs
+        output = passes.forward(query, key, value, offsets, dense, Fixed(*fixed))
+        _save_attention(ctx, inputs, output)
+        ctx.mark_non_differentiable(output[2])
+        return output
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
+    ) -> tuple[Any, ...]:
+        query, key, value, out, statistics, offsets, dense, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:5]
+        if dout is None:
+            dout = torch.zeros_like(out)
+        fixed = Fixed(tensors, *ctx.numbers)
+        inputs = (query, key, value, out, statistics)
+        given = passes.of_output(dout, dlse, inputs, offsets, dense, fixed)
+        dquery, dkey, dvalue, doffsets, ddense = passes.gradients(given, dense, *needed)
+        nothing = [None] * (len(ctx.numbers) + 1)
+        return dquery, dkey, dvalue, doffsets, ddense, *nothing
+
+
+def is_eager(tensor: Tensor) -> bool:
+    """Whether nothing traces what is computed, so that kernels may be launched on the spot."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()

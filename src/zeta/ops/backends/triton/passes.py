@@ -29,6 +29,7 @@ from zeta.ops.backends.triton.kernels.bias_gradient import (
     dense_kernel,
     diagonals_kernel,
 )
+from zeta.ops.backends.triton.kernels.decode import merge_kernel, split_kernel
 from zeta.ops.backends.triton.kernels.forward import forward_kernel
 from zeta.ops.backends.triton.kernels.gradients import delta_kernel, row_sums_kernel
 from zeta.ops.backends.triton.kernels.operands import Plane, Rows, Score, Sizes
@@ -36,6 +37,11 @@ from zeta.ops.backends.triton.kernels.weights import weights_kernel
 
 BAND_PROGRAMS = 1024
 """About how many programs share the band: a constant, so that the order of a sum is one too."""
+SPLIT_ROWS, SPLIT_KEYS = 64, 128
+"""Up to so many rows that share a key head, and from so many keys on, the keys are split."""
+SPLIT_PROGRAMS, MAX_SPLITS = 528, 64
+"""About how many programs share the keys: four for each multiprocessor of a large device."""
+MERGE_ROWS = 4
 DELTA_ROWS = 64
 DIAGONAL_BLOCK = 64
 
@@ -56,11 +62,16 @@ def forward(
     out = empty_rows(query, value.shape[-1] if wanted else 0)
     lse = query.new_empty((sizes.batch, sizes.heads, sizes.queries), dtype=torch.float32)
     statistics = lse.new_empty(statistics_shape(query))
+    score = score_operand(query, key, offsets, dense, fixed)
+    results = (rows_operand(out), lse, statistics)
+    inputs = (rows_operand(query), rows_operand(key), rows_operand(value))
+    if wanted and sizes.queries * sizes.group <= SPLIT_ROWS and sizes.keys >= SPLIT_KEYS:
+        _split(query, value, inputs, results, score, sizes, fixed)
+        return out, lse, statistics
     constants = shape_of_tiles("forward", query, fixed.causal, query.shape[-1], value.shape[-1])
     grid = (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
     launch(
-        forward_kernel, grid, rows_operand(query), rows_operand(key), rows_operand(value),
-        rows_operand(out), lse, statistics, score_operand(query, key, offsets, dense, fixed), sizes,
+        forward_kernel, grid, *inputs, *results, score, sizes,
         EVEN=sizes.keys % constants["BLOCK_N"] == 0, VALUES=wanted, **constants,
     )  # fmt: skip
     return out, lse, statistics
@@ -156,6 +167,36 @@ def of_weights(
     return given
 
 
+def _split(
+    query: Tensor,
+    value: Tensor,
+    inputs: tuple[Rows, Rows, Rows],
+    results: tuple[Rows, Tensor, Tensor],
+    score: Score,
+    sizes: Sizes,
+    fixed: Fixed,
+) -> None:
+    """The forward pass of a few queries over many keys."""
+    width = value.shape[-1]
+    constants = shape_of_tiles("split", query, fixed.causal, query.shape[-1], width)
+    constants["BLOCK_M"] = max(16, triton.next_power_of_2(sizes.queries * sizes.group))
+    programs = sizes.batch * sizes.heads // sizes.group
+    most = triton.cdiv(sizes.keys, 2 * constants["BLOCK_N"])
+    num_splits = max(1, min(triton.cdiv(SPLIT_PROGRAMS, programs), most, MAX_SPLITS))
+    rows_shape = (num_splits, sizes.batch, sizes.heads, sizes.queries)
+    totals, peaks = (results[1].new_empty(rows_shape) for _ in range(2))
+    partial = totals.new_empty((*rows_shape, width))
+    launch(
+        split_kernel, (programs * num_splits,), *inputs, partial, totals, peaks, score, sizes,
+        num_splits, **constants,
+    )  # fmt: skip
+    launch(
+        merge_kernel, (triton.cdiv(totals[0].numel(), MERGE_ROWS),), partial, totals, peaks,
+        *results, score, sizes, num_splits,
+        VALUE_WIDTH=width, BLOCK_E=triton.next_power_of_2(width), BLOCK_M=MERGE_ROWS, num_warps=2,
+    )  # fmt: skip
+
+
 def _row_sums(given: Backward, dlse: Tensor | None) -> None:
     """Writes delta from the weights and their gradient."""
     sizes, constants = given.sizes, given.constants("queries")
@@ -216,6 +257,17 @@ def _needed_sums(given: Backward) -> tuple[bool, bool]:
     if _sums_are_known(given):
         return left and right, False
     return left, right
+
+
+def gradients(
+    given: Backward, dense: Tensor | None, needs_offsets: bool, needs_dense: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Of query, key, value, offset vector and dense bias; the last two where needed."""
+    dkey, dvalue = keys_gradient(given)
+    dquery, far = queries_gradient(given, needs_offsets)
+    doffsets = offsets_gradient(given, far) if needs_offsets else None
+    ddense = dense_gradient(given, dense) if needs_dense and dense is not None else None
+    return dquery, dkey, dvalue, doffsets, ddense
 
 
 def offsets_gradient(given: Backward, far: tuple[Tensor | None, Tensor | None]) -> Tensor:

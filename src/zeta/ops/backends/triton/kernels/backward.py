@@ -14,9 +14,14 @@ from zeta.ops.backends.triton.kernels.gradients import (
     load_delta,
     load_dweights,
     load_statistics,
-    weights_anywhere,
+    weights_tile,
 )
-from zeta.ops.backends.triton.kernels.ranges import column_parts, is_clean, row_parts
+from zeta.ops.backends.triton.kernels.ranges import (
+    column_parts,
+    count_tiles,
+    row_parts,
+    tile_start,
+)
 from zeta.ops.backends.triton.kernels.scores import (
     column_hashes,
     far_bias,
@@ -32,10 +37,14 @@ from zeta.ops.backends.triton.kernels.scores import (
 @triton.jit
 def gather_keys(
     dk_ND, dv_NE, k_ND, v_NE, q, dout, dweights, statistics, delta, score, sizes, batch, head,
-    column0, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    column0, low, one, two, three, four, high,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the rows of one query head give to a tile of keys. Tiles are [N, M]."""
+    """Adds what the clean tiles of one query head's rows, or the others, give to a tile of keys.
+
+    Tiles are [N, M].
+    """
     local_N = tl.arange(0, k_ND.shape[0])
     local_M = tl.arange(0, BLOCK_M)
     column = local_N[:, None]
@@ -45,14 +54,8 @@ def gather_keys(
     column_hash_N = column_hashes(score, sizes, batch, column0, local_N)
     left = far_bias(score, head, False)
     right = far_bias(score, head, True)
-    low, one, two, three, four, high = row_parts(
-        score, sizes, batch, column0, BLOCK_M, k_ND.shape[0]
-    )
-    cut: tl.constexpr = (
-        score.causal or score.window is not None or score.offsets is not None
-        or score.prefix is not None or score.positions is not None
-    )  # fmt: skip
-    for row0 in tl.range(low, high, BLOCK_M):
+    for index in tl.range(0, count_tiles(low, one, two, three, four, high, BLOCK_M, CLEAN)):
+        row0 = tile_start(index, low, one, two, three, four, BLOCK_M, CLEAN)
         q_MD = load_rows(q, batch, head, row0, local_M, sizes.queries, inner_D, WIDTH, EVEN)
         norm_M, rest_M = load_statistics(statistics, score, sizes, batch, head, row0, local_M)
         delta_M = load_delta(delta, sizes, batch, head, row0, local_M)
@@ -61,10 +64,9 @@ def gather_keys(
             dots_NM = tl.trans(tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION))
         else:
             dots_NM = tl.dot(k_ND, tl.trans(q_MD), input_precision=PRECISION)
-        p_NM, slope_NM = weights_anywhere(
+        p_NM, slope_NM = weights_tile(
             dots_NM, norm_M[None, :], rest_M[None, :], score, sizes, batch, head, row0, column0,
-            row, column, tl.where(row0 < two, right, left),
-            is_clean(row0, one, two, three, four), cut,
+            row, column, tl.where(row0 < two, right, left), CLEAN,
         )  # fmt: skip
         if dweights is None:
             dout_ME = load_rows(
@@ -116,11 +118,25 @@ def keys_kernel(
         )
     dk_ND = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     dv_NE = tl.zeros([BLOCK_N, BLOCK_E], dtype=tl.float32)
+    low, one, two, three, four, high = row_parts(score, sizes, batch, column0, BLOCK_M, BLOCK_N)
+    cut: tl.constexpr = (
+        score.causal or score.window is not None or score.offsets is not None
+        or score.prefix is not None or score.positions is not None
+    )  # fmt: skip
     for member in tl.range(0, sizes.group):
-        dk_ND, dv_NE = gather_keys(
-            dk_ND, dv_NE, k_ND, v_NE, q, dout, dweights, statistics, delta, score, sizes, batch,
-            key_head * sizes.group + member, column0, WIDTH, VALUE_WIDTH, BLOCK_M, EVEN, PRECISION,
-        )  # fmt: skip
+        head = key_head * sizes.group + member
+        if score.positions is None:
+            dk_ND, dv_NE = gather_keys(
+                dk_ND, dv_NE, k_ND, v_NE, q, dout, dweights, statistics, delta, score, sizes,
+                batch, head, column0, low, one, two, three, four, high,
+                WIDTH, VALUE_WIDTH, BLOCK_M, EVEN, PRECISION, True,
+            )  # fmt: skip
+        if cut:
+            dk_ND, dv_NE = gather_keys(
+                dk_ND, dv_NE, k_ND, v_NE, q, dout, dweights, statistics, delta, score, sizes,
+                batch, head, column0, low, one, two, three, four, high,
+                WIDTH, VALUE_WIDTH, BLOCK_M, EVEN, PRECISION, False,
+            )  # fmt: skip
     exists_N = key_exists(score, sizes, batch, column0, local_N)[:, None]
     inverse = 1.0
     if score.dropout is not None:
@@ -149,11 +165,15 @@ def far_sums(total_M, added_MN, first, row, column, REACH_SIGN: tl.constexpr, re
 @triton.jit
 def gather_queries(
     dq_MD, left_M, right_M, q_MD, dout_ME, k, v, dweights, norm_M, rest_M, delta_M, score, sizes,
-    batch, head, row0, WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_E: tl.constexpr,
+    batch, head, row0, low, one, two, three, four, high,
+    WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_E: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """Adds what all keys give to a tile of rows; LEFT and RIGHT say which far sums are wanted."""
+    """Adds what the clean tiles of keys, or the others, give to a tile of rows.
+
+    LEFT and RIGHT say which far sums are wanted.
+    """
     local_M = tl.arange(0, q_MD.shape[0])
     local_N = tl.arange(0, BLOCK_N)
     row = local_M[:, None]
@@ -163,26 +183,21 @@ def gather_queries(
     row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
     left = far_bias(score, head, False)
     right = far_bias(score, head, True)
-    low, one, two, three, four, high = column_parts(
-        score, sizes, batch, row0, q_MD.shape[0], BLOCK_N
-    )
-    cut: tl.constexpr = (
-        score.causal or score.window is not None or score.offsets is not None
-        or score.padding is not None or score.prefix is not None or score.positions is not None
-        or not EVEN
-    )  # fmt: skip
-    for column0 in tl.range(low, high, BLOCK_N):
-        k_ND = load_keys(k, score, sizes, batch, key_head, column0, local_N, inner_D, WIDTH, EVEN)
+    for index in tl.range(0, count_tiles(low, one, two, three, four, high, BLOCK_N, CLEAN)):
+        column0 = tile_start(index, low, one, two, three, four, BLOCK_N, CLEAN)
+        k_ND = load_keys(
+            k, score, sizes, batch, key_head, column0, local_N, inner_D, WIDTH, CLEAN or EVEN
+        )
         v_NE = k_ND
         if dweights is None:
             v_NE = load_keys(
                 v, score, sizes, batch, key_head, column0, local_N, tl.arange(0, BLOCK_E),
-                VALUE_WIDTH, EVEN,
+                VALUE_WIDTH, CLEAN or EVEN,
             )  # fmt: skip
         added_MN, ds_MN = dscores_tile(
             q_MD, dout_ME, k_ND, v_NE, dweights, norm_M, rest_M, delta_M, row_hash_M, score, sizes,
-            batch, head, row0, column0, row, column, tl.where(column0 < two, left, right),
-            is_clean(column0, one, two, three, four), cut, PRECISION,
+            batch, head, row0, column0, row, column, tl.where(column0 < two, left, right), CLEAN,
+            PRECISION,
         )  # fmt: skip
         if LEFT or RIGHT:
             first = column0 - row0 - (sizes.keys - sizes.queries)
@@ -226,11 +241,24 @@ def queries_kernel(
     dq_MD = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     left_M = tl.zeros([BLOCK_M], dtype=tl.float32)
     right_M = tl.zeros([BLOCK_M], dtype=tl.float32)
-    dq_MD, left_M, right_M = gather_queries(
-        dq_MD, left_M, right_M, q_MD, dout_ME, k, v, dweights, norm_M, rest_M, delta_M, score,
-        sizes, batch, head, row0, WIDTH, VALUE_WIDTH, BLOCK_E, LEFT, RIGHT, BLOCK_N, PRECISION,
-        EVEN,
+    low, one, two, three, four, high = column_parts(score, sizes, batch, row0, BLOCK_M, BLOCK_N)
+    cut: tl.constexpr = (
+        score.causal or score.window is not None or score.offsets is not None
+        or score.padding is not None or score.prefix is not None or score.positions is not None
+        or not EVEN
     )  # fmt: skip
+    if score.positions is None:
+        dq_MD, left_M, right_M = gather_queries(
+            dq_MD, left_M, right_M, q_MD, dout_ME, k, v, dweights, norm_M, rest_M, delta_M, score,
+            sizes, batch, head, row0, low, one, two, three, four, high,
+            WIDTH, VALUE_WIDTH, BLOCK_E, LEFT, RIGHT, BLOCK_N, PRECISION, EVEN, True,
+        )  # fmt: skip
+    if cut:
+        dq_MD, left_M, right_M = gather_queries(
+            dq_MD, left_M, right_M, q_MD, dout_ME, k, v, dweights, norm_M, rest_M, delta_M, score,
+            sizes, batch, head, row0, low, one, two, three, four, high,
+            WIDTH, VALUE_WIDTH, BLOCK_E, LEFT, RIGHT, BLOCK_N, PRECISION, EVEN, False,
+        )  # fmt: skip
     inverse = 1.0
     if score.dropout is not None:
         inverse = 1.0 / score.dropout.keep

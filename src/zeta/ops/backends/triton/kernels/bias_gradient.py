@@ -44,7 +44,7 @@ def add_tile(
     row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
     added_MN, _ = dscores_tile(
         q_MD, dout_ME, k_ND, v_NE, dweights, norm_M, rest_M, delta_M, row_hash_M, score, sizes,
-        batch, head, row0, column0, local_M[:, None], local_N[None, :], 0.0, False, True,
+        batch, head, row0, column0, local_M[:, None], local_N[None, :], 0.0, False,
         PRECISION,
     )  # fmt: skip
     return acc_MN + added_MN

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zeta.ops.backends.triton.kernels.ranges import column_parts, is_clean
+from zeta.ops.backends.triton.kernels.ranges import column_parts, count_tiles, tile_start
 from zeta.ops.backends.triton.kernels.scores import (
     LN2,
     column_hashes,
@@ -52,10 +52,11 @@ def weigh(
 @triton.jit
 def attend(
     acc_ME, total_M, peak_M, q_MD, k, v, score, sizes, batch, head, row0,
+    low, one, two, three, four, high, left, right,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr, VALUES: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, VALUES: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of a tile of rows over all keys, kept online."""
+    """Adds the clean tiles of keys, or the others, to the running softmax of a tile of rows."""
     local_M = tl.arange(0, q_MD.shape[0])
     local_N = tl.arange(0, BLOCK_N)
     row = local_M[:, None]
@@ -64,35 +65,16 @@ def attend(
     outer_E = tl.arange(0, acc_ME.shape[1])
     key_head = head // sizes.group
     row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
-    left = far_bias(score, head, False)
-    right = far_bias(score, head, True)
-    low, one, two, three, four, high = column_parts(
-        score, sizes, batch, row0, q_MD.shape[0], BLOCK_N
-    )
-    cut: tl.constexpr = (
-        score.causal or score.window is not None or score.offsets is not None
-        or score.padding is not None or score.prefix is not None or score.positions is not None
-        or not EVEN
-    )  # fmt: skip
-    for column0 in tl.range(low, high, BLOCK_N):
-        k_ND = load_keys(k, score, sizes, batch, key_head, column0, local_N, inner_D, WIDTH, EVEN)
+    for index in tl.range(0, count_tiles(low, one, two, three, four, high, BLOCK_N, CLEAN)):
+        column0 = tile_start(index, low, one, two, three, four, BLOCK_N, CLEAN)
+        k_ND = load_keys(
+            k, score, sizes, batch, key_head, column0, local_N, inner_D, WIDTH, CLEAN or EVEN
+        )
         dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
-        if cut:
-            side = tl.where(column0 < two, left, right)
-            if is_clean(column0, one, two, three, four):
-                p_MN, new_peak_M, safe_M = weigh(
-                    dots_MN, peak_M, score, sizes, batch, head, row0, column0, row, column, side,
-                    True,
-                )  # fmt: skip
-            else:
-                p_MN, new_peak_M, safe_M = weigh(
-                    dots_MN, peak_M, score, sizes, batch, head, row0, column0, row, column, side,
-                    False,
-                )  # fmt: skip
-        else:
-            p_MN, new_peak_M, safe_M = weigh(
-                dots_MN, peak_M, score, sizes, batch, head, row0, column0, row, column, left, True
-            )
+        p_MN, new_peak_M, safe_M = weigh(
+            dots_MN, peak_M, score, sizes, batch, head, row0, column0, row, column,
+            tl.where(column0 < two, left, right), CLEAN,
+        )  # fmt: skip
         decay_M = exponential(peak_M - safe_M, score)
         total_M = total_M * decay_M + tl.sum(p_MN, 1)
         peak_M = new_peak_M
@@ -102,7 +84,16 @@ def attend(
                 keep_MN = kept(score, row_hash_M[:, None], column_hash_N[None, :])
                 p_MN = tl.where(keep_MN, p_MN, 0.0)
             v_NE = load_keys(
-                v, score, sizes, batch, key_head, column0, local_N, outer_E, VALUE_WIDTH, EVEN
+                v,
+                score,
+                sizes,
+                batch,
+                key_head,
+                column0,
+                local_N,
+                outer_E,
+                VALUE_WIDTH,
+                CLEAN or EVEN,
             )
             acc_ME = acc_ME * decay_M[:, None]
             acc_ME = tl.dot(p_MN.to(v_NE.dtype), v_NE, acc_ME, input_precision=PRECISION)
@@ -110,14 +101,12 @@ def attend(
 
 
 @triton.jit
-def store_statistics(lse, statistics, total_M, peak_M, score, sizes, batch_head, row0, local_M):
+def store_statistics(lse, statistics, total_M, peak_M, score, sizes, index, inside):
     """The natural log of the normaliser, -inf for a row without weights; and what backward passes read.
 
     Those read it in the score's unit, +inf for a row without weights. Where `exact`, as the peak and, a plane
     further, a factor: the rounding of a sum of both would show in every weight.
     """
-    index = tl.cast(batch_head, tl.int64) * sizes.queries + row0 + local_M
-    inside = row0 + local_M < sizes.queries
     empty_M = total_M == 0.0
     rest_M = logarithm(tl.where(empty_M, 1.0, total_M), score)
     lse_M = peak_M + rest_M
@@ -157,11 +146,29 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    acc, total, peak = attend(
-        acc, total, peak, q_MD, k, v, score, sizes, batch, head, row0,
-        WIDTH, VALUE_WIDTH, BLOCK_N, PRECISION, EVEN, VALUES,
+    left = far_bias(score, head, False)
+    right = far_bias(score, head, True)
+    low, one, two, three, four, high = column_parts(score, sizes, batch, row0, BLOCK_M, BLOCK_N)
+    cut: tl.constexpr = (
+        score.causal or score.window is not None or score.offsets is not None
+        or score.padding is not None or score.prefix is not None or score.positions is not None
+        or not EVEN
     )  # fmt: skip
-    store_statistics(lse, statistics, total, peak, score, sizes, batch_head, row0, local_M)
+    if score.positions is None:
+        acc, total, peak = attend(
+            acc, total, peak, q_MD, k, v, score, sizes, batch, head, row0,
+            low, one, two, three, four, high, left, right,
+            WIDTH, VALUE_WIDTH, BLOCK_N, PRECISION, EVEN, VALUES, True,
+        )  # fmt: skip
+    if cut:
+        acc, total, peak = attend(
+            acc, total, peak, q_MD, k, v, score, sizes, batch, head, row0,
+            low, one, two, three, four, high, left, right,
+            WIDTH, VALUE_WIDTH, BLOCK_N, PRECISION, EVEN, VALUES, False,
+        )  # fmt: skip
+    index = tl.cast(batch_head, tl.int64) * sizes.queries + row0 + local_M
+    inside = row0 + local_M < sizes.queries
+    store_statistics(lse, statistics, total, peak, score, sizes, index, inside)
     if VALUES:
         inverse_M = 1.0 / tl.where(total == 0.0, 1.0, total)
         if score.dropout is not None:

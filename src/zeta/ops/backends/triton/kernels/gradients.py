@@ -76,29 +76,6 @@ def weights_tile(
 
 
 @triton.jit
-def weights_anywhere(
-    dots, norm, rest, score, sizes, batch, head, row0, column0, row, column, side, clean,
-    CUT: tl.constexpr,
-):  # fmt: skip
-    """`weights_tile` of a tile that is clean where `clean`; always, unless CUT."""
-    if CUT:
-        if clean:
-            p, slope = weights_tile(
-                dots, norm, rest, score, sizes, batch, head, row0, column0, row, column, side, True
-            )
-        else:
-            p, slope = weights_tile(
-                dots, norm, rest, score, sizes, batch, head, row0, column0, row, column, side,
-                False,
-            )  # fmt: skip
-    else:
-        p, slope = weights_tile(
-            dots, norm, rest, score, sizes, batch, head, row0, column0, row, column, side, True
-        )
-    return p, slope
-
-
-@triton.jit
 def load_dweights(dweights, sizes, batch, head, row0, column0, row, column):
     """A tile of the gradient of returned weights; of averaged ones, each head has its share."""
     tile = load_plane(dweights, sizes, batch, head, row0, column0, row, column, 0.0)
@@ -116,9 +93,7 @@ def dweights_tile(
     else:
         dp_MN = load_dweights(dweights, sizes, batch, head, row0, column0, row, column)
     if score.dropout is not None:
-        column_hash_N = column_hashes(
-            score, sizes, batch, column0, tl.arange(0, v_NE.shape[0])
-        )
+        column_hash_N = column_hashes(score, sizes, batch, column0, tl.arange(0, v_NE.shape[0]))
         keep_MN = kept(score, row_hash_M[:, None], column_hash_N[None, :])
         dp_MN = tl.where(keep_MN, dp_MN, 0.0)
     return dp_MN
@@ -127,13 +102,13 @@ def dweights_tile(
 @triton.jit
 def dscores_tile(
     q_MD, dout_ME, k_ND, v_NE, dweights, norm_M, rest_M, delta_M, row_hash_M, score, sizes, batch,
-    head, row0, column0, row, column, side, clean, CUT: tl.constexpr, PRECISION: tl.constexpr,
+    head, row0, column0, row, column, side, CLEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Row-major [M, N]: the gradient of what is added to the scores, and that of the scaled products."""
     dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
-    p_MN, slope_MN = weights_anywhere(
+    p_MN, slope_MN = weights_tile(
         dots_MN, norm_M[:, None], rest_M[:, None], score, sizes, batch, head, row0, column0, row,
-        column, side, clean, CUT,
+        column, side, CLEAN,
     )  # fmt: skip
     dp_MN = dweights_tile(
         dout_ME, v_NE, dweights, row_hash_M, score, sizes, batch, head, row0, column0, row, column,

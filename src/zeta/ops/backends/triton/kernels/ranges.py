@@ -1,8 +1,8 @@
 """Which tiles a tile meets: hidden ones are never visited, and ones that nothing cuts through known.
 
-A loop over tiles falls in up to five parts, by six ends: cut, clean, cut, clean, cut. A tile of a
-clean part has no hidden score, and one value for an offset bias: that left of its band in one
-part, that right of it in the other.
+The tiles fall in up to five parts, by six ends: cut, clean, cut, clean, cut. A tile of a clean part
+has no hidden score, and one value for an offset bias: that left of its band in one part, that right
+of it in the other. One loop goes over both clean parts, and one over the cut ones.
 """
 
 from __future__ import annotations
@@ -23,9 +23,28 @@ def ceil_to(x, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def is_clean(start, one, two, three, four):
-    """Whether a tile that begins at `start` lies in a clean part."""
-    return ((start >= one) & (start < two)) | ((start >= three) & (start < four))
+def count_tiles(low, one, two, three, four, high, BLOCK: tl.constexpr, CLEAN: tl.constexpr):
+    """How many tiles are clean, or are not."""
+    if CLEAN:
+        return tl.cdiv(two - one, BLOCK) + tl.cdiv(four - three, BLOCK)
+    else:
+        cut = tl.cdiv(one - low, BLOCK) + tl.cdiv(three - two, BLOCK)
+        return cut + tl.cdiv(high - four, BLOCK)
+
+
+@triton.jit
+def tile_start(index, low, one, two, three, four, BLOCK: tl.constexpr, CLEAN: tl.constexpr):
+    """Where the tile of that index begins, among those that are clean, or among the others."""
+    if CLEAN:
+        first = tl.cdiv(two - one, BLOCK)
+        return tl.where(index < first, one + index * BLOCK, three + (index - first) * BLOCK)
+    else:
+        first = tl.cdiv(one - low, BLOCK)
+        second = first + tl.cdiv(three - two, BLOCK)
+        late = tl.where(
+            index < second, two + (index - first) * BLOCK, four + (index - second) * BLOCK
+        )
+        return tl.where(index < first, low + index * BLOCK, late)
 
 
 @triton.jit

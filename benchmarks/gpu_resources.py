@@ -1,0 +1,195 @@
+"""Registers, spills and shared memory of every shipped configuration of the GPU kernels.
+
+``python -m benchmarks.gpu_resources [--capability 90] [--dims 64,128] [--quick]`` compiles them for
+a GPU that need not be there, and fails where one needs more shared memory than there is or spills
+more than `MAX_SPILL` bytes a thread.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.backends.nvidia
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from zeta import biases, masks
+from zeta.ops.backends.triton import arguments, passes
+from zeta.ops.backends.triton.lowering import lower
+from zeta.ops.call import AttentionCall
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
+"""Shared memory that one block may have."""
+MAX_SPILL = 640
+"""Bytes a thread: the fastest tiles spill a little, at the borders of the main loops."""
+
+
+class StubDriver:
+    """What the compiler asks of a driver, for a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes."""
+
+    kernel: str
+    problem: str
+    tiles: str
+    registers: int
+    spill: int
+    shared: int
+
+    def fault(self, capability: int) -> str:
+        """Why it may not ship, or nothing."""
+        if self.shared > SHARED_KIB[capability] * 1024:
+            return f"{self.shared} bytes of shared memory"
+        return f"{self.spill} bytes spilled" if self.spill > MAX_SPILL else ""
+
+
+def assemble(compiled: Any, capability: int) -> tuple[int, int]:
+    """Registers and bytes spilled, as the assembler reports them."""
+    folder = Path(triton.backends.nvidia.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"])
+        architecture = f"sm_{capability}" + ("a" if capability == 90 else "")
+        arguments_ = [f"--gpu-name={architecture}", "-o", f"{source}.o", str(source)]
+        told = subprocess.run(
+            [str(folder / "ptxas"), "-v", *arguments_], capture_output=True, text=True, check=True
+        ).stderr
+    registers, spill = (
+        re.search(pattern, told) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill stores")
+    )
+    return int(registers[1]) if registers else 0, int(spill[1]) if spill else 0
+
+
+def problems(dims: list[int], quick: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Calls that launch every kernel, forward and backward, in each of its main forms."""
+    for dim in dims:
+        for dtype in (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32):
+            for causal in (True,) if quick else (False, True):
+                for bias in ("t5",) if quick else ("", "t5", "dense"):
+                    for dropout_p in (0.0,) if quick else (0.0, 0.1):
+                        kind = str(dtype).removeprefix("torch.")
+                        name = f"D{dim} {kind} causal={causal} {bias} dropout={dropout_p}"
+                        yield name, _problem(dim, dtype, causal, bias, dropout_p, "output")
+            if not quick:
+                yield (
+                    f"D{dim} {dtype} weights",
+                    _problem(dim, dtype, True, "t5", 0.0, "mean_weights"),
+                )
+
+
+def _problem(
+    dim: int,
+    dtype: torch.dtype,
+    causal: bool,
+    bias: str,
+    dropout_p: float,
+    result: Any,
+    queries: int = 1024,
+) -> Callable[[], None]:
+    length, heads = 1024, 4
+    query, key, value = (
+        torch.zeros(2, heads, size, dim, dtype=dtype) for size in (queries, length, length)
+    )
+    table = torch.zeros(32, heads)
+    kinds: dict[str, biases.Bias | None] = {
+        "": None,
+        "t5": biases.Bucketed(table, bidirectional=not causal),
+        "dense": biases.Dense(torch.zeros(1, heads, length, length, dtype=dtype)),
+    }
+    call = AttentionCall.checked(
+        query, key, value, mask=masks.Causal() if causal else None, bias=kinds[bias],
+        dropout_p=dropout_p, seed=1 if dropout_p else None, result=result,
+    )  # fmt: skip
+    lowered = lower(call)
+    fixed = arguments.Fixed(*lowered.fixed())
+    learned = (lowered.offsets, lowered.dense)
+
+    def run() -> None:
+        if result == "lse":
+            passes.forward(query, key, value, *learned, fixed)
+            return
+        if result == "output":
+            out, _, normalisers = passes.forward(query, key, value, *learned, fixed)
+            inputs: tuple[Tensor, ...] = (query, key, value, out, normalisers)
+            given = passes.of_output(out, None, inputs, *learned, fixed)
+        else:
+            out, normalisers = passes.weights(query, key, *learned, True, fixed)
+            given = passes.of_weights(out, query, key, normalisers, *learned, fixed)
+        passes.gradients(given, lowered.dense, bias == "t5", bias == "dense")
+
+    return run
+
+
+def usages(capability: int, dims: list[int], quick: bool) -> Iterator[Usage]:
+    """Compiles every kernel of every problem."""
+    driver.set_active(StubDriver(capability))
+    problem = ""
+    found: list[Usage] = []
+
+    def compile_only(kernel: Any, grid: Any, *operands: Any, **constants: Any) -> None:
+        compiled = kernel.warmup(*operands, grid=grid, **constants)
+        tiles = [constants.get(name) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")]
+        registers, spill = assemble(compiled, capability)
+        shared = compiled.metadata.shared
+        found.append(Usage(kernel.__name__, problem, str(tiles), registers, spill, shared))
+
+    version = (capability // 10, capability % 10)
+    for module in (arguments, passes):
+        module.launch = compile_only  # type: ignore[attr-defined]
+    arguments.device_capability = lambda tensor: version
+    for problem, run in problems(dims, quick):  # noqa: B007 - read by `compile_only`
+        run()
+        yield from found
+        found.clear()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", type=int, default=90, choices=sorted(SHARED_KIB))
+    parser.add_argument("--dims", default="64,128")
+    parser.add_argument("--quick", action="store_true", help="one form of each kernel")
+    parser.add_argument("--out", type=Path, help="a JSON file for the table")
+    options = parser.parse_args()
+    table, faults = [], 0
+    for usage in usages(
+        options.capability, [int(d) for d in options.dims.split(",")], options.quick
+    ):
+        fault = usage.fault(options.capability)
+        faults += bool(fault)
+        table.append(dataclasses.asdict(usage))
+        print(
+            f"{usage.kernel:20} {usage.problem:48} {usage.tiles:22} {usage.registers:4} registers "
+            f"{usage.spill:5} spilled {usage.shared:7} shared {fault and 'FAILS: ' + fault}",
+            flush=True,
+        )
+    if options.out:
+        options.out.write_text(json.dumps(table, indent=1))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Appending: like `torch.cat`, without the copies; and a plain dict on top of it."""
+
+import io
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.caches.test_interface import tokens
+from zeta.caches import DictCache, DynamicCache
+from zeta.caches.growth import append, nbytes, reclaim, take
+
+
+def test_a_generation_copies_its_length_not_its_square(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = 0
+    copy_ = Tensor.copy_
+
+    def counting(self: Tensor, source: Tensor) -> Tensor:
+        nonlocal copied
+        copied += source.numel()
+        return copy_(self, source)
+
+    monkeypatch.setattr(Tensor, "copy_", counting)
+    grown, one = None, torch.ones(1, 1, 1, 1)
+    for _ in range(3000):
+        grown = append(grown, one)
+    # Every token once, and at the doublings 64, 128, ..., 2048 all that were there.
+    assert 3000 < copied < 3 * 3000
+
+
+def test_a_tensor_that_was_given_back_never_changes() -> None:
+    kept: list[tuple[Tensor, Tensor]] = []
+    grown = None
+    generator = torch.Generator().manual_seed(3)
+    for step in range(200):
+        if kept and step % 7 == 0:
+            # Another continues from an earlier tensor, or from a part of one.
+            grown = kept[int(torch.randint(len(kept), (), generator=generator))][0]
+            grown = grown[:, :, : grown.shape[2] - step % 2] if grown.shape[2] > 1 else grown
+        before = None if grown is None else grown.clone()
+        new = torch.randn(2, 1, 1 + step % 3, 3, generator=generator)
+        grown = append(grown, new)
+        assert torch.equal(grown, new if before is None else torch.cat((before, new), dim=2))
+        kept.append((grown, grown.clone()))
+    assert all(torch.equal(found, copy) for found, copy in kept)
+    assert all(found._version == 0 for found, _ in kept)
+
+
+def test_a_part_that_is_no_prefix_is_copied() -> None:
+    whole = append(None, torch.randn(2, 2, 4, 3))
+    copy = whole.clone()
+    for part in (whole[:, :, 1:], whole[1:], whole.transpose(1, 0), whole[..., :2]):
+        new = torch.randn(*part.shape[:2], 1, part.shape[3])
+        assert torch.equal(append(part, new), torch.cat((part, new), dim=2))
+    assert torch.equal(whole, copy)
+
+
+def test_reclaimed_room_is_used_again_and_what_showed_it_counts_as_changed() -> None:
+    grown = append(None, torch.randn(1, 1, 10, 2))
+    shorter = grown[:, :, :6]
+    reclaim(grown, 6)
+    again = append(shorter, torch.randn(1, 1, 1, 2))
+    assert again.data_ptr() == grown.data_ptr()
+    assert grown._version == 1
+
+
+def test_taking_sequences_leaves_room() -> None:
+    grown = append(None, torch.randn(3, 2, 70, 2))
+    index = torch.tensor([2, 2, 0, 1])
+    taken = take(grown, index)
+    assert torch.equal(taken, grown[index])
+    longer = append(taken, torch.randn(4, 2, 1, 2))
+    assert longer.data_ptr() == taken.data_ptr()
+    assert nbytes(taken) == 4 * 2 * 128 * 2 * 4
+
+
+def test_the_dict_stays_readable_and_its_steps_copy_nothing() -> None:
+    state: dict[str, Tensor] = {}
+    key, value = tokens(100)
+    addresses = set()
+    for n in range(100):
+        DictCache(state).update(key[:, :, n : n + 1], value[:, :, n : n + 1])
+        assert torch.equal(state["prev_key"], key[:, :, : n + 1])
+        assert torch.equal(state["prev_value"], value[:, :, : n + 1])
+        addresses.add(state["prev_key"].data_ptr())
+    assert len(addresses) == 2
+
+
+def test_two_continuations_of_one_dict_do_not_disturb_each_other() -> None:
+    state: dict[str, Tensor] = {}
+    DictCache(state).update(*tokens(3))
+    first, second = dict(state), dict(state)
+    for other in (first, second):
+        key, value = tokens(2)
+        expected = torch.cat((state["prev_key"], key), dim=2)
+        DictCache(other).update(key, value)
+        assert torch.equal(other["prev_key"], expected)
+    assert torch.equal(first["prev_key"][:, :, :3], second["prev_key"][:, :, :3])
+    assert not torch.equal(first["prev_key"], second["prev_key"])
+
+
+def test_a_dict_of_keys_and_values_alone_is_taken_over_and_not_written_to() -> None:
+    mine = torch.randn(2, 2, 8, 6, dtype=torch.float64)
+    copy = mine.clone()
+    value = tokens(5)[1]
+    state = {"prev_key": mine[:, :, :5], "prev_value": value}
+    key, new = tokens(1)
+    DictCache(state).update(key, new)
+    assert torch.equal(state["prev_key"], torch.cat((copy[:, :, :5], key), dim=2))
+    assert torch.equal(mine, copy)
+    cache = DynamicCache({"prev_key": mine[:, :, :5], "prev_value": value})
+    assert torch.equal(cache.update(key, new).key, state["prev_key"])
+    assert torch.equal(mine, copy)
+
+
+def test_a_dict_can_be_saved_with_nothing_but_tensors_in_it() -> None:
+    state: dict[str, Tensor] = {}
+    DictCache(state).update(*tokens(3))
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    key, value = tokens(1)
+    DictCache(loaded).update(key, value)
+    assert torch.equal(loaded["prev_key"], torch.cat((state["prev_key"], key), dim=2))
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ({"prev_key": torch.zeros(1, 1, 1, 1)}, "must have 'prev_key' and 'prev_value'"),
+        ({"prev_key_static": torch.ones(1)}, "keys of a cross-attention, which do not grow"),
+        ({"prev_key": 1, "prev_value": 1, "keys": 1}, r"got \['keys', 'prev_key', 'prev_value'\]"),
+    ],
+)
+def test_a_dict_of_another_kind_is_refused(state: dict[str, Tensor], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DynamicCache(state)
+
+
+def test_nbytes_counts_the_room() -> None:
+    cache = DynamicCache()
+    assert cache.nbytes == 0
+    cache.update(*tokens(65))
+    assert cache.nbytes == 2 * 2 * 128 * (6 + 5) * 8
+    cache.reset()
+    assert (cache.nbytes, cache.length, cache.key, cache.value) == (0, 0, None, None)

@@ -1,0 +1,65 @@
+"""`RollingCache`: constant memory, and what a crop can bring back."""
+
+import pytest
+import torch
+
+from tests.caches.histories import same
+from tests.caches.test_interface import tokens
+from zeta.caches import RollingCache
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_memory_is_that_of_the_window(sinks: int) -> None:
+    cache = RollingCache(8, sinks)
+    for count in (1, 1, 30, 5, *[1] * 50):
+        cached = cache.update(*tokens(count))
+        assert cache.nbytes == 2 * 2 * (8 + sinks) * (6 + 5) * 8
+        assert cached.key.shape[2] <= 8 + sinks + (count if count > 1 else 0)
+    assert cache.length == 87
+
+
+def test_a_single_token_gets_the_window_and_the_sinks_at_their_positions() -> None:
+    cache = RollingCache(4, 2)
+    key, value = tokens(21)
+    for n in range(21):
+        cached = cache.update(key[:, :, n : n + 1], value[:, :, n : n + 1])
+        positions = torch.arange(n + 1)[None] if cached.positions is None else cached.positions
+        expected = sorted({0, 1} & set(range(n + 1)) | set(range(max(0, n - 3), n + 1)))
+        assert sorted(positions[0].tolist()) == expected or n < 6
+        assert torch.equal(cached.key, key[:, :, positions[0]])
+        assert torch.equal(cached.value, value[:, :, positions[0]])
+        assert cached.mask is None
+
+
+def test_a_crop_within_a_fork_brings_back_what_the_fork_has() -> None:
+    plain, forked = RollingCache(4, 1), RollingCache(4, 1)
+    key, value = tokens(20)
+    for cache in (plain, forked):
+        cache.update(key[:, :, :14], value[:, :, :14])
+    forked.fork()
+    forked.update(key[:, :, 14:17], value[:, :, 14:17])
+    forked.crop(15)
+    forked.commit()
+    plain.update(key[:, :, 14:15], value[:, :, 14:15])
+    assert same(plain.state_dict(), forked.state_dict())
+
+
+def test_a_crop_of_forgotten_tokens_is_refused() -> None:
+    cache = RollingCache(4)
+    cache.update(*tokens(10))
+    before = cache.state_dict()
+    with pytest.raises(
+        ValueError, match=r"but tokens 5 to 5 are not there any more; call fork\(\)"
+    ):
+        cache.crop(9)
+    assert same(before, cache.state_dict())
+    cache.crop(10)
+
+
+def test_a_state_of_another_window_is_refused() -> None:
+    cache = RollingCache(4)
+    cache.update(*tokens(10))
+    with pytest.raises(ValueError, match="must have window=5 and sinks=0; got 4 and 0"):
+        RollingCache(5).load_state_dict(cache.state_dict())
+    with pytest.raises(ValueError, match="state of length 3 must not hold 4 tokens"):
+        cache.load_state_dict(cache.state_dict() | {"length": 3})

@@ -1,0 +1,201 @@
+"""`StaticCache`: one graph for every length, addresses that stay, memory of its size."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import zeta
+from tests.caches.test_interface import tokens
+from zeta import masks
+from zeta.caches import Cached, DecodingCache, DynamicCache, StaticCache
+from zeta.nn import MultiheadAttention
+
+
+def attend(query: Tensor, cached: Cached, *, backend: str = "auto") -> Tensor:
+    mask: masks.Mask = masks.Causal()
+    if cached.padding is not None:
+        mask = mask & masks.drop(cached.padding[:, None, None])
+    return zeta.attention(
+        query,
+        cached.key,
+        cached.value,
+        mask=mask,
+        query_positions=cached.query_positions,
+        key_positions=cached.positions,
+        backend=backend,
+    )
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_one_graph_for_prefill_and_one_for_every_later_step(padded: bool) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+    key, value = tokens(12)
+    query = torch.randn(2, 4, 12, 6, dtype=torch.float64)
+    padding = torch.zeros(2, 12, dtype=torch.bool)
+    padding[0, :2] = padded
+
+    def step(cache: DecodingCache, q: Tensor, k: Tensor, v: Tensor, new: Tensor | None) -> Tensor:
+        return attend(q, cache.update(k, v, new), backend="reference")
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    static, dynamic = StaticCache(16), DynamicCache()
+    sizes = [5, *[1] * 7]
+    parts = [x.split(sizes, dim=2) for x in (query, key, value)]
+    paddings = padding.split(sizes, dim=1) if padded else [None] * len(sizes)
+    for part in zip(*parts, paddings, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(static, *part), step(dynamic, *part))
+    assert counter.frame_count == 2
+    assert static.length == 12
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("xpos", [False, True])
+def test_a_generation_through_the_module_compiles_twice(xpos: bool) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    config = {"xpos_rel_pos": xpos}
+    attention = MultiheadAttention(config, 16, 2, self_attention=True).double().eval()
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    cache = StaticCache(16)
+
+    def step(part: Tensor) -> Tensor:
+        return attention(part, part, part, cache, is_causal=True, need_weights=False)[0]
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        whole = attention(x, x, x, is_causal=True, need_weights=False)[0]
+        found = torch.cat([compiled(part) for part in x.split([4, *[1] * 8], dim=1)], dim=1)
+        torch.testing.assert_close(found, whole)
+        assert counter.frame_count == 2
+        cache.reset()
+        again = torch.cat([compiled(part) for part in x.split([4, *[1] * 8], dim=1)], dim=1)
+        torch.testing.assert_close(again, whole)
+    # The memory that is there after a reset is a third case: prefill without allocating.
+    assert counter.frame_count <= 3
+    torch.compiler.reset()
+
+
+def test_a_compiled_step_on_a_full_cache_fails_and_writes_nothing() -> None:
+    torch.compiler.reset()
+    cache = StaticCache(3).allocate(2, 2, 6, value_dim=5, dtype=torch.float64)
+    key, value = tokens(4)
+    step = torch.compile(lambda k, v: cache.update(k, v).key.sum(), backend="eager")
+    step(key[:, :, :3], value[:, :, :3])
+    with pytest.raises(RuntimeError, match="StaticCache of max_length=3 is full"):
+        step(key[:, :, 3:], value[:, :, 3:])
+    assert cache.length == 3
+    assert torch.equal(cache.state_dict()["key"], key[:, :, :3])
+    torch.compiler.reset()
+
+
+def test_compiled_and_eager_steps_mix() -> None:
+    torch.compiler.reset()
+    static, dynamic = StaticCache(16), DynamicCache()
+    step = torch.compile(lambda k, v: static.update(k, v).key.sum(), backend="eager")
+    for number, count in enumerate([3, 1, 1, 2, 1, 1]):
+        key, value = tokens(count)
+        if number % 2:
+            step(key, value)
+        else:
+            static.update(key, value)
+        dynamic.update(key, value)
+        assert static.length == dynamic.length
+        assert torch.equal(static.state_dict()["value"], dynamic.state_dict()["value"])
+    torch.compiler.reset()
+
+
+def test_addresses_stay_whatever_happens() -> None:
+    cache = StaticCache(8).allocate(2, 2, 6, value_dim=5, dtype=torch.float64)
+    address = cache._slots.key.data_ptr()
+    cache.update(*tokens(3))
+    cache.fork()
+    cache.reorder(torch.tensor([1, 0]))
+    cache.update(*tokens(2))
+    cache.crop(1)
+    cache.rollback()
+    cache.update(*tokens(1))
+    cache.reset()
+    cache.update(*tokens(1))
+    assert cache._slots.key.data_ptr() == address
+    with pytest.raises(ValueError, match="has its memory already"):
+        cache.allocate(2, 2, 6)
+
+
+def test_it_holds_its_memory_and_no_more() -> None:
+    cache = StaticCache(4096)
+    with torch.inference_mode():
+        for _ in range(3):
+            cache.update(*tokens(1))
+    assert cache.nbytes == 2 * 2 * 4096 * (6 + 5) * 8
+
+
+def test_lazily_computed_weights_survive_later_steps() -> None:
+    attention = MultiheadAttention(None, 16, 2, self_attention=True).double().eval()
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    for cache in (StaticCache(8), DynamicCache(), {}):
+        with torch.no_grad():
+            _, whole = attention(x, x, x, is_causal=True, need_weights=True)
+            steps = [attention(p, p, p, cache, is_causal=True)[1] for p in x.split(2, dim=1)]
+            for number, weights in enumerate(steps):
+                rows = slice(2 * number, 2 * number + 2)
+                expected = whole[:, :, rows, : rows.stop]
+                torch.testing.assert_close(weights + 0, expected)
+
+
+def test_what_was_written_over_is_not_read_in_silence() -> None:
+    attention = MultiheadAttention(None, 16, 2, self_attention=True).double().eval()
+    x = torch.randn(2, 6, 16, dtype=torch.float64)
+    for cache in (StaticCache(16), DynamicCache()):
+        with torch.no_grad():
+            attention(x, x, x, cache, is_causal=True)
+            _, weights = attention(x[:, :1], x[:, :1], x[:, :1], cache, is_causal=True)
+            cache.crop(3)
+            attention(x, x, x, cache, is_causal=True, need_weights=False)
+            with pytest.raises(RuntimeError, match="changed in place"):
+                weights.sum()
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_decodes() -> None:
+    cache = StaticCache(32).allocate(2, 2, 64, dtype=torch.float16, device="cuda")
+    full = DynamicCache()
+    shape = (2, 2, 1, 64)
+    key, value, query = (torch.randn(shape, device="cuda", dtype=torch.float16) for _ in range(3))
+
+    def step() -> Tensor:
+        return attend(query, cache.update(key, value), backend="reference")
+
+    with torch.no_grad():
+        step()
+        graph = torch.cuda.CUDAGraph()
+        cache.reset()
+        with torch.cuda.graph(graph):
+            out = step()
+        cache.reset()
+        for _ in range(20):
+            for tensor in (key, value, query):
+                tensor.normal_()
+            graph.replay()
+            expected = attend(query, full.update(key, value), backend="reference")
+            torch.testing.assert_close(out, expected)
+    assert int(cache._count) == 20
+
+
+@pytest.mark.gpu
+def test_a_recorded_step_does_not_wait_for_the_device() -> None:
+    cache = StaticCache(32).allocate(2, 2, 64, dtype=torch.float16, device="cuda")
+    key = torch.randn(2, 2, 1, 64, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        cache.update(key, key)
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                cache.next_positions(1, key.device)
+                cache.update(key, key)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
