@@ -2,7 +2,7 @@
 #   make demo ARGS=--quick         pass options to `zeta demo`
 #   make test ARGS="-k window"     pass options to pytest
 #   make demo PYTHON=python3.12    use another Python
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 ARGS ?=
 
 VENV := .venv

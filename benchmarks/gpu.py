@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 
 from benchmarks import gpu_peers as peers
+from benchmarks import tune_gpu
 from benchmarks.gpu_peers import Inputs, Problem, Run
 
 SHAPES = ((4, 16, 4096), (16, 16, 1024), (8, 16, 2048), (1, 16, 16384))
@@ -227,17 +228,17 @@ def line(entry: dict[str, Any]) -> str:
     return head + " | ".join(parts)
 
 
-def warm(arguments: tuple[str, Problem]) -> None:
+def warm(arguments: tuple[Problem, bool, list[dict[str, Any]]]) -> None:
     """Compiles what a line needs, in a process of its own; caches on disk keep it."""
-    row, problem = arguments
-    for run in ({"zeta": peers.zeta(problem)} | rivals(problem, True)).values():
+    problem, use_flex, tiles = arguments
+    tune_gpu.use(tiles)
+    variants = [problem, dataclasses.replace(problem, dropout_p=0.0)]
+    runs = [peers.zeta(variant) for variant in variants[: 2 if problem.dropout_p else 1]]
+    for run in [*runs, *(rivals(problem, True).values() if use_flex else [])]:
         try:
-            inputs = Inputs.of(problem)
-            out = run(inputs)
-            if problem.backward:
-                torch.autograd.grad(out, inputs.leaves(problem), torch.ones_like(out))
-        except Exception as error:
-            print(f"{row} {problem}: {type(error).__name__}", file=sys.stderr)
+            results_of(problem, run, Inputs.of(problem))
+        except Exception as error:  # measured again, and reported, later
+            print(f"{problem}: {type(error).__name__}", file=sys.stderr)
 
 
 def main() -> None:
@@ -252,17 +253,16 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    if options.tiles:
-        from benchmarks import tune_gpu
-
-        tune_gpu.use(json.loads(options.tiles.read_text()))
+    tiles = json.loads(options.tiles.read_text()) if options.tiles else []
+    tune_gpu.use(tiles)
     shapes = SHAPES[:1] if options.quick else SHAPES
     todo = [(row, p) for row in options.rows.split(",") for p in problems(row, shapes)]
     flexed = set(options.flex.split(","))
-    first = [(row, p) for row, p in todo if row in flexed and p.length == SHAPES[0][2]]
+    use_flex = [row in flexed and problem.length == SHAPES[0][2] for row, problem in todo]
     context = multiprocessing.get_context("spawn")
+    jobs = [(problem, flex, tiles) for (_, problem), flex in zip(todo, use_flex, strict=True)]
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        list(pool.map(warm, first))
+        list(pool.map(warm, jobs))
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -273,9 +273,8 @@ def main() -> None:
         "entries": [],
     }
     print(", ".join(f"{key} {value}" for key, value in report.items() if key != "entries"))
-    for row, problem in todo:
-        use_flex = (row, problem) in first
-        entry = measure(row, problem, use_flex, options.repeats)
+    for (row, problem), flex in zip(todo, use_flex, strict=True):
+        entry = measure(row, problem, flex, options.repeats)
         report["entries"].append(entry)
         print(line(entry), flush=True)
         if options.out:

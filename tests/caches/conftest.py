@@ -1,4 +1,4 @@
-"""One thread: the tensors of these tests are so small that more of them only wait for each other."""
+"""One thread: on tensors as small as those of these tests, more of them wait for each other."""
 
 from collections.abc import Iterator
 

@@ -32,7 +32,7 @@ class PlainDict:
 
     @property
     def length(self) -> int:
-        return DictCache(self.state).length
+        return self.state["prev_key"].shape[2] if self.state else 0
 
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         return DictCache(self.state).next_positions(num_tokens, device)
@@ -46,9 +46,9 @@ class PlainDict:
     select = reorder
 
     def crop(self, length: int) -> None:
-        for name, part in self.state.items():
-            along = 1 if name.endswith("mask") else 2
-            self.state[name] = part.narrow(along, 0, length)
+        for name, dim in (("prev_key", 2), ("prev_value", 2), ("prev_key_padding_mask", 1)):
+            if name in self.state:
+                self.state[name] = self.state[name].narrow(dim, 0, length)
 
     def fork(self) -> None:
         self.forks.append(dict(self.state))

@@ -59,8 +59,10 @@ class ModuleHistory(History):
         self.attention = module(setting)
         self.rel_pos = {
             "alibi": ALiBi(HEADS),
-            "t5": RelativePositionBias(bidirectional=False, n_heads=HEADS, max_distance=16),
-            "t5 both ways": RelativePositionBias(n_heads=HEADS, max_distance=16),
+            "t5": RelativePositionBias(
+                bidirectional=False, num_buckets=16, n_heads=HEADS, max_distance=16
+            ),
+            "t5 both ways": RelativePositionBias(num_buckets=16, n_heads=HEADS, max_distance=16),
         }.get(setting.bias)
         if self.rel_pos is not None:
             self.rel_pos = self.rel_pos.double()

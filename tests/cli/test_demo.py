@@ -104,7 +104,7 @@ def test_seed_makes_it_reproducible(printed: str, output: Path, tmp_path: Path) 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_interrupt_ends_cleanly(tmp_path: Path) -> None:
     output = tmp_path / "output"
-    # Where the tests run in a shell's background, SIGINT is ignored, and a child would inherit that.
+    # In a shell's background SIGINT is ignored, and a child would inherit that.
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         process = start("--output", str(output))

@@ -48,8 +48,8 @@ def test_version(capsys: Captured) -> None:
     [
         ([], "the following arguments are required: command"),
         (["dance"], "invalid choice: 'dance'"),
-        (["demo", "--seed", "x"], "argument --seed: invalid number in [0, 2**63) value: 'x'"),
-        (["demo", "--seed", "-1"], "argument --seed: invalid number in [0, 2**63) value: '-1'"),
+        (["demo", "--seed", "x"], "argument --seed: must be an integer in [0, 2**63); got 'x'"),
+        (["demo", "--seed", "-1"], "argument --seed: must be an integer in [0, 2**63); got '-1'"),
         (["demo", "--fast"], "unrecognized arguments: --fast"),
     ],
 )
@@ -182,6 +182,17 @@ def test_no_picture_without_matplotlib(
     expected = "  picture      none without matplotlib: pip install 'zeta-attention[demo]'\n"
     assert capsys.readouterr().out == expected
     assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_the_users_to_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(words.plots, "save", fail)
+    model = EncoderDecoder(len(task.DIGITS), len(task.WORDS), embed_dim=32, num_layers=1)
+    message = f"cannot write {tmp_path / 'cross-attention.png'}: No space left on device"
+    with pytest.raises(terminal.InputError, match=re.escape(message)):
+        words._draw(model.eval(), 123, tmp_path)
 
 
 class FakeTerminal(io.StringIO):

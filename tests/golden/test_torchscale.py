@@ -27,7 +27,7 @@ from zeta.ops.call import AttentionCall
 
 GOLDEN = Path(__file__).parent / "torchscale-0.3.0.safetensors"
 EXACT = 1e-10
-ERROR_OF_A_FLOAT32_SOFTMAX = 5e-7
+ERROR_OF_A_FLOAT32_SOFTMAX = 1e-6
 
 with safe_open(GOLDEN, "pt") as _file:
     METADATA = _file.metadata()

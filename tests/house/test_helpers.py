@@ -40,6 +40,17 @@ def test_a_wrong_number_fails(results: tuple[Results, Results], row: int, by: fl
         assert_within_bound(changed(low, row, by), low, oracle)
 
 
+def test_a_single_large_error_fails(results: tuple[Results, Results]) -> None:
+    _, oracle = results
+    low = {"out": oracle["out"].float() + 1e-3}
+    actual = {"out": low["out"].clone()}
+    actual["out"][3, 4] += 2.5e-3
+    assert_within_bound(actual, low, oracle)
+    actual["out"][3, 4] += 1e-3
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_within_bound(actual, low, oracle)
+
+
 def test_a_lost_infinity_fails(results: tuple[Results, Results]) -> None:
     low, oracle = results
     with pytest.raises(AssertionError, match="infinities differ"):

@@ -381,7 +381,7 @@ def test_weights_are_those_before_dropout() -> None:
 
 
 def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:
-    module, x = make(dropout=0.5), tokens(64)
+    module, x = make(dropout=0.5), tokens(12)
     expected, _ = make_like(module, dropout=0.0)(x, x, x)
     torch.testing.assert_close(module(x, x, x)[0], expected, **EXACT)
     module.train()
@@ -391,8 +391,10 @@ def test_dropout_acts_in_training_only_and_follows_the_seed() -> None:
         outs.append(module(x, x, x)[0])
     assert torch.equal(outs[0], outs[1])
     assert not torch.equal(outs[0], outs[2])
-    mean = torch.stack([module(x, x, x)[0] for _ in range(300)]).mean(0)
-    torch.testing.assert_close(mean, expected, rtol=0, atol=0.1)
+    # Every sequence of a batch draws its own: their mean is the output without dropout.
+    many = x[:1].expand(400, -1, -1)
+    mean = module(many, many, many)[0].mean(0)
+    torch.testing.assert_close(mean, expected[0], rtol=0, atol=0.1)
 
 
 def make_like(module: MultiheadAttention, **options: Any) -> MultiheadAttention:

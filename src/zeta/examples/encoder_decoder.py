@@ -91,6 +91,8 @@ class DecoderBlock(nn.Module):
             incremental_state=None if cache is None else cache["cross"],
             key_padding_mask=padding_BS,
         )
+        # Computed when they are looked at, which costs a training nothing; None if not asked for.
+        assert weights_HBTS is not None
         x_BTE = x_BTE + attended_BTE
         out_BTE: Tensor = x_BTE + self.feed_forward(self.feed_forward_norm(x_BTE))
         return out_BTE, weights_HBTS

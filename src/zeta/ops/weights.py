@@ -20,7 +20,7 @@ from zeta.ops.transforms import is_transforming
 Index = int | slice | Sequence[int] | Tensor
 """Which rows or heads: as in ``tensor[index]``, at most one-dimensional."""
 
-BLOCK = 1 << 22
+BLOCK = 1 << 21
 """Weights that are held at once where the whole is not made."""
 
 
@@ -259,6 +259,9 @@ def _averaged(call: AttentionCall) -> AttentionCall:
 
 def _entropy(weights: Tensor) -> Tensor:
     wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    if not wide.requires_grad:
+        terms: Tensor = torch.special.entr(wide)
+        return terms.sum(-1)
     # The logarithm of 1 where the weight is 0: no contribution, and no infinite gradient.
     return -(wide * torch.where(wide > 0, wide, 1.0).log()).sum(-1)
 

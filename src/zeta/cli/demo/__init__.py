@@ -85,13 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _seed(text: str) -> int:
-    seed = int(text)
-    if not 0 <= seed < 2**63:
-        raise ValueError
-    return seed
-
-
-_seed.__name__ = "number in [0, 2**63)"
+    if text.isdecimal() and int(text) < 2**63:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"must be an integer in [0, 2**63); got {text!r}")
 
 
 def _read(path: Path | None, sizes: Sizes) -> ByteText:
@@ -102,7 +98,7 @@ def _read(path: Path | None, sizes: Sizes) -> ByteText:
     except ValueError as error:
         raise InputError(str(error)) from error
     except OSError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+        raise InputError(f"cannot read {error.filename or path}: {error.strerror}") from error
 
 
 def _prepare(folder: Path) -> list[Path]:
@@ -111,8 +107,9 @@ def _prepare(folder: Path) -> list[Path]:
     Returns:
         The folders that were not there before, innermost first.
     """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing: list[Path] = []
     try:
+        missing += [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from zeta import plots
 from zeta.cli.demo.sizes import Sizes
-from zeta.cli.terminal import INSTALL, heading, is_installed, number_row, progress, row
+from zeta.cli.terminal import INSTALL, InputError, heading, is_installed, number_row, progress, row
 from zeta.examples import numbers_to_words as task
 from zeta.examples.encoder_decoder import EncoderDecoder
 from zeta.examples.training import fit
@@ -94,5 +94,8 @@ def _draw(model: EncoderDecoder, number: int, output: Path) -> Path | None:
         source_title="digits read",
     )
     path = output / PICTURE
-    plots.save(figure, path)
+    try:
+        plots.save(figure, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
     return path

@@ -132,7 +132,7 @@ class _Backward:
 
     def gradients(self) -> Gradients:
         """After all blocks."""
-        key = self._grad_key_BGDS.mT.to(self._call.key.dtype)
+        key = self._grad_key_BGDS.mul_(self._scores.after).mT.to(self._call.key.dtype)
         value = None
         if self._incoming.out is not None:
             value = self._grad_value_BGDS.mT.to(self._call.value.dtype).contiguous()

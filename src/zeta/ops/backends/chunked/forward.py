@@ -27,11 +27,14 @@ class Scores:
         self._key_BGSD = key_BGSD
         self._terms = terms
         self._hiding = Hiding(call)
+        # Scaling the queries is the cheaper way, and exact by a power of two.
+        exact = abs(math.frexp(call.scale)[0]) == 0.5
+        self._before, self.after = (call.scale, 1.0) if exact else (1.0, call.scale)
 
     def query(self, block: Block, unit: Unit) -> Tensor:
-        """``(B, H, R, D)``: the block's queries, wide and scaled."""
+        """``(B, H, R, D)``: the block's queries, wide, and scaled but for the factor ``after``."""
         query_BHRD = self._call.query[unit.batches, unit.heads, block.rows]
-        return (query_BHRD.to(self._call.wide_dtype) * self._call.scale).contiguous()
+        return (query_BHRD.to(self._call.wide_dtype) * self._before).contiguous()
 
     def of(
         self, query_BHRD: Tensor, block: Block, unit: Unit
@@ -39,6 +42,8 @@ class Scores:
         """``(B, H, R, C)``, and what the terms saved for their backward."""
         key_BGCD = self._key_BGSD[unit.batches, unit.groups, block.columns]
         scores_BHRC = products.inner(query_BHRD, key_BGCD)
+        if self.after != 1.0:
+            scores_BHRC.mul_(self.after)
         saved = [term.apply(scores_BHRC, block, unit) for term in self._terms]
         self._hiding.apply(scores_BHRC, block, unit)
         return scores_BHRC, saved

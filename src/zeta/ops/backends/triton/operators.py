@@ -255,7 +255,7 @@ class EagerAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable  # type: ignore[untyped-decorator]  # torch's own
     def backward(
         ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
     ) -> tuple[Any, ...]:

@@ -37,7 +37,7 @@ from zeta.ops.backends.triton.kernels.weights import weights_kernel
 
 BAND_PROGRAMS = 1024
 """About how many programs share the band: a constant, so that the order of a sum is one too."""
-SPLIT_ROWS, SPLIT_KEYS = 64, 128
+SPLIT_ROWS, SPLIT_KEYS = 128, 128
 """Up to so many rows that share a key head, and from so many keys on, the keys are split."""
 SPLIT_PROGRAMS, MAX_SPLITS = 528, 64
 """About how many programs share the keys: four for each multiprocessor of a large device."""
@@ -180,6 +180,8 @@ def _split(
     width = value.shape[-1]
     constants = shape_of_tiles("split", query, fixed.causal, query.shape[-1], width)
     constants["BLOCK_M"] = max(16, triton.next_power_of_2(sizes.queries * sizes.group))
+    if constants["BLOCK_M"] > 64:
+        constants["num_warps"] *= 2
     programs = sizes.batch * sizes.heads // sizes.group
     most = triton.cdiv(sizes.keys, 2 * constants["BLOCK_N"])
     num_splits = max(1, min(triton.cdiv(SPLIT_PROGRAMS, programs), most, MAX_SPLITS))

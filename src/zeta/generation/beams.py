@@ -1,0 +1,191 @@
+"""Beam search: the likeliest continuations that a bounded number of hypotheses leads to.
+
+Shapes: B sequences of the prompt, K beams, N new tokens, V vocabulary.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zeta.caches import DecodingCache
+from zeta.generation.prompts import Model, Prompt, step
+
+
+class Beams(NamedTuple):
+    """The best continuations of each sequence, the best first.
+
+    Attributes:
+        tokens: ``(B, K, N)`` int64, stop tokens included, then ``fill``.
+        lengths: ``(B, K)`` int64; 0 where there are fewer than ``K`` continuations.
+        scores: ``(B, K)`` float64, log-probability divided by ``length ** length_penalty``; -inf
+            where there is no continuation.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    scores: Tensor
+
+
+class _Finished(NamedTuple):
+    score: float
+    tokens: tuple[int, ...]
+
+
+def beam_search(
+    model: Model,
+    prompt: Tensor,
+    caches: Sequence[DecodingCache],
+    *,
+    num_beams: int,
+    max_new_tokens: int,
+    length_penalty: float = 1.0,
+    padding: Tensor | None = None,
+    stop_tokens: Collection[int] = (),
+    prefill_chunk: int | None = None,
+    fill: int = 0,
+) -> Beams:
+    """Search for the likeliest continuations of each sequence of a prompt.
+
+    At each step the ``num_beams`` best hypotheses that have not stopped go on; one that gets a stop
+    token, or ``max_new_tokens`` tokens, is finished. A sequence's search is over when no hypothesis
+    of it could still finish among the ``num_beams`` best.
+
+    Args:
+        num_beams: ``K``.
+        length_penalty: A finished hypothesis is judged by its log-probability divided by ``length
+            ** length_penalty``: 0 favours short ones, larger values longer ones.
+        fill: What stands behind the end of a continuation.
+        model, prompt, caches, max_new_tokens, padding, stop_tokens, prefill_chunk: As in `stream`.
+
+    Returns:
+        `Beams`, without the prompt.
+
+    Raises:
+        ValueError, TypeError: As `stream`; also if ``num_beams`` is below 1 or ``length_penalty``
+            below 0.
+    """
+    if num_beams < 1:
+        raise ValueError(f"num_beams must be at least 1; got {num_beams}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if length_penalty < 0:
+        raise ValueError(f"length_penalty must not be negative; got {length_penalty}")
+    read = Prompt(prompt, padding)
+    logits_BV = read.read(model, caches, prefill_chunk)
+    search = _Search(len(prompt), num_beams, max_new_tokens, length_penalty, set(stop_tokens))
+    logits = logits_BV[:, None]
+    position_B1 = read.positions_BT[:, -1:]
+    for number in range(max_new_tokens):
+        source_M, token_M = search.advance(logits.double().log_softmax(-1).cpu())
+        if not len(source_M):
+            break
+        source_M, token_M = source_M.to(prompt.device), token_M.to(prompt.device)
+        with torch.no_grad():
+            for cache in caches:
+                cache.select(source_M)
+        position_B1 = position_B1[source_M] + 1
+        flat = step(model, token_M[:, None], caches, position_B1)
+        logits = flat.unflatten(0, (len(search.going), -1))
+        assert number + 1 < max_new_tokens
+    return search.result(fill, prompt.device)
+
+
+class _Search:
+    """The hypotheses of all sequences.
+
+    Attributes:
+        going: The sequences whose search is not over, in the order of the batch; each has the same
+            number of hypotheses there.
+    """
+
+    def __init__(
+        self, batch: int, num_beams: int, longest: int, length_penalty: float, stops: set[int]
+    ) -> None:
+        self.going = list(range(batch))
+        self._num_beams, self._longest = num_beams, longest
+        self._length_penalty, self._stops = length_penalty, stops
+        self._finished: list[list[_Finished]] = [[] for _ in range(batch)]
+        # Of each sequence that goes on: its hypotheses, and their log-probabilities.
+        self._tokens: list[list[tuple[int, ...]]] = [[()] for _ in range(batch)]
+        self._sums = torch.zeros(batch, 1, dtype=torch.float64)
+
+    def advance(self, log_probability: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a token to every hypothesis.
+
+        Args:
+            log_probability: ``(len(going), hypotheses, V)`` float64.
+
+        Returns:
+            For the next call of the model: which rows of the batch go on, and with which token.
+        """
+        width, vocabulary = log_probability.shape[1:]
+        totals = (self._sums[..., None] + log_probability).flatten(1)
+        # Each hypothesis can stop in as many ways as there are stop tokens, and still K must go on.
+        count = min(self._num_beams * (1 + len(self._stops)), totals.shape[1])
+        best, at = totals.topk(count, dim=-1)
+        sources, going, tokens, sums = [], [], [], []
+        for place, sequence in enumerate(self.going):
+            kept: list[tuple[float, int, tuple[int, ...]]] = []
+            for total, index in zip(best[place].tolist(), at[place].tolist(), strict=True):
+                source, token = divmod(index, vocabulary)
+                hypothesis = (*self._tokens[place][source], token)
+                if token in self._stops or len(hypothesis) == self._longest:
+                    self._finish(sequence, total, hypothesis)
+                elif len(kept) < self._num_beams:
+                    kept.append((total, place * width + source, hypothesis))
+            if kept and not self._is_over(sequence, kept[0][0], len(kept[0][2])):
+                going.append(sequence)
+                sources.append([source for _, source, _ in kept])
+                tokens.append([hypothesis for _, _, hypothesis in kept])
+                sums.append([total for total, _, _ in kept])
+        self.going, self._tokens = going, tokens
+        self._pad(sources, sums)
+        self._sums = torch.tensor(sums, dtype=torch.float64).reshape(len(going), -1)
+        last = [hypothesis[-1] for hypotheses in self._tokens for hypothesis in hypotheses]
+        flat = [source for row in sources for source in row]
+        return torch.tensor(flat, dtype=torch.int64), torch.tensor(last, dtype=torch.int64)
+
+    def _pad(self, sources: list[list[int]], sums: list[list[float]]) -> None:
+        """Give every sequence as many hypotheses, impossible ones where there are fewer."""
+        width = max(map(len, sums), default=0)
+        for source, hypotheses, total in zip(sources, self._tokens, sums, strict=True):
+            missing = width - len(total)
+            source += source[:1] * missing
+            hypotheses += hypotheses[:1] * missing
+            total += [float("-inf")] * missing
+
+    def _finish(self, sequence: int, total: float, hypothesis: tuple[int, ...]) -> None:
+        if total == float("-inf"):
+            return
+        score = total / len(hypothesis) ** self._length_penalty
+        finished = self._finished[sequence]
+        finished.append(_Finished(score, hypothesis))
+        finished.sort(key=lambda found: -found.score)
+        del finished[self._num_beams :]
+
+    def _is_over(self, sequence: int, best: float, length: int) -> bool:
+        """Whether nothing that goes on can still be among the best.
+
+        Log-probabilities only fall, so the best that is possible is the present one, judged at the
+        greatest length.
+        """
+        finished = self._finished[sequence]
+        if len(finished) < self._num_beams:
+            return False
+        return finished[-1].score >= best / self._longest**self._length_penalty
+
+    def result(self, fill: int, device: torch.device) -> Beams:
+        """The finished hypotheses as tensors."""
+        batch, width = len(self._finished), self._num_beams
+        longest = max(len(found.tokens) for row in self._finished for found in row)
+        tokens = torch.full((batch, width, longest), fill, dtype=torch.int64)
+        lengths = torch.zeros(batch, width, dtype=torch.int64)
+        scores = torch.full((batch, width), float("-inf"), dtype=torch.float64)
+        for b, finished in enumerate(self._finished):
+            for k, found in enumerate(finished):
+                tokens[b, k, : len(found.tokens)] = torch.tensor(found.tokens)
+                lengths[b, k] = len(found.tokens)
+                scores[b, k] = found.score
+        return Beams(tokens.to(device), lengths.to(device), scores.to(device))

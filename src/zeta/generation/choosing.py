@@ -1,0 +1,166 @@
+"""How the next token is chosen from its logits: `Greedy` and `Sampling`.
+
+Shapes: B sequences of the prompt, R of them that still go on, T prompt length, V vocabulary.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Choice(Protocol):
+    """A way to choose, without a state."""
+
+    def start(self, prompt_BT: Tensor, real_BT: Tensor) -> "Choosing":
+        """Begin a generation.
+
+        Args:
+            prompt_BT: Tokens.
+            real_BT: bool, False where they are padding.
+        """
+        ...
+
+
+class Choosing(Protocol):
+    """One generation's state of a `Choice`."""
+
+    def __call__(self, logits_RV: Tensor, rows_R: Tensor) -> Tensor:
+        """Tokens ``(R,)`` for the sequences ``rows_R`` of the prompt, called once a step."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy:
+    """The likeliest token; of equally likely ones the first.
+
+    Args:
+        repetition_penalty: See `Sampling`.
+
+    Raises:
+        ValueError: ``repetition_penalty`` is not positive.
+    """
+
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_penalty(self.repetition_penalty)
+
+    def start(self, prompt_BT: Tensor, real_BT: Tensor) -> Choosing:
+        """See `Choice`."""
+        penalty = _Penalty(self.repetition_penalty, prompt_BT, real_BT)
+
+        def choose(logits_RV: Tensor, rows_R: Tensor) -> Tensor:
+            token_R = penalty.applied(logits_RV, rows_R).argmax(-1)
+            penalty.saw(token_R, rows_R)
+            return token_R
+
+        return choose
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """A token drawn from the distribution, after it has been narrowed in this order.
+
+    A sequence's draws depend on the seed, its place in the batch and the step alone: not on when
+    its neighbours finish.
+
+    Args:
+        temperature: Divides the logits, after the penalty.
+        top_k: Only the ``top_k`` likeliest tokens; all by default.
+        top_p: Only the likeliest tokens that together have at least this probability (Holtzman et
+            al., The Curious Case of Neural Text Degeneration, 2020).
+        min_p: Only tokens at least ``min_p`` times as likely as the likeliest.
+        repetition_penalty: Positive logits of tokens that are in the sequence already are divided
+            by it, negative ones multiplied (Keskar et al., CTRL, 2019, section 4.1).
+        seed: Of the draws.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature must be positive (Greedy() is its limit at 0); got {self.temperature}"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1]; got {self.min_p}")
+        _check_penalty(self.repetition_penalty)
+
+    def start(self, prompt_BT: Tensor, real_BT: Tensor) -> Choosing:
+        """See `Choice`."""
+        penalty = _Penalty(self.repetition_penalty, prompt_BT, real_BT)
+        generator = torch.Generator().manual_seed(self.seed)
+        batch = len(prompt_BT)
+
+        def choose(logits_RV: Tensor, rows_R: Tensor) -> Tensor:
+            probability_RV = self.probabilities(penalty.applied(logits_RV, rows_R))
+            # For all sequences, also those that are finished: the others keep their draws.
+            draw_B = torch.rand(batch, generator=generator, dtype=torch.float64)
+            draw_R1 = draw_B.to(rows_R.device)[rows_R, None]
+            total_RV = probability_RV.cumsum(-1)
+            below_RV = total_RV <= draw_R1 * total_RV[:, -1:]
+            # Rounding must not lead behind the last token that can be drawn.
+            last_R1 = (probability_RV > 0).int().cumsum(-1).argmax(-1, keepdim=True)
+            token_R = torch.minimum(below_RV.sum(-1, keepdim=True), last_R1)[:, 0]
+            penalty.saw(token_R, rows_R)
+            return token_R
+
+        return choose
+
+    def probabilities(self, logits_RV: Tensor) -> Tensor:
+        """The distribution that is drawn from, ``(R, V)`` float64, the penalty apart."""
+        probability_RV = (logits_RV.double() / self.temperature).softmax(-1)
+        order_RV = probability_RV.argsort(dim=-1, descending=True, stable=True)
+        sorted_RV = probability_RV.gather(-1, order_RV)
+        if self.top_k is not None:
+            sorted_RV[:, self.top_k :] = 0
+        if self.top_p < 1:
+            sorted_RV = sorted_RV / sorted_RV.sum(-1, keepdim=True)
+            before_RV = sorted_RV.cumsum(-1) - sorted_RV
+            sorted_RV = torch.where(before_RV < self.top_p, sorted_RV, 0.0)
+        sorted_RV = torch.where(sorted_RV >= self.min_p * sorted_RV[:, :1], sorted_RV, 0.0)
+        kept_RV = torch.zeros_like(sorted_RV).scatter(-1, order_RV, sorted_RV)
+        return kept_RV / kept_RV.sum(-1, keepdim=True)
+
+
+class _Penalty:
+    """The repetition penalty, and which tokens each sequence has."""
+
+    def __init__(self, factor: float, prompt_BT: Tensor, real_BT: Tensor) -> None:
+        self._factor = factor
+        self._prompt_BT, self._real_BT = prompt_BT, real_BT
+        self._seen_BV: Tensor | None = None
+
+    def applied(self, logits_RV: Tensor, rows_R: Tensor) -> Tensor:
+        if self._factor == 1.0:
+            return logits_RV
+        if self._seen_BV is None:
+            batch, vocabulary = len(self._prompt_BT), logits_RV.shape[-1]
+            count_BV = torch.zeros(batch, vocabulary, dtype=torch.int64, device=logits_RV.device)
+            count_BV.scatter_add_(1, self._prompt_BT, self._real_BT.long())
+            self._seen_BV = count_BV > 0
+        penalised = torch.where(logits_RV > 0, logits_RV / self._factor, logits_RV * self._factor)
+        return torch.where(self._seen_BV[rows_R], penalised, logits_RV)
+
+    def saw(self, token_R: Tensor, rows_R: Tensor) -> None:
+        if self._seen_BV is not None:
+            self._seen_BV[rows_R, token_R] = True
+
+
+def _check_penalty(penalty: float) -> None:
+    if not penalty > 0:
+        raise ValueError(f"repetition_penalty must be positive; got {penalty}")
