@@ -65,7 +65,8 @@ def main() -> None:
     rows = measure()
     for name, row in rows.items():
         print(
-            f"{name:18} module {row['module'] * 1e6:6.1f} us, by hand {row['by hand'] * 1e6:6.1f} us, "
+            f"{name:18} module {row['module'] * 1e6:6.1f} us, "
+            f"by hand {row['by hand'] * 1e6:6.1f} us, "
             f"ratio {row['ratio of medians']:.2f} (bests {row['ratio of bests']:.2f})"
         )
     if arguments.out:

@@ -53,8 +53,8 @@ BATCH, HEADS, LENGTH = 4, 16, 4096
 
 
 def trial(
-    kind: configs.Pass, dim: int, tiles: tuple[int, int, int, int], causal: bool, batch: int, heads: int,
-    length: int,
+    kind: configs.Pass, dim: int, tiles: tuple[int, int, int, int], causal: bool, batch: int,
+    heads: int, length: int,
 ) -> Callable[[], object]:  # fmt: skip
     """A function that launches one kernel with the given tiles."""
     from zeta.ops.backends.triton import passes
@@ -164,7 +164,8 @@ def main() -> None:
     for entry in results:
         cost = entry.get("failure") or f"{entry['ms']:8.3f} ms {entry['tflops']:7.1f} TFLOP/s"
         print(
-            f"{entry['kind']:8} D{entry['dim']:<4} causal={entry['causal']!s:5} {entry['tiles']!s:20} {cost}"
+            f"{entry['kind']:8} D{entry['dim']:<4} causal={entry['causal']!s:5} "
+            f"{entry['tiles']!s:20} {cost}"
         )
     if options.out:
         options.out.write_text(json.dumps(results, indent=1))

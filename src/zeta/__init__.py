@@ -1,6 +1,7 @@
 """Zeta: multi-head attention with every feature at the speed of the best fused kernel."""
 
-from zeta import biases, caches, masks, nn
+from zeta import biases, caches, generation, masks, nn
+from zeta.generation import beam_search, generate
 from zeta.ops import (
     BackendUnsupported,
     Explanation,
@@ -21,9 +22,12 @@ __all__ = [
     "attention",
     "attention_weights",
     "attention_with_lse",
+    "beam_search",
     "biases",
     "caches",
     "explain",
+    "generate",
+    "generation",
     "masks",
     "nn",
 ]

@@ -144,8 +144,8 @@ class Bucketed(OffsetBias):
         num_exact = self.table.shape[0] // (4 if self.bidirectional else 2)
         if num_exact < 1 or self.max_distance <= num_exact:
             raise ValueError(
-                f"max_distance must exceed the {num_exact} exact buckets of a direction, at least 1; "
-                f"got max_distance={self.max_distance}, {self.table.shape[0]} buckets"
+                f"max_distance must exceed the {num_exact} exact buckets of a direction, "
+                f"at least 1; got max_distance={self.max_distance}, {self.table.shape[0]} buckets"
             )
 
     def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:

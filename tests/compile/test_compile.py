@@ -186,6 +186,7 @@ def test_new_lengths_compile_once_more() -> None:
     assert compilations(module_of(), of_lengths(9, 12, 17)) == 2
 
 
+@pytest.mark.slow
 def test_new_lengths_of_masks_and_biases_do_not_compile_each() -> None:
     bias = RelativePositionBias(n_heads=4)
     runs = of_lengths(19, 25, 40, 150, rel_pos=bias, is_causal=True)
@@ -195,6 +196,7 @@ def test_new_lengths_of_masks_and_biases_do_not_compile_each() -> None:
     assert compilations(module, of_lengths(19, 25, 40)) <= 2
 
 
+@pytest.mark.slow
 def test_another_split_does_not_compile_again() -> None:
     module = module_of({"multiway": True})
 

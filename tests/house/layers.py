@@ -16,6 +16,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("cli",),
         ("bench", "examples", "plots", "convert", "integrations", "distributed"),
         ("",),
+        ("generation",),
         ("nn",),
         ("ops", "caches"),
         ("masks", "biases"),

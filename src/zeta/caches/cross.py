@@ -70,8 +70,8 @@ class CrossCache:
             )
         if source is not None and source != length:
             raise ValueError(
-                f"key must be None or have the length of the cached source, {length}; got {source}. "
-                "Give each attention, and each source, its own incremental_state"
+                f"key must be None or have the length of the cached source, {length}; "
+                f"got {source}. Give each attention, and each source, its own incremental_state"
             )
         padding = extend_padding(None, key_padding_mask, batch=batch, length=length, added=length)
         return Cached(key, value, None, self._state.get(PADDING) if padding is None else padding)

@@ -3,10 +3,12 @@
 from zeta.generation.beams import Beams, beam_search
 from zeta.generation.choosing import Greedy, Sampling
 from zeta.generation.prompts import Model
+from zeta.generation.speculation import Draft
 from zeta.generation.streaming import Generated, Step, generate, stream
 
 __all__ = [
     "Beams",
+    "Draft",
     "Generated",
     "Greedy",
     "Model",

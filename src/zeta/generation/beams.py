@@ -3,6 +3,7 @@
 Shapes: B sequences of the prompt, K beams, N new tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -74,10 +75,10 @@ def beam_search(
         raise ValueError(f"length_penalty must not be negative; got {length_penalty}")
     read = Prompt(prompt, padding)
     logits_BV = read.read(model, caches, prefill_chunk)
-    search = _Search(len(prompt), num_beams, max_new_tokens, length_penalty, set(stop_tokens))
+    search = _Search(len(prompt), num_beams, max_new_tokens, length_penalty, sorted(stop_tokens))
     logits = logits_BV[:, None]
     position_B1 = read.positions_BT[:, -1:]
-    for number in range(max_new_tokens):
+    while True:
         source_M, token_M = search.advance(logits.double().log_softmax(-1).cpu())
         if not len(source_M):
             break
@@ -88,7 +89,6 @@ def beam_search(
         position_B1 = position_B1[source_M] + 1
         flat = step(model, token_M[:, None], caches, position_B1)
         logits = flat.unflatten(0, (len(search.going), -1))
-        assert number + 1 < max_new_tokens
     return search.result(fill, prompt.device)
 
 
@@ -101,7 +101,7 @@ class _Search:
     """
 
     def __init__(
-        self, batch: int, num_beams: int, longest: int, length_penalty: float, stops: set[int]
+        self, batch: int, num_beams: int, longest: int, length_penalty: float, stops: list[int]
     ) -> None:
         self.going = list(range(batch))
         self._num_beams, self._longest = num_beams, longest
@@ -121,31 +121,39 @@ class _Search:
             For the next call of the model: which rows of the batch go on, and with which token.
         """
         width, vocabulary = log_probability.shape[1:]
-        totals = (self._sums[..., None] + log_probability).flatten(1)
-        # Each hypothesis can stop in as many ways as there are stop tokens, and still K must go on.
-        count = min(self._num_beams * (1 + len(self._stops)), totals.shape[1])
-        best, at = totals.topk(count, dim=-1)
+        totals = self._sums[..., None] + log_probability
+        self._stop(totals)
+        totals[..., self._stops] = float("-inf")
+        best, at = totals.flatten(1).topk(min(self._num_beams, width * vocabulary), dim=-1)
         sources, going, tokens, sums = [], [], [], []
         for place, sequence in enumerate(self.going):
             kept: list[tuple[float, int, tuple[int, ...]]] = []
             for total, index in zip(best[place].tolist(), at[place].tolist(), strict=True):
                 source, token = divmod(index, vocabulary)
                 hypothesis = (*self._tokens[place][source], token)
-                if token in self._stops or len(hypothesis) == self._longest:
+                if len(hypothesis) == self._longest:
                     self._finish(sequence, total, hypothesis)
-                elif len(kept) < self._num_beams:
+                elif total > float("-inf"):
                     kept.append((total, place * width + source, hypothesis))
-            if kept and not self._is_over(sequence, kept[0][0], len(kept[0][2])):
+            if kept and not self._is_over(sequence, kept[0][0]):
                 going.append(sequence)
                 sources.append([source for _, source, _ in kept])
                 tokens.append([hypothesis for _, _, hypothesis in kept])
                 sums.append([total for total, _, _ in kept])
         self.going, self._tokens = going, tokens
         self._pad(sources, sums)
-        self._sums = torch.tensor(sums, dtype=torch.float64).reshape(len(going), -1)
+        self._sums = torch.tensor(sums, dtype=torch.float64)
         last = [hypothesis[-1] for hypotheses in self._tokens for hypothesis in hypotheses]
         flat = [source for row in sources for source in row]
         return torch.tensor(flat, dtype=torch.int64), torch.tensor(last, dtype=torch.int64)
+
+    def _stop(self, totals: Tensor) -> None:
+        """Finish every hypothesis with every stop token."""
+        for place, sequence in enumerate(self.going):
+            for source, hypothesis in enumerate(self._tokens[place]):
+                for token in self._stops:
+                    total = float(totals[place, source, token])
+                    self._finish(sequence, total, (*hypothesis, token))
 
     def _pad(self, sources: list[list[int]], sums: list[list[float]]) -> None:
         """Give every sequence as many hypotheses, impossible ones where there are fewer."""
@@ -157,15 +165,14 @@ class _Search:
             total += [float("-inf")] * missing
 
     def _finish(self, sequence: int, total: float, hypothesis: tuple[int, ...]) -> None:
-        if total == float("-inf"):
+        if not total > float("-inf"):
             return
-        score = total / len(hypothesis) ** self._length_penalty
         finished = self._finished[sequence]
-        finished.append(_Finished(score, hypothesis))
+        finished.append(_Finished(self._score(total, len(hypothesis)), hypothesis))
         finished.sort(key=lambda found: -found.score)
         del finished[self._num_beams :]
 
-    def _is_over(self, sequence: int, best: float, length: int) -> bool:
+    def _is_over(self, sequence: int, best: float) -> bool:
         """Whether nothing that goes on can still be among the best.
 
         Log-probabilities only fall, so the best that is possible is the present one, judged at the
@@ -174,12 +181,15 @@ class _Search:
         finished = self._finished[sequence]
         if len(finished) < self._num_beams:
             return False
-        return finished[-1].score >= best / self._longest**self._length_penalty
+        return finished[-1].score >= self._score(best, self._longest)
+
+    def _score(self, total: float, length: int) -> float:
+        return total / math.pow(length, self._length_penalty)
 
     def result(self, fill: int, device: torch.device) -> Beams:
         """The finished hypotheses as tensors."""
         batch, width = len(self._finished), self._num_beams
-        longest = max(len(found.tokens) for row in self._finished for found in row)
+        longest = max((len(found.tokens) for row in self._finished for found in row), default=0)
         tokens = torch.full((batch, width, longest), fill, dtype=torch.int64)
         lengths = torch.zeros(batch, width, dtype=torch.int64)
         scores = torch.full((batch, width), float("-inf"), dtype=torch.float64)

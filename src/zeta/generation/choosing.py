@@ -13,6 +13,20 @@ from torch import Tensor
 class Choice(Protocol):
     """A way to choose, without a state."""
 
+    @property
+    def repetition_penalty(self) -> float:
+        """1 for none."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of the draws."""
+        ...
+
+    def probabilities(self, logits_RV: Tensor) -> Tensor:
+        """The distribution that is drawn from, ``(R, V)`` float64, the penalty apart."""
+        ...
+
     def start(self, prompt_BT: Tensor, real_BT: Tensor) -> "Choosing":
         """Begin a generation.
 
@@ -31,6 +45,31 @@ class Choosing(Protocol):
         ...
 
 
+def draw(probability_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """Tokens ``(R,)`` at quantiles ``(R,)`` in ``[0, 1)`` of distributions, both float64."""
+    total_RV = probability_RV.cumsum(-1)
+    below_RV = total_RV <= uniform_R[:, None] * total_RV[:, -1:]
+    # Rounding must not lead behind the last token that can be drawn.
+    last_R1 = (probability_RV > 0).int().cumsum(-1).argmax(-1, keepdim=True)
+    return torch.minimum(below_RV.sum(-1, keepdim=True), last_R1)[:, 0]
+
+
+class Uniforms:
+    """Numbers in ``[0, 1)``, for the sequences that still go on.
+
+    They are drawn for all sequences, also those that are finished: the others keep theirs.
+    """
+
+    def __init__(self, seed: int, batch: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._batch = batch
+
+    def __call__(self, rows_R: Tensor) -> Tensor:
+        """``(R,)`` float64."""
+        uniform_B = torch.rand(self._batch, generator=self._generator, dtype=torch.float64)
+        return uniform_B.to(rows_R.device)[rows_R]
+
+
 @dataclasses.dataclass(frozen=True)
 class Greedy:
     """The likeliest token; of equally likely ones the first.
@@ -43,6 +82,11 @@ class Greedy:
     """
 
     repetition_penalty: float = 1.0
+
+    @property
+    def seed(self) -> int:
+        """Any: nothing is drawn."""
+        return 0
 
     def __post_init__(self) -> None:
         _check_penalty(self.repetition_penalty)
@@ -57,6 +101,11 @@ class Greedy:
             return token_R
 
         return choose
+
+    def probabilities(self, logits_RV: Tensor) -> Tensor:
+        """All on the likeliest token, ``(R, V)`` float64, the penalty apart."""
+        likeliest_R1 = logits_RV.argmax(-1, keepdim=True)
+        return torch.zeros_like(logits_RV, dtype=torch.float64).scatter(-1, likeliest_R1, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,19 +152,11 @@ class Sampling:
     def start(self, prompt_BT: Tensor, real_BT: Tensor) -> Choosing:
         """See `Choice`."""
         penalty = _Penalty(self.repetition_penalty, prompt_BT, real_BT)
-        generator = torch.Generator().manual_seed(self.seed)
-        batch = len(prompt_BT)
+        uniforms = Uniforms(self.seed, len(prompt_BT))
 
         def choose(logits_RV: Tensor, rows_R: Tensor) -> Tensor:
             probability_RV = self.probabilities(penalty.applied(logits_RV, rows_R))
-            # For all sequences, also those that are finished: the others keep their draws.
-            draw_B = torch.rand(batch, generator=generator, dtype=torch.float64)
-            draw_R1 = draw_B.to(rows_R.device)[rows_R, None]
-            total_RV = probability_RV.cumsum(-1)
-            below_RV = total_RV <= draw_R1 * total_RV[:, -1:]
-            # Rounding must not lead behind the last token that can be drawn.
-            last_R1 = (probability_RV > 0).int().cumsum(-1).argmax(-1, keepdim=True)
-            token_R = torch.minimum(below_RV.sum(-1, keepdim=True), last_R1)[:, 0]
+            token_R = draw(probability_RV, uniforms(rows_R))
             penalty.saw(token_R, rows_R)
             return token_R
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
-from zeta.generation.choosing import Choice, Greedy
+from zeta.generation.choosing import Choice, Greedy, Uniforms, draw
 from zeta.generation.prompts import Model, Prompt, step
+from zeta.generation.speculation import Draft, Speculation
 
 
 class Step(NamedTuple):
@@ -52,6 +53,7 @@ def stream(
     choose: Choice | None = None,
     stop_tokens: Collection[int] = (),
     prefill_chunk: int | None = None,
+    draft: Draft | None = None,
 ) -> Iterator[Step]:
     """Continue each sequence of a prompt, token by token.
 
@@ -68,6 +70,8 @@ def stream(
         choose: `Greedy`, the default, or `Sampling`.
         stop_tokens: A sequence ends with the first of these.
         prefill_chunk: Tokens of the prompt that are shown to the model at once; all by default.
+        draft: A cheaper model that proposes tokens; see `Draft`. It goes without a repetition
+            penalty.
 
     Yields:
         A `Step` for each new token. Stop listening, and nothing more is computed.
@@ -78,10 +82,22 @@ def stream(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if draft is not None and choose is not None and choose.repetition_penalty != 1.0:
+        raise ValueError("draft goes without a repetition penalty; got one")
     read = Prompt(prompt, padding)
     logits_RV = read.read(model, caches, prefill_chunk)
-    choosing = (choose or Greedy()).start(read.tokens_BT, read.real_BT)
     stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=prompt.device)
+    choice = Greedy() if choose is None else choose
+    if draft is not None:
+        draft_logits = read.read(draft.model, draft.caches, prefill_chunk)
+        if draft_logits.shape != logits_RV.shape:
+            raise ValueError(
+                f"the draft must have the model's vocabulary, {logits_RV.shape[-1]}; "
+                f"got {draft_logits.shape[-1]}"
+            )
+        yield from _speculate(model, read, caches, logits_RV, max_new_tokens, choice, stops, draft)
+        return
+    choosing = choice.start(read.tokens_BT, read.real_BT)
     rows_R = torch.arange(len(prompt), device=prompt.device)
     position_R = read.positions_BT[:, -1]
     for number in range(max_new_tokens):
@@ -94,11 +110,50 @@ def stream(
         if bool(stopped_R.any()):
             rows_R, token_R = rows_R[going_R], token_R[going_R]
             position_R = position_R[going_R]
-            with torch.no_grad():
-                for cache in caches:
-                    cache.select(going_R)
+            _keep(caches, going_R)
         position_R = position_R + 1
         logits_RV = step(model, token_R[:, None], caches, position_R[:, None])
+
+
+def _speculate(
+    model: Model,
+    read: Prompt,
+    caches: Sequence[DecodingCache],
+    logits_BV: Tensor,
+    max_new_tokens: int,
+    choice: Choice,
+    stops: Tensor,
+    draft: Draft,
+) -> Iterator[Step]:
+    """`stream` with a draft, once both models have read the prompt."""
+    rows_R = torch.arange(len(logits_BV), device=stops.device)
+    uniforms = Uniforms(choice.seed, len(logits_BV))
+    speculation = Speculation(model, caches, draft, choice.probabilities, uniforms)
+    position_R = read.positions_BT[:, -1]
+    recent = read.tokens_BT[:, -1:]
+    new = draw(choice.probabilities(logits_BV), uniforms(rows_R))[:, None]
+    number = 0
+    while True:
+        going_R = torch.ones_like(rows_R, dtype=torch.bool)
+        for token_R in new.unbind(1):
+            stopped_R = torch.isin(token_R, stops)
+            yield Step(number, rows_R[going_R], token_R[going_R], stopped_R[going_R])
+            going_R = going_R & ~stopped_R
+            number += 1
+            if number == max_new_tokens or not bool(going_R.any()):
+                return
+        recent = torch.cat((recent, new), dim=1)[going_R, -2:]
+        position_R = position_R[going_R] + new.shape[1]
+        if not bool(going_R.all()):
+            rows_R = rows_R[going_R]
+            _keep((*caches, *draft.caches), going_R)
+        new = speculation.advance(recent, position_R, rows_R, max_new_tokens - number)
+
+
+@torch.no_grad()
+def _keep(caches: Sequence[DecodingCache], going_R: Tensor) -> None:
+    for cache in caches:
+        cache.select(going_R)
 
 
 def generate(
@@ -111,6 +166,7 @@ def generate(
     choose: Choice | None = None,
     stop_tokens: Collection[int] = (),
     prefill_chunk: int | None = None,
+    draft: Draft | None = None,
     on_step: Callable[[Step], object] | None = None,
     fill: int = 0,
 ) -> Generated:
@@ -119,8 +175,8 @@ def generate(
     Args:
         on_step: Called with each `Step`, as for a progress bar.
         fill: What stands behind the end of a continuation that is shorter than the longest.
-        model, prompt, caches, max_new_tokens, padding, choose, stop_tokens, prefill_chunk: As in
-            `stream`.
+        model, prompt, caches, max_new_tokens, padding, choose, stop_tokens, prefill_chunk, draft:
+            As in `stream`.
 
     Returns:
         `Generated` tokens, without the prompt.
@@ -140,6 +196,7 @@ def generate(
         choose=choose,
         stop_tokens=stop_tokens,
         prefill_chunk=prefill_chunk,
+        draft=draft,
     ):
         column_B = torch.full((batch,), fill, dtype=torch.int64, device=prompt.device)
         column_B[now.rows] = now.tokens

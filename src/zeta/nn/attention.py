@@ -43,18 +43,16 @@ class MultiheadAttention(nn.Module):
         dropout: Probability in ``[0, 1)`` with which a weight is dropped in training.
         self_attention: Queries and keys are one sequence.
         encoder_decoder_attention: Keys are an encoder's. At most one of the two can be True.
-        subln: LayerNorm before the output projection (Wang et al., Magneto, 2022). Self-attention
-            only.
-        num_kv_heads: Key heads, each shared by ``num_heads / num_kv_heads`` query heads (Ainslie et
-            al., GQA, 2023); ``num_heads`` by default.
+        subln: LayerNorm before the output projection (Magneto, 2022). Self-attention only.
+        num_kv_heads: Key heads, shared by equally many query heads each (Ainslie et al., GQA,
+            2023); ``num_heads`` by default.
         head_dim: Features of a head; ``embed_dim / num_heads`` by default.
         kdim: Features of keys; ``embed_dim`` by default.
         vdim: Features of values; ``embed_dim`` by default.
         bias: Whether the projections have biases.
         scale: Factor of the scores; ``1 / sqrt(head_dim)`` by default, with ``qk_norm="l2"`` too,
             where scores would otherwise be cosines: about 10 is usual there.
-        qk_norm: ``"rms"`` or ``"l2"``: normalise queries and keys, head by head, before any
-            rotation.
+        qk_norm: ``"rms"`` or ``"l2"``: normalise queries and keys, a head at a time, unrotated.
         position: `RotaryEmbedding` or `XPos`. It may be shared by many attentions.
         window: A query sees itself and the ``window - 1`` tokens before it.
         need_weights: What `forward` returns second, unless it is told otherwise.
@@ -159,10 +157,8 @@ class MultiheadAttention(nn.Module):
         """Attend.
 
         Args:
-            query: ``(B, T, E)``, or ``(T, E)``: then all shapes here are without their batch
-                dimension.
-            key: ``(B, N, kdim)``. None in a cross-attention whose ``incremental_state`` has the
-                keys.
+            query: ``(B, T, E)``, or ``(T, E)``: then all shapes here are without their batch.
+            key: ``(B, N, kdim)``. None in a cross-attention whose state has the keys.
             value: ``(B, N, vdim)``, or None with the key.
             incremental_state: A dict, empty at first, or a cache from `zeta.caches`; it is written
                 to. Queries and keys are the tokens after those it holds. A cross-attention keeps
@@ -173,9 +169,8 @@ class MultiheadAttention(nn.Module):
             attn_mask: ``(T, S)``, ``(B, T, S)``, ``(B * H, T, S)`` or ``(1 or B, 1 or H, T, S)``;
                 or a value of `zeta.masks`. bool, True hides the key; floating point is added to the
                 scores and gets its gradient.
-            rel_pos: Relative position bias: ``(B * H, T, S)``, ``(H, T, S)`` or ``(1 or B, H, T,
-                S)``; or a `RelativePositionBias`, an `ALiBi` or a value of `zeta.biases`, never
-                made a tensor.
+            rel_pos: ``(B * H, T, S)``, ``(H, T, S)`` or ``(1 or B, H, T, S)``; or never made a
+                tensor: a `RelativePositionBias`, an `ALiBi` or a value of `zeta.biases`.
             is_first_step: Accepted for compatibility; the cache knows.
             is_causal: Hide from a query the keys after it.
             need_weights: ``"lazy"``: computed when first used; True: computed now; ``"mean"``:
@@ -183,8 +178,7 @@ class MultiheadAttention(nn.Module):
             positions: Integers ``(T,)`` or ``(1 or B, T)``: where the tokens stand, for the
                 rotation and the split of multiway. By default they follow those in the cache. Masks
                 and biases go by the order of tokens regardless.
-            split_position: See `Split`; in a cross-attention possibly a pair, for queries and for
-                keys.
+            split_position: See `Split`; in a cross-attention possibly a pair, queries' and keys'.
 
         Returns:
             ``(B, T, E)``, and ``(H, B, T, S)``, weights after the softmax and before dropout; with
@@ -289,16 +283,12 @@ class MultiheadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """`forward` of one sequence, with a batch dimension added and taken away."""
         key, value = (None if part is None else part.unsqueeze(0) for part in source)
+        if key_padding_mask is not None:
+            key_padding_mask = key_padding_mask.unsqueeze(0)
         out, weights = self.forward(
-            query.unsqueeze(0),
-            key,
-            value,
-            incremental_state,
-            None if key_padding_mask is None else key_padding_mask.unsqueeze(0),
-            *arguments,
-            split_position=batched_split(split_position),
-            **options,
-        )
+            query.unsqueeze(0), key, value, incremental_state, key_padding_mask, *arguments,
+            split_position=batched_split(split_position), **options,
+        )  # fmt: skip
         return out.squeeze(0), None if weights is None else without_batch(weights)
 
     def extra_repr(self) -> str:

@@ -32,7 +32,8 @@ def attention(
     """Multi-head attention: ``softmax(bias(scale * query . key))`` over visible keys, times values.
 
     Scores, softmax and sums are in float32 (float64 for float64 inputs). A query with every key
-    hidden gets 0, with gradient 0.
+    hidden gets 0, with gradient 0. ``torch.autocast`` casts the operands, as those of torch's own
+    attention.
 
     Args:
         query: ``(B, H, T, D)``.

@@ -17,6 +17,19 @@ _CHANGE_SHAPE = {
 }
 
 
+# A dict, not functools.cache, which torch.compile refuses to trace without a warning.
+_known_effects: dict[Any, tuple[bool, bool]] = {}
+
+
+def _effects(operator: Any) -> tuple[bool, bool]:
+    """Whether it writes to an argument, and whether it changes the shape of one."""
+    known = _known_effects.get(operator)
+    if known is None:
+        changes_shape = torch.Tag.inplace_view in operator.tags or operator in _CHANGE_SHAPE
+        known = _known_effects[operator] = operator._schema.is_mutable, changes_shape
+    return known
+
+
 class StandIn(Tensor):
     """Base of tensors whose shape, strides, dtype and device are known before their numbers.
 
@@ -54,7 +67,8 @@ class StandIn(Tensor):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if torch.Tag.inplace_view in func.tags or func in _CHANGE_SHAPE:
+        writes, changes_shape = _effects(func)
+        if changes_shape:
             raise RuntimeError(
                 f"{cls.__name__} cannot change its shape in place ({func}); "
                 "its clone() is a plain tensor"
@@ -66,9 +80,18 @@ class StandIn(Tensor):
             owners[id(value)] = tensor
             return value
 
-        args, kwargs = tree_map_only(StandIn, value_of, (args, kwargs or {}))
-        result = func(*args, **kwargs)
-        if not func._schema.is_mutable:
+        def resolved(item: Any) -> Any:
+            if isinstance(item, StandIn):
+                return value_of(item)
+            if isinstance(item, list | tuple):
+                return tree_map_only(StandIn, value_of, item)
+            return item
+
+        result = func(
+            *[resolved(item) for item in args],
+            **{name: resolved(item) for name, item in (kwargs or {}).items()},
+        )
+        if not writes:
             return result
         # An operation returns what it wrote to: that is the tensor it was given, not its value.
         return tree_map_only(Tensor, lambda tensor: owners.get(id(tensor), tensor), result)

@@ -1,4 +1,6 @@
-"""The kernels as compiled, on a GPU: the grid of all backends, and sizes that no other test reaches."""
+"""The kernels as compiled, on a GPU: the grid of all backends, and sizes that no other test
+reaches.
+"""
 
 import pytest
 import torch
@@ -83,16 +85,16 @@ def test_sampled_rows_and_columns_of_long_sequences(length: int) -> None:
         return torch.where(offset <= 0, s - lse[0, 1, rows, None].double(), -torch.inf).exp()
 
     everything = slice(None)
-    for chosen in (torch.randint(length, (32,), device="cuda"),):
-        p = weights(chosen, everything)
-        torch.testing.assert_close(p.sum(-1), torch.ones_like(p.sum(-1)), atol=2e-5, rtol=0)
-        _close(out[0, 1, chosen], p @ v)
-        ds = p * (d[chosen] @ v.mT - delta[chosen, None])
-        _close(dquery[0, 1, chosen], ds @ k * 0.125)
-        p = weights(everything, chosen)
-        _close(dvalue[0, 1, chosen], p.mT @ d)
-        ds = p * (d @ v[chosen].mT - delta[:, None])
-        _close(dkey[0, 1, chosen], ds.mT @ q * 0.125)
+    chosen = torch.randint(length, (32,), device="cuda")
+    p = weights(chosen, everything)
+    torch.testing.assert_close(p.sum(-1), torch.ones_like(p.sum(-1)), atol=2e-5, rtol=0)
+    _close(out[0, 1, chosen], p @ v)
+    ds = p * (d[chosen] @ v.mT - delta[chosen, None])
+    _close(dquery[0, 1, chosen], ds @ k * 0.125)
+    p = weights(everything, chosen)
+    _close(dvalue[0, 1, chosen], p.mT @ d)
+    ds = p * (d @ v[chosen].mT - delta[:, None])
+    _close(dkey[0, 1, chosen], ds.mT @ q * 0.125)
 
 
 def _close(actual: Tensor, expected: Tensor) -> None:

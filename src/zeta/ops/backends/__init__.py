@@ -46,7 +46,7 @@ def load(name: str) -> Backend:
     if name == "sdpa":
         from zeta.ops.backends import sdpa
 
-        return sdpa
+        return sdpa  # type: ignore[return-value]  # it refuses the calls that ask for weights
     if name == "triton":
         from zeta.ops.backends import triton
 

@@ -34,11 +34,11 @@ def _reuse_memory(query: Tensor, key: Tensor) -> None:
     """Make glibc hand the memory of one block to the next.
 
     It returns freed memory to the system above a threshold that follows what is freed, and faulting
-    pages in again costs up to a third of a pass. Making a tensor, untouched, and freeing it lifts
+    pages in again costs up to a third of a pass. Allocating memory, untouched, and freeing it lifts
     the threshold to the highest that glibc takes.
     """
     if query.device.type == "cpu" and query.shape[2] * key.shape[2] >= _MANY_SCORES:
-        torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
+        torch.UntypedStorage(_LARGEST_KEPT)
 
 
 def attention(

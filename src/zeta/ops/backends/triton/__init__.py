@@ -1,11 +1,12 @@
 """GPU kernels in Triton: every feature of the op, in memory linear in the sequence length.
 
-Learned offset biases are read as a vector per head and get their gradient from the band of keys within their
-reach; dense ones get theirs in their own shape; nothing is summed by atomics, so two runs give the same bits.
-Dropout draws what every backend of Zeta's draws. Weights are recomputed from the log-sum-exp.
+Learned offset biases are read as a vector per head and get their gradient from the band of keys
+within their reach; dense ones get theirs in their own shape; nothing is summed by atomics, so two
+runs give the same bits. Dropout draws what every backend of Zeta's draws. Weights are recomputed
+from the log-sum-exp.
 
-Triton compiles each kernel at its first launch. On CPU tensors the kernels run only in Triton's interpreter, for
-tests: set ``TRITON_INTERPRET=1`` before the first call.
+Triton compiles each kernel at its first launch. On CPU tensors the kernels run only in Triton's
+interpreter, for tests: set ``TRITON_INTERPRET=1`` before the first call.
 """
 
 import importlib.util
@@ -47,7 +48,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     lowered = lower(call)
     eager = operators.is_eager(call.query)
     run_one = operators.EagerAttention.apply if eager else operators.attention
-    out, lse, _ = run_one(
+    out, lse, _ = run_one(  # type: ignore[no-untyped-call]
         call.query, call.key, call.value, lowered.offsets, lowered.dense, *lowered.fixed()
     )
     return out, lse
@@ -58,10 +59,11 @@ def weights(call: AttentionCall) -> Tensor:
     from zeta.ops.backends.triton import operators
 
     lowered = lower(call)
-    return operators.weights(
+    made: tuple[Tensor, Tensor] = operators.weights(
         call.query, call.key, lowered.offsets, lowered.dense,
         call.result == "mean_weights", *lowered.fixed(),
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    return made[0]
 
 
 def _unsupported_device(device: torch.device) -> list[str]:

@@ -1,6 +1,7 @@
 """What the kernels are launched with, made from tensors.
 
-Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, D head dimension.
+Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, D head
+dimension.
 """
 
 import contextlib
@@ -64,7 +65,9 @@ def plane_operand(tensor: Tensor) -> Plane:
 
 
 def empty_rows(like: Tensor, width: int) -> Tensor:
-    """An unwritten ``(B, H, T, width)`` tensor, its heads inside or outside of the length as in ``like``."""
+    """An unwritten ``(B, H, T, width)`` tensor, its heads inside or outside of the length as in
+    ``like``.
+    """
     batch, heads, length, _ = like.shape
     if like.stride(1) < like.stride(2):
         return like.new_empty((batch, length, heads, width)).transpose(1, 2)

@@ -1,7 +1,7 @@
 """The passes as operators of ``torch.library``: what torch.compile, export and autograd see.
 
-An operator cannot take a dataclass: everything without a gradient comes as one list of tensors, in the order of
-`Lowered.fixed`, and plain numbers.
+An operator cannot take a dataclass: everything without a gradient comes as one list of tensors, in
+the order of `Lowered.fixed`, and plain numbers.
 """
 
 from collections.abc import Sequence
@@ -88,7 +88,7 @@ def _(
     offsets: Tensor | None,
     dense: Tensor | None,
     *fixed: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     *_, needs_offsets, needs_dense = fixed
     return (
         *(empty_rows(rows(tensor), tensor.shape[-1]) for tensor in (query, key, value)),
@@ -135,7 +135,7 @@ def _attention_gradient(
 
 
 def _no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
-    """To torch.library, a list with an absent tensor in it is one argument; one of tensors is many."""
+    """To torch.library, a list with an absent tensor in it is one argument; else it is many."""
     return None if any(tensor is None for tensor in tensors) else [None] * len(tensors)
 
 
@@ -166,7 +166,7 @@ def weights(
 def _(
     query: Tensor, key: Tensor, offsets: Tensor | None, dense: Tensor | None, mean: bool, *_: Any
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, queries, _ = query.shape
+    batch, heads, queries = query.shape[:3]
     planes = (batch,) if mean else (batch, heads)
     return (
         query.new_empty((*planes, queries, key.shape[2])),
@@ -208,7 +208,7 @@ def _(
     offsets: Tensor | None,
     dense: Tensor | None,
     *fixed: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     *_, needs_offsets, needs_dense = fixed
     return (
         *(empty_rows(rows(tensor), tensor.shape[-1]) for tensor in (query, key)),
@@ -244,7 +244,7 @@ weights.register_autograd(_weights_gradient, setup_context=_save_weights)
 
 
 class EagerAttention(torch.autograd.Function):
-    """`attention` without the operator's cost of a third of a millisecond: what eager code calls."""
+    """`attention` without the operator's cost, a third of a millisecond: for eager code."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,7 +255,7 @@ class EagerAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch's own
+    @once_differentiable
     def backward(
         ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
     ) -> tuple[Any, ...]:

@@ -228,7 +228,7 @@ def keys_gradient(given: Backward) -> tuple[Tensor, Tensor]:
 def queries_gradient(
     given: Backward, far: bool
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Gradient of queries; and if asked for, the sums ``(H,)`` of dS beyond the reach on each side."""
+    """Gradient of queries; if asked for, the sums ``(H,)`` of dS beyond the reach on each side."""
     sizes, constants = given.sizes, given.constants("queries")
     dquery = empty_rows(given.query, given.query.shape[-1])
     left, right = _needed_sums(given) if far else (False, False)
@@ -254,7 +254,9 @@ def _sums_are_known(given: Backward) -> bool:
 
 
 def _needed_sums(given: Backward) -> tuple[bool, bool]:
-    """Which far sums must be taken from dS itself: all but one, or all where rows' sums are unknown."""
+    """Which far sums must be taken from dS itself: all but one, or all where rows' sums are
+    unknown.
+    """
     left, right = _far_sides(given)
     if _sums_are_known(given):
         return left and right, False

@@ -58,8 +58,9 @@ def band_kernel(
 ):  # fmt: skip
     """Sums the band of dS along its diagonals of tiles.
 
-    All tiles at one distance from the main diagonal hold the same offsets in the same places, so that one
-    accumulator takes them all, of every batch entry: tiles (H, num_diagonals, num_splits, M, N), fp32.
+    All tiles at one distance from the main diagonal hold the same offsets in the same places, so
+    that one accumulator takes them all, of every batch entry: tiles (H, num_diagonals, num_splits,
+    M, N), fp32.
     """
     program = tl.program_id(0)
     split = program % num_splits
@@ -117,7 +118,8 @@ def dense_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
     SUM_ROWS: tl.constexpr, SUM_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a dense bias: each program owns a tile of it, and visits everything that tile was added to.
+    """Gradient of a dense bias: each program owns a tile of it, and visits everything that tile was
+    added to.
 
     SUM_ROWS, SUM_COLUMNS: the bias has one row, or one column.
     """
@@ -158,8 +160,8 @@ def dense_kernel(
                 head = own_head + item % heads
                 batch = tl.cast(own_batch + item // heads, tl.int64)
                 acc_MN = add_tile(
-                    acc_MN, q, k, v, dout, dweights, statistics, delta, score, sizes, batch, head, row0,
-                    column0, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_E, PRECISION,
+                    acc_MN, q, k, v, dout, dweights, statistics, delta, score, sizes, batch, head,
+                    row0, column0, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_E, PRECISION,
                 )  # fmt: skip
     if score.dropout is not None:
         acc_MN = acc_MN / score.dropout.keep

@@ -1,7 +1,8 @@
 """The halves of the dropout hash: one number per query row, one per key column.
 
-A weight is dropped by (seed, batch, head, query position, key position) alone, so that every backend, block size and
-recomputation draws the same ones. Most of the hash depends on the row or on the column only, and is done here.
+A weight is dropped by (seed, batch, head, query position, key position) alone, so that every
+backend, block size and recomputation draws the same ones. Most of the hash depends on the row or on
+the column only, and is done here.
 """
 
 from __future__ import annotations

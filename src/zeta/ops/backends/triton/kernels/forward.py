@@ -102,10 +102,11 @@ def attend(
 
 @triton.jit
 def store_statistics(lse, statistics, total_M, peak_M, score, sizes, index, inside):
-    """The natural log of the normaliser, -inf for a row without weights; and what backward passes read.
+    """The natural log of the normaliser, -inf for a row without weights; and what backward passes
+    read.
 
-    Those read it in the score's unit, +inf for a row without weights. Where `exact`, as the peak and, a plane
-    further, a factor: the rounding of a sum of both would show in every weight.
+    Those read it in the score's unit, +inf for a row without weights. Where `exact`, as the peak
+    and, a plane further, a factor: the rounding of a sum of both would show in every weight.
     """
     empty_M = total_M == 0.0
     rest_M = logarithm(tl.where(empty_M, 1.0, total_M), score)

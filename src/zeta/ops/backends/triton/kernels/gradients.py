@@ -1,7 +1,9 @@
-"""The gradient of one tile of scores, from what the forward pass left: shared by every backward kernel.
+"""The gradient of one tile of scores, from what the forward pass left: shared by every backward
+kernel.
 
-Of P the weights, dP the gradient that reaches them and delta its row sums weighted by P: dS = P * (dP - delta).
-With dropout, delta holds (1 - p) times that, and every result is divided by (1 - p) at its end.
+Of P the weights, dP the gradient that reaches them and delta its row sums weighted by P:
+dS = P * (dP - delta). With dropout, delta holds (1 - p) times that, and every result is divided by
+(1 - p) at its end.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from zeta.ops.backends.triton.kernels.scores import (
 
 @triton.jit
 def load_statistics(statistics, score, sizes, batch, head, row0, local_M):
-    """The normalisers of some rows, in two parts where `exact` (otherwise the second means nothing)."""
+    """The normalisers of some rows, in two parts where `exact` (otherwise the second means
+    nothing).
+    """
     index = (batch * sizes.heads + head) * sizes.queries + row0 + local_M
     inside = row0 + local_M < sizes.queries
     norm_M = tl.load(statistics + index, mask=inside, other=float("inf"))
@@ -57,7 +61,9 @@ def weights_tile(
     side,
     CLEAN: tl.constexpr,
 ):
-    """The weights of a tile, before dropout, and the derivative of a soft cap. `norm` and `rest` broadcast along rows."""
+    """The weights of a tile, before dropout, and the derivative of a soft cap. `norm` and `rest`
+    broadcast along rows.
+    """
     plain: tl.constexpr = (
         CLEAN and not score.exact and score.softcap is None and score.slopes is None
         and score.dense is None and score.documents is None and score.keep is None
@@ -104,7 +110,9 @@ def dscores_tile(
     q_MD, dout_ME, k_ND, v_NE, dweights, norm_M, rest_M, delta_M, row_hash_M, score, sizes, batch,
     head, row0, column0, row, column, side, CLEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Row-major [M, N]: the gradient of what is added to the scores, and that of the scaled products."""
+    """Row-major [M, N]: the gradient of what is added to the scores, and that of the scaled
+    products.
+    """
     dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
     p_MN, slope_MN = weights_tile(
         dots_MN, norm_M[:, None], rest_M[:, None], score, sizes, batch, head, row0, column0, row,
@@ -128,7 +136,9 @@ def delta_kernel(
     out, dout, dlse, delta, sizes, keep, VALUE_WIDTH: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """delta (B, H, T): the row sums of dP * P, as out . dout, less the gradient of lse; times `keep`."""
+    """delta (B, H, T): the row sums of dP * P, as out . dout, less the gradient of lse; times
+    `keep`.
+    """
     num_tiles = tl.cdiv(sizes.queries, BLOCK_M)
     program = tl.program_id(0)
     batch_head = program // num_tiles
@@ -187,7 +197,7 @@ def row_sums_kernel(
                 v, score, sizes, batch, key_head, column0, local_N, outer_E, VALUE_WIDTH, False
             )
         dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
-        p_MN, slope_MN = weights_tile(
+        p_MN, _ = weights_tile(
             dots_MN, norm_M[:, None], rest_M[:, None], score, sizes, batch, head, row0, column0,
             row, column, 0.0, False,
         )  # fmt: skip

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-# Fields hold tensors and numbers on the host, and pointers and scalars inside a kernel: hence `Any`.
+# Fields hold tensors and numbers on the host, and pointers and scalars inside a kernel: hence
+# `Any`.
 
 
 class Sizes(NamedTuple):
@@ -37,7 +38,9 @@ class Plane(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """A number per query (B, T) and per key (B, S): document ids, or positions. Batch stride 0 where shared."""
+    """A number per query (B, T) and per key (B, S): document ids, or positions. Batch stride 0
+    where shared.
+    """
 
     rows: Any
     row_batch: Any
@@ -63,7 +66,9 @@ class Offsets(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Hash halves per query (B, H, T) and key (B or 1, S): kept where their mix reaches `threshold`."""
+    """Hash halves per query (B, H, T) and key (B or 1, S): kept where their mix reaches
+    `threshold`.
+    """
 
     rows: Any
     columns: Any
@@ -75,9 +80,9 @@ class Dropout(NamedTuple):
 class Score(NamedTuple):
     """How a product of a query and a key becomes a score, and what exponential makes it a weight.
 
-    Scores, and all that is added to them, are in a unit: with `exact`, that of the natural exponential, and 1;
-    otherwise that of exp2, which is faster, and log2(e). `scale` includes the unit, `slope` does not;
-    `scale` is not negative where `folds`.
+    Scores, and all that is added to them, are in a unit: with `exact`, that of the natural
+    exponential, and 1; otherwise that of exp2, which is faster, and log2(e). `scale` includes the
+    unit, `slope` does not; `scale` is not negative where `folds`.
     """
 
     unit: Any

@@ -1,4 +1,5 @@
-"""Which tiles a tile meets: hidden ones are never visited, and ones that nothing cuts through known.
+"""Which tiles a tile meets: hidden ones are never visited, and ones that nothing cuts through
+known.
 
 The tiles fall in up to five parts, by six ends: cut, clean, cut, clean, cut. A tile of a clean part
 has no hidden score, and one value for an offset bias: that left of its band in one part, that right
@@ -91,8 +92,8 @@ def column_parts(score, sizes, batch, row0, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
 def row_parts(score, sizes, batch, column0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The six ends of the parts of the loop over query rows, for a tile of key columns.
 
-    Here the first clean part lies right of the band, and the second left of it. Columns without a key are not cut
-    out: each column's results are its own.
+    Here the first clean part lies right of the band, and the second left of it. Columns without a
+    key are not cut out: each column's results are its own.
     """
     shift = sizes.keys - sizes.queries
     first = column0 - shift

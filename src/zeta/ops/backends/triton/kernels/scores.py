@@ -1,7 +1,9 @@
-"""What every kernel agrees on: what is added to a score, which are hidden, which weights are dropped.
+"""What every kernel agrees on: what is added to a score, which are hidden, which weights are
+dropped.
 
-M: query rows of a tile, N: key columns. A tile is [M, N], or [N, M] in the key-major backward pass: `row` and
-`column` are index vectors from 0, shaped to broadcast to it, and `row0` and `column0` say where the tile begins.
+M: query rows of a tile, N: key columns. A tile is [M, N], or [N, M] in the key-major backward pass:
+`row` and `column` are index vectors from 0, shaped to broadcast to it, and `row0` and `column0` say
+where the tile begins.
 """
 
 from __future__ import annotations
@@ -113,8 +115,9 @@ def offset_bias(score, sizes, batch, head, row0, column0, row, column):
         elif start < -bound:
             tile += tl.load(base - offsets.reach)
         else:
-            # The ends of the vector are repeated, so that no element needs a bound. And under a condition, the
-            # compiler keeps this tile out of the loads that it stages in shared memory.
+            # The ends of the vector are repeated, so that no element needs a bound. And under a
+            # condition, the compiler keeps this tile out of the loads that it stages in shared
+            # memory.
             tile = tl.load(base + start + local)
         return tile
     else:

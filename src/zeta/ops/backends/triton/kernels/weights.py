@@ -1,4 +1,5 @@
-"""Attention weights, recomputed from the normalisers: per head, or averaged with the heads looped inside.
+"""Attention weights, recomputed from the normalisers: per head, or averaged with the heads looped
+inside.
 
 M: query rows of a tile, N: key columns of a tile, D: padded width of keys.
 """

@@ -1,0 +1,113 @@
+"""Beam search against the enumeration of every continuation."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.generation.models import Toy
+from tests.generation.test_generate import CACHES, greedily
+from zeta.generation import beam_search
+
+PROMPT = torch.tensor([[1, 2, 0], [2, 1, 1]])
+PADDING = torch.tensor([[False, False, True], [False, False, False]])
+
+
+def every_continuation(
+    model: Toy, prompt: list[int], vocabulary: int, count: int, stop: int, penalty: float
+) -> list[tuple[float, list[int]]]:
+    found: dict[tuple[int, ...], float] = {}
+    for tokens in itertools.product(range(vocabulary), repeat=count):
+        end = tokens.index(stop) + 1 if stop in tokens else count
+        kept = tokens[:end]
+        if kept not in found:
+            total = 0.0
+            for n, token in enumerate(kept):
+                logits = model.logits_after([*prompt, *kept[:n]])
+                total += float(logits.log_softmax(-1)[token])
+            found[kept] = total / end**penalty
+    return sorted(((score, list(kept)) for kept, score in found.items()), reverse=True)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("kind", CACHES)
+def test_enough_beams_find_the_best_of_all(kind: str, penalty: float) -> None:
+    model = Toy(vocabulary=3)
+    found = beam_search(
+        model,
+        PROMPT,
+        CACHES[kind](),
+        num_beams=27,
+        max_new_tokens=3,
+        length_penalty=penalty,
+        padding=PADDING,
+        stop_tokens=[0],
+        fill=-1,
+    )
+    for b, prompt in enumerate([[1, 2], [2, 1, 1]]):
+        expected = every_continuation(model, prompt, 3, 3, 0, penalty)
+        count = len(expected)
+        scores = torch.tensor([score for score, _ in expected], dtype=torch.float64)
+        torch.testing.assert_close(found.scores[b, :count], scores)
+        assert (found.scores[b, count:] == float("-inf")).all()
+        for k, (_, tokens) in enumerate(expected):
+            assert found.tokens[b, k, : found.lengths[b, k]].tolist() == tokens
+
+
+def test_one_beam_is_greedy() -> None:
+    model = Toy()
+    found = beam_search(
+        model, PROMPT, model.caches(), num_beams=1, max_new_tokens=9, padding=PADDING
+    )
+    for b, prompt in enumerate([[1, 2], [2, 1, 1]]):
+        assert found.tokens[b, 0].tolist() == greedily(model, prompt, 9)
+
+
+def plain_beams(model: Toy, prompt: list[int], width: int, count: int, stop: int) -> Tensor:
+    """Beam search with a dict of hypotheses and the whole sequence at each step: best scores."""
+    going: dict[tuple[int, ...], float] = {(): 0.0}
+    finished: list[float] = []
+    for n in range(count):
+        grown: dict[tuple[int, ...], float] = {}
+        for tokens, total in going.items():
+            for token, more in enumerate(model.logits_after([*prompt, *tokens]).log_softmax(-1)):
+                if token == stop:
+                    finished.append((total + float(more)) / (n + 1))
+                else:
+                    grown[(*tokens, token)] = total + float(more)
+        best = sorted(grown.items(), key=lambda item: -item[1])[:width]
+        going = dict(best)
+    finished += [total / count for total in going.values()]
+    return torch.tensor(sorted(finished, reverse=True)[:width], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_few_beams_find_what_a_plain_search_finds(width: int) -> None:
+    model = Toy()
+    found = beam_search(
+        model,
+        PROMPT,
+        model.caches(),
+        num_beams=width,
+        max_new_tokens=6,
+        padding=PADDING,
+        stop_tokens=[4],
+    )
+    for b, prompt in enumerate([[1, 2], [2, 1, 1]]):
+        torch.testing.assert_close(found.scores[b], plain_beams(model, prompt, width, 6, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_beams": 0}, "num_beams must be at least 1; got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
+        ({"length_penalty": -1.0}, "length_penalty must not be negative; got -1.0"),
+    ],
+)
+def test_wrong_arguments_are_refused(options: dict[str, float], words: str) -> None:
+    model = Toy()
+    arguments = {"num_beams": 2, "max_new_tokens": 2} | options
+    with pytest.raises(ValueError, match=words):
+        beam_search(model, PROMPT, model.caches(), **arguments)

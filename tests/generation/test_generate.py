@@ -1,0 +1,250 @@
+"""`generate` and `stream`: each sequence is continued as it would be alone, without a cache."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.caches.kinds import new_pool
+from tests.generation.models import VOCABULARY, Toy
+from zeta.caches import DecodingCache, DynamicCache, PagedCache, StaticCache
+from zeta.generation import Greedy, Sampling, Step, generate, stream
+
+PROMPTS = [[1, 2, 3, 4, 5], [6, 1], [2, 5, 3]]
+
+
+def padded(side: str) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, PROMPTS))
+    tokens = torch.full((len(PROMPTS), longest), 99)
+    for row, prompt in zip(tokens, PROMPTS, strict=True):
+        where = slice(longest - len(prompt), None) if side == "left" else slice(len(prompt))
+        row[where] = torch.tensor(prompt)
+    padding = tokens == 99
+    return tokens.masked_fill(padding, 0), padding
+
+
+def greedily(model: Toy, prompt: Sequence[int], count: int, stops: Sequence[int] = ()) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count:
+        tokens.append(int(model.logits_after(tokens).argmax()))
+        if tokens[-1] in stops:
+            break
+    return tokens[len(prompt) :]
+
+
+def _paged() -> list[DecodingCache]:
+    pool = new_pool(200, 3, head_dim=4, value_dim=4)
+    return [PagedCache(pool), PagedCache(pool)]
+
+
+CACHES: dict[str, Callable[[], list[DecodingCache]]] = {
+    "dynamic": lambda: [DynamicCache(), DynamicCache()],
+    "static": lambda: [StaticCache(40), StaticCache(40)],
+    "paged": _paged,
+}
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", CACHES)
+def test_each_sequence_is_continued_as_if_alone(kind: str, side: str, chunk: int | None) -> None:
+    model = Toy()
+    tokens, padding = padded(side)
+    found = generate(
+        model,
+        tokens,
+        CACHES[kind](),
+        max_new_tokens=12,
+        padding=padding,
+        stop_tokens=[0],
+        prefill_chunk=chunk,
+        fill=-7,
+    )
+    for b, prompt in enumerate(PROMPTS):
+        expected = greedily(model, prompt, 12, [0])
+        assert found.tokens[b, : found.lengths[b]].tolist() == expected
+        assert (found.tokens[b, found.lengths[b] :] == -7).all()
+
+
+def test_finished_sequences_leave_the_batch() -> None:
+    model = Toy()
+    tokens, padding = padded("left")
+    alone = [greedily(model, prompt, 8) for prompt in PROMPTS]
+    model.calls.clear()
+    stop = alone[0][2]
+    expected = [greedily(model, prompt, 8, [stop]) for prompt in PROMPTS]
+    model.calls.clear()
+    found = generate(
+        model, tokens, model.caches(), max_new_tokens=8, padding=padding, stop_tokens=[stop]
+    )
+    assert found.lengths.tolist() == [len(row) for row in expected]
+    going = [sum(len(row) > n for row in expected) for n in range(1, 8)]
+    assert model.calls == [(3, 5)] + [(count, 1) for count in going if count]
+
+
+def test_a_stream_can_be_left_and_reports_each_step() -> None:
+    model = Toy()
+    tokens, padding = padded("right")
+    steps: list[Step] = []
+    for now in stream(model, tokens, model.caches(), max_new_tokens=50, padding=padding):
+        assert torch.is_grad_enabled()
+        steps.append(now)
+        if now.number == 3:
+            break
+    assert [now.number for now in steps] == [0, 1, 2, 3]
+    assert len(model.calls) == 4
+    seen: list[Step] = []
+    found = generate(
+        model, tokens, model.caches(), max_new_tokens=4, padding=padding, on_step=seen.append
+    )
+    assert torch.equal(torch.stack([now.tokens for now in seen], dim=1), found.tokens)
+
+
+def test_draws_do_not_depend_on_neighbours() -> None:
+    model = Toy()
+    tokens, padding = padded("left")
+    choose = Sampling(temperature=0.8, top_p=0.9, seed=3)
+
+    def run(**options: object) -> Tensor:
+        return generate(
+            model,
+            tokens,
+            model.caches(),
+            max_new_tokens=10,
+            padding=padding,
+            choose=choose,
+            **options,
+        ).tokens
+
+    free = run()
+    assert torch.equal(free, run())
+    assert not torch.equal(
+        free,
+        generate(
+            model,
+            tokens,
+            model.caches(),
+            max_new_tokens=10,
+            padding=padding,
+            choose=Sampling(temperature=0.8, top_p=0.9, seed=4),
+        ).tokens,
+    )
+    stop = int(free[0, 1])
+    stopped = run(stop_tokens=[stop], fill=-1)
+    for mine, theirs in zip(free, stopped, strict=True):
+        count = int((theirs >= 0).sum())
+        assert torch.equal(mine[:count], theirs[:count])
+
+
+def drawn(choose: Sampling, logits: Tensor, count: int = 20000) -> Tensor:
+    """How often each token is drawn."""
+    start = choose.start(torch.zeros(count, 1, dtype=torch.int64), torch.zeros(count, 1).bool())
+    tokens = start(logits.expand(count, -1), torch.arange(count))
+    return tokens.bincount(minlength=len(logits)) / count
+
+
+@pytest.mark.parametrize(
+    ("choose", "expected"),
+    [
+        (Sampling(), [0.5, 0.25, 0.125, 0.125]),
+        (Sampling(temperature=0.5), [16 / 22, 4 / 22, 1 / 22, 1 / 22]),
+        (Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(top_k=1), [1, 0, 0, 0]),
+        (Sampling(top_p=0.5), [1, 0, 0, 0]),
+        (Sampling(top_p=0.6), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(min_p=0.4), [2 / 3, 1 / 3, 0, 0]),
+        (Sampling(min_p=0.6), [1, 0, 0, 0]),
+        (Sampling(top_k=3, min_p=0.2, top_p=0.8), [2 / 3, 1 / 3, 0, 0]),
+    ],
+)
+def test_tokens_are_drawn_with_their_probabilities(choose: Sampling, expected: list[float]) -> None:
+    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    want = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(choose.probabilities(logits[None])[0], want, atol=1e-6, rtol=0)
+    found = drawn(choose, logits)
+    # Five standard deviations of a frequency among 20,000.
+    assert ((found - want).abs() <= 5 * (want * (1 - want) / 20000).sqrt() + 1e-12).all()
+
+
+def test_a_repetition_is_penalised_by_the_formula() -> None:
+    logits = torch.tensor([[2.0, -1.0, 1.9, 0.5]])
+    prompt = torch.tensor([[0, 1, 2]])
+    real = torch.tensor([[True, True, False]])
+    choosing = Greedy(repetition_penalty=2.0).start(prompt, real)
+    rows = torch.arange(1)
+    # 2.0 becomes 1.0; the 2 in the prompt is padding, and only counts once it was chosen.
+    assert choosing(logits, rows).tolist() == [2]
+    assert choosing(logits, rows).tolist() == [0]
+    assert Greedy().start(prompt, real)(logits, rows).tolist() == [0]
+
+
+def test_a_repetition_penalty_is_each_sequences_own() -> None:
+    model = Toy()
+    tokens, padding = padded("left")
+    choose = Sampling(repetition_penalty=1.7, top_k=1)
+    found = generate(
+        model, tokens, model.caches(), max_new_tokens=6, padding=padding, choose=choose
+    )
+    for b, prompt in enumerate(PROMPTS):
+        mine = list(prompt)
+        for _ in range(6):
+            logits = model.logits_after(mine)
+            seen = torch.zeros(VOCABULARY, dtype=torch.bool)
+            seen[mine] = True
+            changed = torch.where(logits > 0, logits / 1.7, logits * 1.7)
+            mine.append(int(torch.where(seen, changed, logits).argmax()))
+        assert found.tokens[b].tolist() == mine[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"prompt": torch.ones(3)}, ValueError, r"prompt must have shape \(batch, length\)"),
+        ({"prompt": torch.ones(1, 3)}, TypeError, "prompt must be int64; got torch.float32"),
+        ({"prompt": torch.ones(1, 0).long()}, ValueError, "not empty"),
+        ({"padding": torch.zeros(1, 2).bool()}, ValueError, r"padding must have shape \(1, 4\)"),
+        ({"padding": torch.zeros(1, 4)}, TypeError, "padding must be bool"),
+        (
+            {"padding": torch.tensor([[False, True, False, False]])},
+            ValueError,
+            "at the left or at the right",
+        ),
+        ({"padding": torch.ones(1, 4).bool()}, ValueError, "at least one token"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1; got 0"),
+        ({"prefill_chunk": 0}, ValueError, "prefill_chunk must be at least 1; got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    options: dict[str, object], error: type[Exception], words: str
+) -> None:
+    model = Toy()
+    arguments = {"prompt": torch.tensor([[1, 2, 3, 4]]), "max_new_tokens": 2} | options
+    with pytest.raises(error, match=words):
+        generate(model, caches=model.caches(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 0.0}, r"temperature must be positive \(Greedy\(\) is its limit at 0\)"),
+        ({"top_k": 0}, "top_k must be at least 1; got 0"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
+        ({"min_p": 1.5}, r"min_p must be in \[0, 1\]; got 1.5"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive; got 0.0"),
+    ],
+)
+def test_wrong_numbers_are_refused(options: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Sampling(**options)
+
+
+def test_caches_must_be_empty_and_logits_of_the_right_shape() -> None:
+    model = Toy()
+    caches = model.caches()
+    prompt = torch.tensor([[1, 2]])
+    generate(model, prompt, caches, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"caches must be empty; got some that hold \[2, 2\]"):
+        generate(model, prompt, caches, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"must return logits \(1, 2, vocabulary\); got \(1, 7\)"):
+        generate(lambda *_: torch.zeros(1, 7), prompt, [], max_new_tokens=1)

@@ -1,0 +1,14 @@
+"""Fixtures of the op."""
+
+import pytest
+
+from zeta.ops.backends.chunked import blocks
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 48 rows and units of few heads, so that small calls have many of them."""
+    monkeypatch.setattr(blocks, "ROWS", (48, 48))
+    monkeypatch.setattr(blocks, "BOUNDED_ROWS", 48)
+    monkeypatch.setattr(blocks, "CPU_ELEMENTS", 2**14)
+    monkeypatch.setattr(blocks, "SINGLE_ELEMENTS", 2**11)

@@ -1,0 +1,226 @@
+"""The kernels in Triton's interpreter, against the reference in float64: every feature, small."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.cases import CASES, T5, T5_CAUSAL, Case, assert_within_bound, widened
+from zeta import BackendUnsupported, attention, attention_weights, biases, explain, masks
+from zeta.ops.backends.triton import configs
+
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
+    ),
+    # Of numpy: the interpreter makes scalars of arrays, and exponentials of infinities.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+REFUSED = {"either", "nested", "left padding by positions"}
+SMALL = [case for case in CASES if case.target <= 9 and case.name not in REFUSED]
+HALF_AND_FULL = [torch.float16, torch.float32]
+
+
+def _tiled(name: str, **changes: object) -> Case:
+    """Several tiles of rows and columns, none of them full at the end; fewer queries than keys."""
+    sizes = {"batch": 2, "heads": 2, "key_heads": 1, "target": 70, "source": 101, "head_dim": 12}
+    return Case(name, **(sizes | changes))  # type: ignore[arg-type]
+
+
+def _t5_and_dense(made: dict[str, Tensor]) -> biases.Bias:
+    return biases.Bucketed(made["table"], max_distance=9) + biases.Dense(made["bias"])
+
+
+NEAR = {
+    "learned": {"table": (8, 2)},
+    "bias": lambda made: biases.Bucketed(made["table"], max_distance=9),
+}
+TILED = [
+    _tiled("tiled", target=130),
+    _tiled("tiled t5", **NEAR),
+    _tiled("tiled t5 causal", **NEAR, mask=masks.Causal),
+    _tiled(
+        "tiled t5 prefix padding", **NEAR, source=70,
+        mask=lambda: masks.PrefixLM(torch.tensor([40, 3])) & masks.Padding(torch.tensor([64, 70])),
+    ),
+    _tiled("tiled t5 window", **NEAR, mask=lambda: masks.SlidingWindow(38)),
+    _tiled(
+        "tiled t5, then softcap", learned=NEAR["learned"],
+        bias=lambda made: biases.Bucketed(made["table"], max_distance=9) + biases.Softcap(2.0),
+    ),
+    _tiled(
+        "tiled softcap, then alibi", learned={"slopes": (2,)}, source=70,
+        bias=lambda made: biases.Softcap(2.0) + biases.Alibi(made["slopes"]),
+    ),
+    _tiled(
+        "tiled documents", source=70,
+        mask=lambda: masks.Documents(torch.arange(70).div(13).long().expand(2, 70)),
+    ),
+    _tiled(
+        "tiled everything", source=70, dropout_p=0.2, bias=_t5_and_dense, key_heads=2,
+        learned={"table": (8, 2), "bias": (1, 1, 70, 70)},
+        mask=lambda: masks.Causal() & masks.Padding(torch.tensor([70, 41])),
+    ),
+    _tiled("tiled bias of keys", learned={"bias": (1, 2, 1, 101)},
+           bias=lambda made: biases.Dense(made["bias"])),
+]  # fmt: skip
+SPLIT = [
+    _tiled("split", target=1, source=150, heads=4, key_heads=2),
+    _tiled("split t5 causal", target=5, source=170, heads=4, key_heads=2, **T5_CAUSAL),
+    _tiled(
+        "split window padding dropout", target=3, source=140, dropout_p=0.2,
+        mask=lambda: masks.SlidingWindow(60) & masks.Padding(torch.tensor([140, 20])),
+    ),
+    _tiled(
+        "split dense, then softcap", target=4, source=133, learned={"bias": (1, 2, 4, 133)},
+        bias=lambda made: biases.Dense(made["bias"]) + biases.Softcap(3.0),
+    ),
+]  # fmt: skip
+
+
+def _id(case: Case) -> str:
+    return case.name
+
+
+def _check(case: Case, dtype: torch.dtype) -> None:
+    made = case.tensors(dtype)
+    low, oracle = case.run(made, "reference"), case.run(widened(made), "reference")
+    # What is not written yet is NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        actual = case.run(made, "triton")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_within_bound(actual, low, oracle)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=_id)
+def test_small_calls(case: Case, dtype: torch.dtype) -> None:
+    _check(case, dtype)
+
+
+@pytest.mark.parametrize("case", TILED, ids=_id)
+def test_calls_of_several_tiles(case: Case) -> None:
+    _check(case, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+@pytest.mark.parametrize("case", SPLIT, ids=_id)
+def test_few_queries_over_many_keys(case: Case, dtype: torch.dtype) -> None:
+    _check(case, dtype)
+
+
+@pytest.mark.parametrize("tiles", [(16, 32), (64, 16)], ids=str)
+def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "INTERPRETED", configs.Tiles(*tiles, num_warps=4, num_stages=1))
+    _check(_tiled("t5 causal", **NEAR, mask=masks.Causal, batch=1), torch.float16)
+    _check(_tiled("t5", **NEAR, batch=1, target=40), torch.float16)
+
+
+@pytest.mark.parametrize("reduce", [None, "mean"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        _tiled("weights", heads=4, key_heads=2),
+        _tiled("weights t5 causal", **NEAR, mask=masks.Causal),
+        _tiled("weights dense", learned={"bias": (1, 2, 1, 101)},
+               bias=lambda made: biases.Dense(made["bias"])),
+        Case("weights softcap", **T5, target=20, source=20),
+        Case("weights of an empty row", mask=lambda: masks.Padding(torch.tensor([0, 5]))),
+    ],
+    ids=_id,
+)  # fmt: skip
+def test_weights(case: Case, reduce: str | None) -> None:
+    made = case.tensors(torch.float32)
+    actual = case.run_weights(made, "triton", reduce)
+    low = case.run_weights(made, "reference", reduce)
+    assert_within_bound(actual, low, case.run_weights(widened(made), "reference", reduce))
+
+
+def test_nan_in_padding_does_not_leak() -> None:
+    case = Case("padding", mask=lambda: masks.Padding(torch.tensor([7, 3])) & masks.Causal())
+    clean, planted = case.tensors(torch.float16), case.tensors(torch.float16)
+    with torch.no_grad():
+        for name in ("key", "value"):
+            planted[name][1, :, 3:] = float("nan")
+    expected, actual = case.run(clean, "triton"), case.run(planted, "triton")
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], msg=name)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    case = _tiled("same", **NEAR, dropout_p=0.1, batch=1)
+    made = case.tensors(torch.float16)
+    first, second = case.run(made, "triton"), case.run(made, "triton")
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_the_whole_call_is_one_graph_under_compile() -> None:
+    query, key, value = (torch.randn(1, 2, 20, 16).requires_grad_() for _ in range(3))
+    table = torch.randn(8, 2, requires_grad=True)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+        bias = biases.Bucketed(table, max_distance=9)
+        return attention(query, key, value, bias=bias, backend="triton")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    leaves = (query, key, value, table)
+    out, expected = compiled(*leaves), run(*leaves)
+    torch.testing.assert_close(out, expected)
+    found = torch.autograd.grad(out.sum(), leaves)
+    for got, want in zip(found, torch.autograd.grad(expected.sum(), leaves), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_operators_keep_the_contract_of_torch_library() -> None:
+    from zeta.ops.backends.triton import operators
+
+    query, key, value = (torch.randn(1, 2, 5, 16).requires_grad_() for _ in range(3))
+    offsets = torch.randn(2, 7, requires_grad=True)
+    fixed = ([None] * 9, 0.25, True, 0, 0.0, False, 0.0)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        operators.attention, (query, key, value, offsets, None, *fixed), test_utils=checks
+    )
+    torch.library.opcheck(
+        operators.weights, (query, key, offsets, None, True, *fixed), test_utils=checks
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "words"),
+    [
+        (torch.float64, 8, "no kernels for torch.float64"),
+        (torch.float32, 264, "head_dim goes up to 256; got 264 and 264"),
+        (torch.bfloat16, 8, "interpreter multiplies no bfloat16"),
+    ],
+)
+def test_refusals_say_why(dtype: torch.dtype, head_dim: int, words: str) -> None:
+    tensor = torch.randn(1, 1, 4, head_dim, dtype=dtype)
+    with pytest.raises(BackendUnsupported, match=words):
+        attention(tensor, tensor, tensor, backend="triton")
+
+
+def test_refusals_of_masks_and_biases_say_why() -> None:
+    tensor = torch.randn(1, 1, 4, 8)
+    either = masks.Causal() | masks.keep(torch.ones(4, 4, dtype=torch.bool))
+    with pytest.raises(BackendUnsupported, match="the mask AnyOf"):
+        attention(tensor, tensor, tensor, mask=either, backend="triton")
+    dense = biases.Dense(torch.zeros(4, 4))
+    with pytest.raises(BackendUnsupported, match="before or after everything"):
+        attention(
+            tensor, tensor, tensor, bias=dense + biases.Softcap(1.0) + dense, backend="triton"
+        )
+
+
+def test_without_the_interpreter_a_cpu_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    tensor = torch.randn(1, 1, 4, 8)
+    assert explain(tensor, tensor, tensor).reasons["triton"] == ("it needs a CUDA device",)
+    with pytest.raises(BackendUnsupported, match="needs a CUDA device"):
+        attention_weights(tensor, tensor, backend="triton")
