@@ -46,7 +46,7 @@ class Problem:
 
     @property
     def flops(self) -> float:
-        """Of the products that plain attention makes, as usually counted, with padding."""
+        """Of the products that plain attention makes; padding counts in full."""
         products = 2.0 * (2 if not self.weights else 1) * (3.5 if self.backward else 1.0)
         area = (self.queries or self.length) * self.length * (0.5 if self.causal else 1.0)
         return products * self.batch * self.heads * area * self.dim

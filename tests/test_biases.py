@@ -78,8 +78,13 @@ def test_shape_is_the_shape_of_the_values() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
-        (lambda: biases.Softcap(0.0), ValueError, "limit must be positive; got 0.0"),
-        (lambda: biases.Softcap(float("nan")), ValueError, "limit must be positive; got nan"),
+        (lambda: biases.Softcap(0.0), ValueError, "limit must be positive and finite; got 0.0"),
+        (lambda: biases.Softcap(float("inf")), ValueError, "positive and finite; got inf"),
+        (
+            lambda: biases.Softcap(float("nan")),
+            ValueError,
+            "positive and finite; got nan",
+        ),
         (lambda: biases.Dense(torch.ones(2, dtype=torch.bool)), TypeError, "floating-point.*bool"),
         (lambda: biases.Dense(1.0), TypeError, "floating-point tensor.*float"),
         (lambda: biases.Bucketed(torch.randn(32)), ValueError, r"\(num_buckets, heads\)"),

@@ -1,4 +1,4 @@
-"""Zeta: multi-head attention with every feature at the speed of the best fused kernel."""
+"""Zeta: multi-head attention with every feature, exact, in memory linear in sequence length."""
 
 from zeta import biases, caches, generation, masks, nn
 from zeta.generation import beam_search, generate

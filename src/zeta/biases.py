@@ -205,8 +205,8 @@ class Softcap(Bias):
     limit: float
 
     def __post_init__(self) -> None:
-        if not self.limit > 0:
-            raise ValueError(f"limit must be positive; got {self.limit}")
+        if not 0 < self.limit < float("inf"):
+            raise ValueError(f"limit must be positive and finite; got {self.limit}")
 
     def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
         return 1, 1, 1, 1

@@ -130,14 +130,6 @@ class History:
     def length(self) -> int:
         return max((row.length for row in self.ledger), default=0)
 
-    def mask(self) -> masks.Mask | None:
-        kind = {"causal": masks.Causal(), "window": masks.SlidingWindow(3), "none": None}
-        mask = kind[self.setting.mask]
-        # A query must not see what its own chunk would not have shown it one token at a time.
-        if self.kept_mask is not None:
-            return self.kept_mask if mask is None else mask & self.kept_mask
-        return mask
-
     def bias(self) -> biases.Bias | None:
         kind = self.setting.bias
         if kind == "alibi":

@@ -133,6 +133,26 @@ def test_it_holds_its_memory_and_no_more() -> None:
     assert cache.nbytes == 2 * 2 * 4096 * (6 + 5) * 8
 
 
+@pytest.mark.serial
+def test_a_long_generation_allocates_little_more_than_its_cache() -> None:
+    cache = StaticCache(4096)
+    key = torch.randn(1, 4, 1, 64)
+    with torch.inference_mode():
+        cache.update(key, key)
+        held = cache.nbytes
+        with torch.profiler.profile(profile_memory=True) as profile:
+            for _ in range(4095):
+                cache.update(key, key)
+    assert cache.length == 4096
+    assert held == 2 * 4 * 4096 * 64 * 4
+    live = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    assert most <= 0.1 * held
+
+
 def test_lazily_computed_weights_survive_later_steps() -> None:
     attention = MultiheadAttention(None, 16, 2, self_attention=True).double().eval()
     x = torch.randn(2, 6, 16, dtype=torch.float64)

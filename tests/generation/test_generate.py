@@ -1,5 +1,6 @@
 """`generate` and `stream`: each sequence is continued as it would be alone, without a cache."""
 
+import threading
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -135,6 +136,27 @@ def test_draws_do_not_depend_on_neighbours() -> None:
     for mine, theirs in zip(free, stopped, strict=True):
         count = int((theirs >= 0).sum())
         assert torch.equal(mine[:count], theirs[:count])
+
+
+def test_two_threads_share_one_model() -> None:
+    model = Toy()
+    prompts = [torch.tensor([[1, 2, 3]]), torch.tensor([[4, 5, 6]])]
+    expected = [
+        generate(model, prompt, model.caches(), max_new_tokens=40).tokens for prompt in prompts
+    ]
+    found: dict[int, Tensor] = {}
+
+    def work(number: int) -> None:
+        caches = [StaticCache(50), DynamicCache()]
+        found[number] = generate(model, prompts[number], caches, max_new_tokens=40).tokens
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def drawn(choose: Sampling, logits: Tensor, count: int = 20000) -> Tensor:

@@ -1,4 +1,4 @@
-"""Calls of a backend on fresh leaves, with all results and gradients, for the tests of `chunked`."""
+"""Calls on fresh leaves with all results and gradients, for the tests of the chunked backend."""
 
 import torch
 from torch import Tensor

@@ -260,12 +260,22 @@ BIASED = [
     Case("t5 causal long", **T5_CAUSAL, **LONG, key_heads=2),
     Case("t5 after a cache", **T5_CAUSAL, target=3, source=40),
     Case("t5 bidirectional causal", **{**T5, "mask": masks.Causal}, **LONG),
-    Case("alibi", learned={"slopes": (4,)}, bias=lambda m: biases.Alibi(m["slopes"]), source=9),
+    Case(
+        "alibi",
+        learned={"slopes": (32,)},
+        bias=lambda m: biases.Alibi(m["slopes"]),
+        heads=32,
+        key_heads=32,
+        source=9,
+    ),
     Case(
         "alibi causal long",
-        learned={"slopes": (4,)},
+        learned={"slopes": (32,)},
         bias=lambda m: biases.Alibi(m["slopes"]),
         mask=masks.Causal,
+        batch=1,
+        heads=32,
+        key_heads=8,
         **LONG,
     ),
     Case("softcap", bias=lambda m: biases.Softcap(2.0), magnitude=2.0),
@@ -283,7 +293,9 @@ BIASED = [
     ),
     Case(
         "dense and t5 and alibi",
-        learned={"bias": (1, 4, 1, 30), "table": (16, 4), "slopes": (4,)},
+        heads=32,
+        key_heads=32,
+        learned={"bias": (1, 32, 1, 30), "table": (16, 32), "slopes": (32,)},
         bias=lambda m: (
             biases.Dense(m["bias"]) + biases.Bucketed(m["table"]) + biases.Alibi(m["slopes"])
         ),

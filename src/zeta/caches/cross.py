@@ -3,19 +3,24 @@
 Shapes: B batch, G key heads, S source length, D head dimension.
 """
 
-from collections.abc import MutableMapping
-from typing import Any
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from zeta.caches import checks
 from zeta.caches.dictionary import KEY, PADDING, QUERIES, STATIC, VALUE
+from zeta.caches.forks import Forks
 from zeta.caches.interface import Cached
 from zeta.caches.padding import extend_padding
 
 
 class CrossCache:
     """Keys and values that do not grow.
+
+    What a decoder does to its other caches it can do to this one: sequences are reordered and
+    selected, and a fork remembers them; only `crop` finds nothing to do but to count queries anew.
 
     Args:
         state: A dict to keep them in, as an ``incremental_state``; a new one by default.
@@ -30,6 +35,7 @@ class CrossCache:
             raise ValueError(
                 f"incremental_state must hold both of {KEY!r} and {VALUE!r}, or neither"
             )
+        self._forks: Forks[dict[str, Any]] = Forks()
 
     @property
     def length(self) -> int:
@@ -84,3 +90,80 @@ class CrossCache:
             next_B = torch.zeros(batch, dtype=torch.int64, device=query.device)
         self._state[QUERIES] = next_B + target
         return next_B[:, None] + torch.arange(target, device=query.device)
+
+    def reorder(self, index: Tensor) -> None:
+        """See `DecodingCache`."""
+        if self.length:
+            key = self._state[KEY]
+            self._take(checks.reorder_index(index, key.shape[0], key.device))
+
+    def select(self, rows: Tensor) -> None:
+        """See `DecodingCache`."""
+        if self.length:
+            key = self._state[KEY]
+            self._take(checks.select_index(rows, key.shape[0], key.device))
+
+    def _take(self, index: Tensor) -> None:
+        for name, tensor in list(self._state.items()):
+            self._state[name] = tensor.index_select(0, index)
+
+    def crop(self, length: int) -> None:
+        """Keep the source; queries beyond the first ``length`` do not count any more.
+
+        Raises:
+            ValueError: ``length`` is negative.
+        """
+        if length < 0:
+            raise ValueError(f"length must not be negative; got {length}")
+        if QUERIES in self._state:
+            self._state[QUERIES] = self._state[QUERIES].clamp(max=length)
+
+    def fork(self) -> None:
+        """See `DecodingCache`."""
+        self._forks.open(dict(self._state))
+
+    def commit(self) -> None:
+        """See `DecodingCache`."""
+        self._forks.close("commit")
+
+    def rollback(self) -> None:
+        """See `DecodingCache`."""
+        self._replace(self._forks.close("rollback"))
+
+    def reset(self) -> None:
+        """See `DecodingCache`."""
+        self._replace({})
+        self._forks.clear()
+
+    def _replace(self, state: Mapping[str, Any]) -> None:
+        self._state.clear()
+        self._state.update(state)
+
+    @property
+    def nbytes(self) -> int:
+        """See `DecodingCache`."""
+        return sum(tensor.nbytes for tensor in self._state.values())
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `DecodingCache`."""
+        tensors = {name: tensor.clone() for name, tensor in self._state.items()}
+        return {checks.KIND: "CrossCache", "tensors": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `DecodingCache`."""
+        checks.check_state(state, "CrossCache", {"tensors"})
+        tensors = state["tensors"]
+        missing = {KEY, VALUE, STATIC} - set(tensors)
+        if tensors and missing:
+            raise ValueError(f"state['tensors'] must have {sorted(missing)} too")
+        self._replace({name: tensor.clone() for name, tensor in tensors.items()})
+        self._forks.clear()
+
+    def to(self, device: torch.device | str) -> Self:
+        """See `DecodingCache`."""
+        self._replace({name: tensor.to(device) for name, tensor in self._state.items()})
+        self._forks.states = [
+            {name: tensor.to(device) for name, tensor in state.items()}
+            for state in self._forks.states
+        ]
+        return self

@@ -160,7 +160,7 @@ class RollingCache:
         num_kept = min(length, self._ring.num_slots)
         key, value = slots.show(num_kept)
         padding = None if padding is None else padding[:, :num_kept]
-        if length <= self._ring.num_slots:
+        if length == num_kept:
             return Cached(key, value, None, padding)
         device = slots.form.device
         positions = self._ring.positions_kept(length, device)[None]
@@ -248,21 +248,19 @@ class RollingCache:
     @property
     def nbytes(self) -> int:
         """See `DecodingCache`."""
-        if self._state is None:
-            return 0
-        slots, padding, _ = self._state
-        return slots.nbytes + (0 if padding is None else padding.nbytes)
+        slots, padding, _ = self._state or (None, None, 0)
+        return sum(held.nbytes for held in (slots, padding) if held is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """See `DecodingCache`. Tokens are in the order of their slots."""
-        tokens, length = None, 0
+        tokens = None
         if self._state is not None:
             slots, padding, length = self._state
             num_kept = min(length, self._ring.num_slots)
             padding = None if padding is None else padding[:, :num_kept]
             tokens = Tokens(slots.form, *slots.show(num_kept), padding)
         state = dict_of("RollingCache", tokens)
-        return state | {"length": length, "window": self.window, "sinks": self.sinks}
+        return state | {"length": self.length, "window": self.window, "sinks": self.sinks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `DecodingCache`. Window and sinks must be the same."""
@@ -290,9 +288,8 @@ class RollingCache:
         """See `DecodingCache`."""
         target = torch.empty(0, device=device).device
         self._state = _moved(self._state, target)
-        self._forks.states = [
-            kept._replace(state=_moved(kept.state, target)) for kept in self._forks.states
-        ]
+        states = self._forks.states
+        self._forks.states = [kept._replace(state=_moved(kept.state, target)) for kept in states]
         return self
 
 

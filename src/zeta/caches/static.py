@@ -84,8 +84,7 @@ class StaticCache:
         return self
 
     def _make_room(self, form: Form) -> Slots:
-        """The memory there is, unless it is of other sizes, which only happens while it is
-        empty."""
+        """The memory there is; only while it is empty can it be of other sizes."""
         if self._slots is None or self._slots.form != form:
             return self._allocate(form)
         return self._slots
@@ -203,18 +202,17 @@ class StaticCache:
 
     def _take(self, index: Tensor) -> None:
         assert self._slots is not None
-        self._back_up(0)
+        self._back_up(self._slots, 0)
         self._slots = self._slots.take(index)
         if self._padding_BC is not None:
             self._padding_BC = own(self._padding_BC.index_select(0, index))
 
-    def _back_up(self, length: int) -> None:
+    def _back_up(self, slots: Slots, length: int) -> None:
         """Copy the memory for the open forks that still need tokens from ``length`` on."""
-        assert self._slots is not None
-        copy = None
+        copy: Slots | None = None
         for number, kept in enumerate(self._forks.states):
             if kept.slots is None and kept.num_tokens is not None and kept.num_tokens > length:
-                copy = self._slots.copy() if copy is None else copy
+                copy = copy or slots.copy()
                 self._forks.states[number] = kept._replace(slots=copy)
 
     def crop(self, length: int) -> None:
@@ -222,7 +220,7 @@ class StaticCache:
         checks.check_crop(length, self.length)
         if self._slots is None or length == self.length:
             return
-        self._back_up(length)
+        self._back_up(self._slots, length)
         self._shorten(length)
 
     def fork(self) -> None:

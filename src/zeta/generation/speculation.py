@@ -24,7 +24,7 @@ class Draft:
 
     Args:
         model: See `Model`.
-        caches: Its own, empty.
+        caches: Its own, empty; at least one, as for the model itself.
         num_tokens: Tokens it proposes at a time.
 
     Raises:
@@ -75,7 +75,7 @@ class Speculation:
         Returns:
             ``(R, N)``, ``1 <= N <= most``.
         """
-        length = self._caches[0].length if self._caches else 0
+        length = _length(self._caches)
         for cache in (*self._caches, *self._draft.caches):
             cache.fork()
         count = min(self._draft.num_tokens, most - 1)
@@ -89,9 +89,13 @@ class Speculation:
         last_R = self._drawn(_residual(wanted, draft_RKV, common), rows_R)
         if common < count:
             last_R = torch.where(accepted_R > common, drafted_RK[:, common], last_R)
-        for cache in (*self._caches, *self._draft.caches):
-            cache.crop(min(cache.length, length + common + 1))
-            cache.commit()
+        kept = length + common + 1
+        # The draft has not seen the last token that it proposed.
+        seen = min(kept, _length(self._draft.caches))
+        for caches, remaining in ((self._caches, kept), (self._draft.caches, seen)):
+            for cache in caches:
+                cache.crop(remaining)
+                cache.commit()
         return torch.cat((drafted_RK[:, :common], last_R[:, None]), dim=1)
 
     def _propose(
@@ -99,7 +103,7 @@ class Speculation:
     ) -> tuple[Tensor, Tensor]:
         """``count`` tokens of the draft, ``(R, K)``, and their distributions ``(R, K, V)``."""
         # The last token, and the one before it where the draft has not seen that either.
-        behind = length - (self._draft.caches[0].length if self._draft.caches else length)
+        behind = length - _length(self._draft.caches)
         tokens = recent[:, -1 - behind :]
         positions = position_R[:, None] + torch.arange(-behind, 1, device=recent.device)
         drafted, distributions = [], []
@@ -127,6 +131,11 @@ class Speculation:
 
     def _drawn(self, probability_RV: Tensor, rows_R: Tensor) -> Tensor:
         return draw(probability_RV, self._uniforms(rows_R))
+
+
+def _length(caches: Sequence[DecodingCache]) -> int:
+    """Tokens that a model has seen. An encoder's keys are not among them."""
+    return next(cache.length for cache in caches if isinstance(cache, DecodingCache))
 
 
 def _residual(wanted: Tensor, draft_RKV: Tensor, at: int) -> Tensor:

@@ -125,8 +125,8 @@ def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "case",
     [
-        _tiled("weights", heads=4, key_heads=2),
-        _tiled("weights t5 causal", **NEAR, mask=masks.Causal),
+        _tiled("weights", batch=1, source=70),
+        _tiled("weights t5 causal", **NEAR, mask=masks.Causal, batch=1),
         _tiled("weights dense", learned={"bias": (1, 2, 1, 101)},
                bias=lambda made: biases.Dense(made["bias"])),
         Case("weights softcap", **T5, target=20, source=20),
@@ -153,7 +153,7 @@ def test_nan_in_padding_does_not_leak() -> None:
 
 
 def test_two_runs_give_the_same_bits() -> None:
-    case = _tiled("same", **NEAR, dropout_p=0.1, batch=1)
+    case = _tiled("same", **NEAR, dropout_p=0.1, batch=1, target=40)
     made = case.tensors(torch.float16)
     first, second = case.run(made, "triton"), case.run(made, "triton")
     for name in first:

@@ -4,9 +4,7 @@ in common.
 Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, D features.
 """
 
-import contextlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +13,13 @@ from zeta.ops.backends.chunked import forward
 from zeta.ops.backends.chunked.backward import Incoming, backward
 from zeta.ops.backends.chunked.description import Plan
 from zeta.ops.backends.chunked.terms import Softcap
+from zeta.ops.call import without_autocast
 
 _MANY_SCORES = 2**17
 _LARGEST_KEPT = 2**25 - 2**16
 """Just below glibc's DEFAULT_MMAP_THRESHOLD_MAX."""
 
 ONCE = "the backend 'chunked' differentiates once; for second derivatives use backend='reference'"
-
-
-def _as_written(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Keeps autocast from narrowing the products inside."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _reuse_memory(query: Tensor, key: Tensor) -> None:
@@ -47,7 +39,7 @@ def attention(
     """Output ``(B, H, T, Dv)``, log-sum-exp ``(B, H, T)``, and pairs of `forward.Normaliser`."""
     call = plan.call(query, key, value)
     _reuse_memory(query, key)
-    with _as_written(query.device):
+    with without_autocast(query.device):
         out, normaliser = forward.attention(call, plan.terms(biases, call))
     return out, normaliser.lse_BHT, normaliser.pairs_BHT2
 
@@ -58,7 +50,7 @@ def weights(
     """Weights ``(B, H, T, S)``, or ``(B, T, S)`` averaged over heads, and the pairs."""
     call = plan.call(query, key, key)
     _reuse_memory(query, key)
-    with _as_written(query.device):
+    with without_autocast(query.device):
         found, normaliser = forward.weights(call, plan.terms(biases, call), mean)
     return found, normaliser.pairs_BHT2
 
@@ -77,7 +69,7 @@ def gradients(
     call = plan.call(query, key, value)
     terms = plan.terms(biases, call, needs_grad)
     _reuse_memory(query, key)
-    with _as_written(query.device):
+    with without_autocast(query.device):
         found = backward(call, terms, pairs, incoming)
     holders = [term for term in terms if not isinstance(term, Softcap)]
     of_biases = [

@@ -49,7 +49,9 @@ def split_kernel(
     acc_ME = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
     total_M = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak_M = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    low, _, _, _, _, high = column_parts(score, sizes, batch, row0, BLOCK_M, BLOCK_N)
+    parts = column_parts(score, sizes, batch, row0, BLOCK_M, BLOCK_N)
+    low = parts[0]
+    high = parts[5]
     share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), num_splits) * BLOCK_N
     start = low + split * share
     for column0 in tl.range(start, tl.minimum(start + share, high), BLOCK_N):

@@ -188,7 +188,9 @@ def row_sums_kernel(
     norm_M, rest_M = load_statistics(statistics, score, sizes, batch, head, row0, local_M)
     row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
     delta_M = tl.zeros([BLOCK_M], dtype=tl.float32)
-    low, _, _, _, _, high = column_parts(score, sizes, batch, row0, BLOCK_M, BLOCK_N)
+    parts = column_parts(score, sizes, batch, row0, BLOCK_M, BLOCK_N)
+    low = parts[0]
+    high = parts[5]
     for column0 in tl.range(low, high, BLOCK_N):
         k_ND = load_keys(k, score, sizes, batch, key_head, column0, local_N, inner_D, WIDTH, False)
         v_NE = k_ND

@@ -58,7 +58,9 @@ def weights_kernel(
     plane = program.to(tl.int64)
     batch = plane * heads // sizes.heads
     first = program * heads % sizes.heads
-    low, _, _, _, _, high = column_parts(score, sizes, batch, row0, BLOCK_M, BLOCK_N)
+    parts = column_parts(score, sizes, batch, row0, BLOCK_M, BLOCK_N)
+    low = parts[0]
+    high = parts[5]
     seen = (column0 < high) & (column0 + BLOCK_N > low)
     p_MN = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for member in tl.range(0, tl.where(seen, heads, 0)):

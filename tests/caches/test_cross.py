@@ -1,0 +1,71 @@
+"""`CrossCache` under what a decoder does: the source stays with its sequence."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.caches.histories import same
+from zeta.caches import CrossCache
+from zeta.nn import MultiheadAttention
+
+
+def attend(attention: MultiheadAttention, query: Tensor, cache: CrossCache) -> Tensor:
+    with torch.no_grad():
+        return attention(query, None, None, cache, need_weights=False)[0]
+
+
+def begun() -> tuple[MultiheadAttention, CrossCache, Tensor, Tensor]:
+    attention = MultiheadAttention(None, 8, 2, encoder_decoder_attention=True).double().eval()
+    memory = torch.randn(3, 5, 8, dtype=torch.float64)
+    padding = torch.tensor([[False] * 5, [False] * 4 + [True], [True] + [False] * 4])
+    cache = CrossCache()
+    with torch.no_grad():
+        attention(memory[:, :1], memory, memory, cache, padding)
+    return attention, cache, memory, padding
+
+
+def test_sequences_keep_their_source_through_beams_and_forks() -> None:
+    attention, cache, memory, padding = begun()
+    query = torch.randn(4, 2, 8, dtype=torch.float64)
+    before = attend(attention, query[:3], cache)
+    cache.fork()
+    cache.reorder(torch.tensor([2, 2, 0]))
+    cache.select(torch.tensor([0, 0, 1, 2]))
+    rows = torch.tensor([2, 2, 2, 0])
+    expected, _ = attention(query, memory[rows], memory[rows], key_padding_mask=padding[rows])
+    torch.testing.assert_close(attend(attention, query, cache), expected)
+    cache.crop(0)
+    assert cache.length == 5
+    cache.rollback()
+    torch.testing.assert_close(attend(attention, query[:3], cache), before)
+
+
+def test_it_is_saved_and_loaded_and_reset() -> None:
+    attention, cache, _, _ = begun()
+    query = torch.randn(3, 2, 8, dtype=torch.float64)
+    before, state = attend(attention, query, cache), cache.state_dict()
+    cache.to("cpu").reset()
+    assert (cache.length, cache.nbytes) == (0, 0)
+    cache.load_state_dict(state)
+    torch.testing.assert_close(attend(attention, query, cache), before)
+    assert cache.nbytes > 2 * 3 * 5 * 8 * 8
+
+
+def test_refusals_change_nothing() -> None:
+    _, cache, _, _ = begun()
+    before = cache.state_dict()["tensors"]
+    for act, words in (
+        (lambda: cache.reorder(torch.tensor([0, 1])), r"index must have shape \(3,\)"),
+        (lambda: cache.select(torch.tensor([3])), r"rows must lie in \[0, 3\)"),
+        (lambda: cache.crop(-1), "length must not be negative; got -1"),
+        (cache.rollback, "rollback\\(\\) needs an open fork"),
+        (cache.commit, "commit\\(\\) needs an open fork"),
+        (lambda: cache.load_state_dict({"kind": "DynamicCache"}), "must be that of a CrossCache"),
+        (
+            lambda: cache.load_state_dict({"kind": "CrossCache", "tensors": {"prev_key": 1}}),
+            "must have \\['prev_key_static', 'prev_value'\\] too",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            act()
+        assert same(before, cache.state_dict()["tensors"])
