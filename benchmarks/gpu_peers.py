@@ -151,7 +151,8 @@ def _added(problem: Problem, inputs: Inputs) -> Tensor | None:
         buckets = t5_buckets(
             offset, bidirectional=not problem.causal, num_buckets=NUM_BUCKETS, max_distance=128
         )
-        added = F.embedding(buckets, inputs.table.to(inputs.query.dtype)).permute(2, 0, 1)[None]
+        values_TSH = F.embedding(buckets, inputs.table.to(inputs.query.dtype))
+        added = values_TSH.permute(2, 0, 1)[None].contiguous()
     if problem.causal and added is not None:
         added = added.masked_fill(offset > 0, float("-inf"))
     if problem.padded:

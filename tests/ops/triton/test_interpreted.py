@@ -103,17 +103,20 @@ def test_small_calls(case: Case, dtype: torch.dtype) -> None:
     _check(case, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TILED, ids=_id)
 def test_calls_of_several_tiles(case: Case) -> None:
     _check(case, torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 @pytest.mark.parametrize("case", SPLIT, ids=_id)
 def test_few_queries_over_many_keys(case: Case, dtype: torch.dtype) -> None:
     _check(case, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiles", [(16, 32), (64, 16)], ids=str)
 def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "INTERPRETED", configs.Tiles(*tiles, num_warps=4, num_stages=1))
@@ -121,6 +124,7 @@ def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) ->
     _check(_tiled("t5", **NEAR, batch=1, target=40), torch.float16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", [None, "mean"])
 @pytest.mark.parametrize(
     "case",
@@ -152,6 +156,7 @@ def test_nan_in_padding_does_not_leak() -> None:
         torch.testing.assert_close(actual[name], expected[name], msg=name)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits() -> None:
     case = _tiled("same", **NEAR, dropout_p=0.1, batch=1, target=40)
     made = case.tensors(torch.float16)
@@ -160,6 +165,7 @@ def test_two_runs_give_the_same_bits() -> None:
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.slow
 def test_the_whole_call_is_one_graph_under_compile() -> None:
     query, key, value = (torch.randn(1, 2, 20, 16).requires_grad_() for _ in range(3))
     table = torch.randn(8, 2, requires_grad=True)
