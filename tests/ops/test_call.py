@@ -8,6 +8,8 @@ import torch
 
 import zeta
 from zeta import biases, masks
+from zeta.ops import backends
+from zeta.ops.call import AttentionCall
 
 
 def tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -175,3 +177,16 @@ def test_dropout_follows_torch_s_generator_and_the_seed() -> None:
     assert torch.equal(one, zeta.attention(**made, dropout_p=0.5, seed=torch.tensor(3)))
     reference = zeta.attention(**made, dropout_p=0.5, seed=3, backend="reference")
     torch.testing.assert_close(one, reference)
+
+
+def test_a_few_grouped_queries_on_a_gpu_s_long_cache_go_to_triton_first() -> None:
+    def first(target: int, heads: int, source: int) -> str:
+        with torch.device("meta"):
+            query, key = torch.empty(1, heads, target, 64), torch.empty(1, 4, source, 64)
+        return backends.order(AttentionCall(query, key, key))[0]
+
+    assert first(target=1, heads=16, source=8192) == "triton"
+    assert first(target=32, heads=16, source=8192) == "triton"
+    assert first(target=33, heads=16, source=8192) == "sdpa"
+    assert first(target=1, heads=16, source=1023) == "sdpa"
+    assert first(target=1, heads=4, source=8192) == "sdpa"

@@ -14,6 +14,12 @@ from zeta.ops.call import AttentionCall
 
 ORDER = ("sdpa", "triton", "chunked", "reference")
 ORDER_ON_CPU = (*(name for name in ORDER if name != "triton"), "triton")
+ORDER_OF_GROUPS = ("triton", *(name for name in ORDER if name != "triton"))
+
+MOST_PACKED = 128
+"""Queries of a group of heads that read their key head together, in one tile of a kernel."""
+LONG_CACHE = 1024
+"""Keys from which reading each of them once is what matters."""
 
 
 class Backend(Protocol):
@@ -32,8 +38,15 @@ def order(call: AttentionCall) -> tuple[str, ...]:
     """The backends as ``"auto"`` asks them for this call.
 
     On CPU tensors Triton's kernels run in its interpreter only, slower than the textbook: last.
+    On a GPU they come first where a few queries of grouped heads meet a long cache, which they read
+    once for a whole group.
     """
-    return ORDER if call.query.device.type != "cpu" else ORDER_ON_CPU
+    if call.query.device.type == "cpu":
+        return ORDER_ON_CPU
+    packed = call.target * (call.heads // call.key_heads)
+    if call.key_heads < call.heads and packed <= MOST_PACKED and call.source >= LONG_CACHE:
+        return ORDER_OF_GROUPS
+    return ORDER
 
 
 def load(name: str) -> Backend:
