@@ -8,32 +8,12 @@ Shape suffixes: B batch, H heads, R rows of the block (queries), C columns (keys
 reach, O offsets, N pairs.
 """
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
 from zeta.ops.backends.chunked.blocks import Block, Unit
 from zeta.ops.backends.chunked.terms import Term
 from zeta.ops.call import AttentionCall
-
-STRIP = 128
-"""Rows of a block that are looked at together: fewer have a narrower band."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Strip:
-    """Some rows of a block.
-
-    Attributes:
-        rows: Within the block.
-        near: The columns within reach of some row, within the block.
-        index_O: Where the offsets of those lie in the vector.
-    """
-
-    rows: slice
-    near: slice
-    index_O: Tensor
 
 
 class Offset(Term):
@@ -46,52 +26,44 @@ class Offset(Term):
         self._reach = reach
         self._shift = call.source - call.target
         self._grad_HO = torch.zeros_like(self._vector_HO) if needs_grad else None
-        self._known: tuple[Block, list[_Strip]] | None = None
+        self._known: tuple[Block, slice, Tensor] | None = None
 
-    def _strips(self, block: Block) -> list[_Strip]:
+    def _near(self, block: Block) -> tuple[slice, Tensor]:
+        """The columns within reach of some row, and where their offsets lie in the vector."""
         if self._known is None or self._known[0] is not block:
-            rows = range(0, block.num_rows, STRIP)
-            self._known = (block, [self._strip(block, first) for first in rows])
-        return self._known[1]
-
-    def _strip(self, block: Block, first_row: int) -> _Strip:
-        rows = slice(first_row, min(first_row + STRIP, block.num_rows))
-        start, stop = block.columns.start, block.columns.stop
-        first = block.rows.start + rows.start + self._shift
-        last = block.rows.start + rows.stop - 1 + self._shift
-        left = min(max(first - self._reach + 1, start), stop)
-        right = max(min(last + self._reach, stop), left)
-        device = self._vector_HO.device
-        offset = torch.arange(left - last, max(right - first, left - last), device=device)
-        index = offset.clamp_(-self._reach, self._reach).add_(self._reach)
-        return _Strip(rows, slice(left - start, right - start), index)
+            start, stop = block.columns.start, block.columns.stop
+            first = block.rows.start + self._shift
+            last = block.rows.stop - 1 + self._shift
+            left = min(max(first - self._reach + 1, start), stop)
+            right = max(min(last + self._reach, stop), left)
+            device = self._vector_HO.device
+            offset = torch.arange(left - last, max(right - first, left - last), device=device)
+            index = offset.clamp_(-self._reach, self._reach).add_(self._reach)
+            self._known = (block, slice(left - start, right - start), index)
+        return self._known[1:]
 
     def apply(self, scores_BHRC: Tensor, block: Block, unit: Unit) -> None:
+        near, index_O = self._near(block)
         vector_HO = self._vector_HO[unit.heads]
-        for strip in self._strips(block):
-            part_BHRC, near = scores_BHRC[..., strip.rows, :], strip.near
-            if near.start > 0:
-                part_BHRC[..., : near.start].add_(vector_HO[:, 0, None, None])
-            if near.stop < part_BHRC.shape[-1]:
-                part_BHRC[..., near.stop :].add_(vector_HO[:, -1, None, None])
-            if near.start < near.stop:
-                values_HO = vector_HO[:, strip.index_O]
-                band_HRW = values_HO.unfold(-1, near.stop - near.start, 1).flip(-2)
-                part_BHRC[..., near].add_(band_HRW)
+        if near.start > 0:
+            scores_BHRC[..., : near.start].add_(vector_HO[:, 0, None, None])
+        if near.stop < scores_BHRC.shape[-1]:
+            scores_BHRC[..., near.stop :].add_(vector_HO[:, -1, None, None])
+        if near.start < near.stop:
+            band_HRW = vector_HO[:, index_O].unfold(-1, near.stop - near.start, 1).flip(-2)
+            scores_BHRC[..., near].add_(band_HRW)
 
     def backward(self, grad_BHRC: Tensor, saved: Tensor | None, block: Block, unit: Unit) -> None:
         if self._grad_HO is None:
             return
+        near, index_O = self._near(block)
         grad_HO = self._grad_HO[unit.heads]
-        for strip in self._strips(block):
-            part_BHRC, near = grad_BHRC[..., strip.rows, :], strip.near
-            if near.start > 0:
-                grad_HO[:, 0].add_(part_BHRC[..., : near.start].sum((0, 2, 3)))
-            if near.stop < part_BHRC.shape[-1]:
-                grad_HO[:, -1].add_(part_BHRC[..., near.stop :].sum((0, 2, 3)))
-            if near.start < near.stop:
-                sums_HO = sum_diagonals(part_BHRC[..., near]).sum(0)
-                grad_HO.index_add_(1, strip.index_O, sums_HO)
+        if near.start > 0:
+            grad_HO[:, 0].add_(grad_BHRC[..., : near.start].sum((0, 2, 3)))
+        if near.stop < grad_BHRC.shape[-1]:
+            grad_HO[:, -1].add_(grad_BHRC[..., near.stop :].sum((0, 2, 3)))
+        if near.start < near.stop:
+            grad_HO.index_add_(1, index_O, sum_diagonals(grad_BHRC[..., near]).sum(0))
 
     def gradient(self) -> Tensor | None:
         return self._grad_HO
