@@ -96,6 +96,18 @@ def comparisons(shape: Shape) -> list[Comparison]:
         ),
         Comparison("neither", shape, lambda: step(ours()), lambda: step(peer())),
         Comparison(
+            "neither, backend auto",
+            shape,
+            lambda: step(attention(query, key, value)),
+            lambda: step(peer()),
+        ),
+        Comparison(
+            "causal, backend auto",
+            shape,
+            lambda: step(attention(query, key, value, mask=causal)),
+            lambda: step(F.scaled_dot_product_attention(query, key, value, is_causal=True)),
+        ),
+        Comparison(
             "T5 bias, causal",
             shape,
             lambda: t5(mask=causal),
