@@ -81,6 +81,8 @@ CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"query must have shape .*; got \(1, 2, 5, 16\)",
     ),
+    ({"query": None}, TypeError, "query must be a tensor; got NoneType"),
+    ({"query": [[1.0]]}, TypeError, "query must be a tensor; got list"),
     ({"query": torch.randn(B, 0, E)}, ValueError, r"query must not be empty; got \(2, 0, 16\)"),
     ({"query": torch.randn(3, T, E)}, ValueError, "one batch size; got 3, 2 and 2"),
     (

@@ -188,6 +188,7 @@ class MultiheadAttention(nn.Module):
             TypeError: An argument has the wrong type or dtype.
             ValueError: A shape or a device is wrong, or arguments contradict each other.
         """
+        checks.check_tensor("query", query)
         if query.dim() == 2:
             return self._unbatched(
                 query, (key, value), incremental_state, key_padding_mask, attn_mask, rel_pos,

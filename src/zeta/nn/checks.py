@@ -10,6 +10,12 @@ from zeta.nn.positions import Rotation, XPos
 WEIGHTS = ("lazy", True, False, "mean")
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+
+
 def check_sizes(
     embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None, dropout: float
 ) -> None:
