@@ -7,7 +7,6 @@ events over rotating inputs. A ratio is the other's time over ours.
 
 import argparse
 import dataclasses
-import datetime
 import json
 import multiprocessing
 import statistics
@@ -24,6 +23,7 @@ from torch import Tensor
 from benchmarks import gpu_peers as peers
 from benchmarks import tune_gpu
 from benchmarks.gpu_peers import Inputs, Problem, Run
+from zeta.bench import describe_machine
 
 SHAPES = ((4, 16, 4096), (16, 16, 1024), (8, 16, 2048), (1, 16, 16384))
 """Batch, heads, length: 16,384 tokens each, and the first alone with ``--quick``."""
@@ -264,11 +264,8 @@ def main() -> None:
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
         list(pool.map(warm, jobs))
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **describe_machine(),
         "triton": triton.__version__,
-        "cudnn": torch.backends.cudnn.version(),
-        "date": datetime.date.today().isoformat(),
         "dtype": "bfloat16",
         "entries": [],
     }
