@@ -5,6 +5,7 @@ Shapes: P pages, S page size, G key heads, D head dimension, M tokens.
 
 import threading
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ class PagePool:
     """Pages of keys and values, each counted by how many sequences use it.
 
     One pool serves any number of caches, of all layers with the same heads, and any number of
-    threads with a cache each.
+    threads with a cache each. A copy, pickled or not, has its own pages: what is copied together
+    goes on sharing them.
 
     Args:
         num_pages: Pages.
@@ -61,6 +63,13 @@ class PagePool:
         self._form = Form(1, num_kv_heads, head_dim, value_dim, dtype, self._key_PSGD.device)
         self._uses = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
         self._lock = threading.Lock()
 
     @property

@@ -3,7 +3,7 @@
 Shapes: B batch, G key heads, N new tokens, C slots, D head dimension.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,10 @@ class Slots(NamedTuple):
         with torch.inference_mode(False):
             key, value = _zeros(form, num_slots)
             return cls(form, key, value, key.data, value.data)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # `pickle` would give what is shown a memory of its own.
+        return _filled, (self.form, self.key, self.value)
 
     @property
     def num_slots(self) -> int:
@@ -110,6 +114,13 @@ class Slots(NamedTuple):
         new.key.copy_(self.key)
         new.value.copy_(self.value)
         return new
+
+
+def _filled(form: Form, key: Tensor, value: Tensor) -> Slots:
+    new = Slots.empty(form, key.shape[2])
+    new.key.copy_(key)
+    new.value.copy_(value)
+    return new
 
 
 def own(tensor: Tensor) -> Tensor:

@@ -35,6 +35,15 @@ def reasons_of_opaque(tensors: Callable[[], Iterable[Tensor]]) -> list[str]:
     return reasons
 
 
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether autograd asks for its gradient; vmap's wrapper of a tensor does not say so."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return tensor.requires_grad
+    while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def _is_mapped(tensor: Tensor) -> bool:
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         if torch._C._functorch.is_batchedtensor(tensor):

@@ -15,7 +15,7 @@ from zeta.biases import Dense, OffsetBias, summands
 from zeta.masks import Causal, Mask, conjuncts
 from zeta.masks import Dense as DenseMask
 from zeta.ops.call import AttentionCall
-from zeta.ops.transforms import NO_FORWARD_MODE, is_forward_mode
+from zeta.ops.transforms import NO_FORWARD_MODE, is_forward_mode, needs_gradient
 from zeta.values import broadcast_shape
 
 NAME = "sdpa"
@@ -44,15 +44,20 @@ def unsupported(call: AttentionCall) -> list[str]:
 def run(call: AttentionCall) -> tuple[Tensor, None]:
     """Attention ``(B, H, T, Dv)``; no log-sum-exp."""
     plain = _plain_or_causal(call)
+    causal, grouped = False, False
+    # A branch settles the comparison of traced sizes, which by itself is no bool.
+    if plain and call.mask is not None and call.target == call.source:
+        causal = True
+    if call.key_heads != call.heads:
+        grouped = True
     out = F.scaled_dot_product_attention(
         call.query,
         call.key,
         call.value,
         attn_mask=None if plain else _mask_tensor(call),
-        # The size of a traced tensor makes a comparison that is no bool yet.
-        is_causal=bool(plain and call.mask is not None and call.target > 1),
+        is_causal=causal,
         scale=call.scale,
-        enable_gqa=call.key_heads != call.heads,
+        enable_gqa=grouped,
     )
     return out, None
 
@@ -91,12 +96,17 @@ def _unsupported_bias(call: AttentionCall) -> list[str]:
     for bias in summands(call.bias):
         if not isinstance(bias, Dense | OffsetBias):
             reasons.append(f"it cannot apply the bias {type(bias).__name__}")
-        elif torch.is_grad_enabled() and any(tensor.requires_grad for tensor in bias.tensors()):
+        elif torch.is_grad_enabled() and any(map(needs_gradient, bias.tensors())):
             reasons.append(f"it runs unfused where the bias {type(bias).__name__} needs a gradient")
     return reasons
 
 
 def _unsupported_mask_tensor(call: AttentionCall) -> list[str]:
+    if torch.compiler.is_exporting():
+        return [
+            "the runtimes of exported programs do not agree on a row whose keys are all hidden by "
+            "a mask tensor"
+        ]
     if call.query.device.type == "cuda":
         return ["its CUDA kernels do not agree on a row whose keys are all hidden by a mask tensor"]
     values = (*_masks(call), *summands(call.bias))
@@ -107,10 +117,15 @@ def _unsupported_mask_tensor(call: AttentionCall) -> list[str]:
     if call.query_positions is not None or call.key_positions is not None:
         shapes.append((call.batch, 1, call.target, call.source))
     elements = math.prod(broadcast_shape(shapes))
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        # One graph for all sizes: what is not known of a traced size counts as large, and a size
+        # in a text would bind the graph to it.
+        if statically_known_true(call.target == 1 or elements <= call.query.numel()):
+            return []
+        return ["its mask and bias would be a tensor larger than the query"]
     if call.target > 1 and elements > call.query.numel():
-        if torch.compiler.is_compiling():
-            # A size in a text would bind the compiled function to it.
-            return ["its mask and bias would be a tensor larger than the query"]
         return [
             f"its mask and bias would be a tensor of {elements} elements, more than the "
             f"{call.query.numel()} of the query"
