@@ -1,0 +1,1 @@
+"""Other libraries' plug-in points; each module here is imported by its name."""
