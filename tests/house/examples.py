@@ -91,7 +91,8 @@ def modules_with_examples(package: str) -> list[str]:
     for name in names:
         stem = folder.joinpath(*name.split("."))
         path = stem / "__init__.py" if stem.is_dir() else stem.with_suffix(".py")
-        if _PROMPT.search(path.read_text(encoding="utf-8")):
+        # A library that was built in place has no text.
+        if path.exists() and _PROMPT.search(path.read_text(encoding="utf-8")):
             found.append(name)
     return found
 

@@ -14,8 +14,9 @@ SOURCE = Path(__file__).parents[2] / "src"
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "zeta": (
         ("cli",),
-        ("bench", "examples", "plots", "convert", "integrations", "distributed"),
         ("",),
+        ("bench", "examples", "plots", "convert", "distributed"),
+        ("integrations",),
         ("generation",),
         ("nn",),
         ("ops", "caches"),
@@ -26,10 +27,11 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "zeta.ops": (
         ("",),
         ("attention",),
-        ("weights", "backends"),
+        ("weights", "backends", "sinks"),
         ("deferred", "standin"),
-        ("parts", "dropout", "transforms"),
+        ("parts", "dropout", "transforms", "lowering"),
         ("call",),
+        ("precision",),
     ),
     "zeta.ops.backends": (
         ("",),

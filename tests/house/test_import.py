@@ -6,10 +6,17 @@ import sys
 import pytest
 
 OPTIONAL = (
+    "accelerate",
     "hypothesis",
     "matplotlib",
     "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "peft",
+    "pytorch_lightning",
     "safetensors",
+    "torchao",
     "tqdm",
     "transformers",
     "triton",
