@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import zeta
-from zeta.cli import demo, doctor
+from zeta.cli import convert, demo, doctor
 from zeta.cli.terminal import InputError
 
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="zeta", description=zeta.__doc__)
     parser.add_argument("--version", action="version", version=f"zeta {zeta.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (demo, doctor):
+    for module in (demo, doctor, convert):
         module.add_to(commands)
     parsed = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):

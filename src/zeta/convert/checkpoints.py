@@ -1,0 +1,277 @@
+"""State dicts of whole models: every attention in one, found by its keys and converted."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zeta.convert.checking import check
+from zeta.convert.errors import ConversionError
+from zeta.convert.forms import Form, biases_in, form_from_state
+from zeta.convert.modules import fill, load
+from zeta.convert.registry import SOURCES, source_of
+from zeta.convert.report import Report
+from zeta.convert.source import Source
+from zeta.convert.tables import StateDict, Table, from_zeta, to_zeta
+
+ZETA = "zeta"
+KINDS = (ZETA, *SOURCES)
+# Zeta's own keys are TorchScale's.
+_OWN = SOURCES["torchscale"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """One attention of a state dict.
+
+    Attributes:
+        prefix: What its keys begin with, dot included; empty where the state dict is its own.
+        before: Its tensors, under their keys without the prefix.
+        zeta: The same under Zeta's keys.
+        after: The same under the target's keys.
+    """
+
+    prefix: str
+    before: StateDict
+    zeta: StateDict
+    after: StateDict
+
+    @property
+    def name(self) -> str:
+        """The prefix, for people."""
+        return self.prefix.removesuffix(".") or "the state dict"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A state dict whose attentions have been converted.
+
+    Attributes:
+        state: All of it; what is no attention's is the same object as before.
+        attentions: In the order of their keys.
+        dropped: Keys that are gone, of tensors that were no parameters.
+        others: Prefixes of what looks like an attention of another kind, left as it is.
+    """
+
+    state: dict[str, Any]
+    attentions: tuple[Found, ...]
+    dropped: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+def convert_state_dict(state: Mapping[str, Any], source: str, target: str = ZETA) -> Converted:
+    """Convert every attention in a state dict, by its keys alone.
+
+    Args:
+        state: Of a model or of a single attention; it stays as it is.
+        source: Whose attentions they are: ``"zeta"`` or a kind that `to_module` knows, or
+            ``"zetascale"``.
+        target: Whose they shall be.
+
+    Returns:
+        The converted state dict, which shares what it left alone, and what was converted.
+
+    Raises:
+        TypeError: ``state`` is no mapping of names.
+        ValueError: There is no such kind, or both are the same.
+        ConversionError: There is no attention of this kind; one lacks keys, has unknown ones, or
+            shapes that this kind or the target cannot have.
+    """
+    for kind in (source, target):
+        if kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise TypeError(f"state must be a mapping of names to tensors; got {type(state).__name__}")
+    if source == target:
+        raise ValueError(f"source and target are both {source!r}")
+    theirs, ours = _kind(source), _kind(target)
+    prefixes, others = _prefixes(state, theirs)
+    apart = theirs.apart | ours.apart
+    found: list[Found] = []
+    dropped: list[str] = []
+    new_keys: dict[str, list[tuple[str, Tensor]]] = {}
+    for prefix in prefixes:
+        keys = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+        gone = [key for key in keys if key in theirs.dropped]
+        own = {key: _tensor(state, prefix + key) for key in keys if key not in {*gone, *apart}}
+        name = prefix.removesuffix(".") or "the state dict"
+        zeta = to_zeta(own, theirs.table(list(own)), name)
+        for kind in (source, target):
+            _check_shapes(zeta, kind, name)
+        _check_biases(zeta, target, name)
+        attention = Found(prefix, own, zeta, _to_target(zeta, ours, name))
+        found.append(attention)
+        dropped += [prefix + key for key in gone]
+        first = next(iter(own))
+        new_keys.update({prefix + key: [] for key in (*own, *gone)})
+        new_keys[prefix + first] = [(prefix + key, part) for key, part in attention.after.items()]
+    converted: dict[str, Any] = {}
+    for key, value in state.items():
+        for new, part in new_keys.get(key, [(key, value)]):
+            if new in converted:
+                raise ConversionError(f"{new} would be there twice")
+            converted[new] = part
+    return Converted(converted, tuple(found), tuple(dropped), tuple(others))
+
+
+def prove(
+    zeta: StateDict, theirs: StateDict, kind: str, num_heads: int | None, name: str
+) -> Report:
+    """Build two attentions from the shapes of their tensors, and compare them by `check`.
+
+    Args:
+        zeta: Tensors under Zeta's keys.
+        theirs: The same under the keys of another kind.
+        kind: That kind.
+        num_heads: None where shapes tell, as xPos's do. What no tensor tells and both share is
+            taken to be usual: a dropout of 0, rotations of base 10,000, no window.
+        name: What an error calls the attention.
+
+    Raises:
+        ValueError: There is no such kind.
+        ConversionError: The number of heads is missing or does not fit, or the kind's package is
+            not installed and nothing can stand in.
+    """
+    source = source_of(kind)
+    form = source.settle(form_from_state(zeta, num_heads, name), list(theirs))
+    attention = form.build()
+    fill(attention, {key: tensor.clone() for key, tensor in zeta.items()})
+    with torch.random.fork_rng(devices=[]):
+        runs, module = _build(source, form)
+    if runs is not source and not set(theirs) <= set(module.state_dict()):
+        theirs = _to_target(zeta, runs, name)
+    load(module, {key: tensor.clone() for key, tensor in theirs.items()}, runs)
+    report = check(module, attention)
+    if runs is source:
+        return report
+    note = {f"{source.kind} itself": f"{runs.title} computes the same, and ran in its place"}
+    return dataclasses.replace(
+        report, source=source.title, not_compared={**report.not_compared, **note}
+    )
+
+
+def _build(source: Source, form: Form) -> tuple[Source, nn.Module]:
+    """A new module, and the source that it is of: another one where a package is missing."""
+    try:
+        return source, source.build(form)
+    except ConversionError:
+        if source.stand_in is None:
+            raise
+        return source.stand_in, source.stand_in.build(form)
+
+
+def _kind(name: str) -> Source:
+    return _OWN if name == ZETA else source_of(name)
+
+
+def _prefixes(state: Mapping[str, Any], source: Source) -> tuple[list[str], list[str]]:
+    """Where attentions of a kind are, and where those of other kinds are that look similar."""
+    complete = _complete(state, source)
+    partial = [prefix for prefix in _anchored(state, source.tables) if prefix not in complete]
+    others = []
+    for prefix in partial:
+        if any(prefix in _complete(state, other) for other in SOURCES.values()):
+            others.append(prefix)
+            continue
+        own = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+        lacking = [key for key in _required(source.table(own)) if key not in own]
+        raise ConversionError(
+            f"{prefix.removesuffix('.') or 'the state dict'} lacks {', '.join(lacking)}; "
+            "is this one of several files?"
+        )
+    if not complete:
+        anchors = " or ".join(_required(table)[0] for table in source.tables)
+        similar = f"; {others[0]} is of another kind" if others else ""
+        raise ConversionError(
+            f"there is no attention of kind {source.kind}: no keys that end in {anchors}{similar}"
+        )
+    return complete, others
+
+
+def _complete(state: Mapping[str, Any], source: Source) -> list[str]:
+    return [
+        prefix
+        for prefix in _anchored(state, source.tables)
+        if any(all(prefix + key in state for key in _required(table)) for table in source.tables)
+    ]
+
+
+def _anchored(state: Mapping[str, Any], tables: tuple[Table, ...]) -> list[str]:
+    """The prefixes under which the first key of a table stands, in the state dict's order."""
+    anchors = [_required(table)[0] for table in tables]
+    prefixes: dict[str, None] = {}
+    for key in state:
+        for anchor in anchors:
+            if key == anchor or key.endswith("." + anchor):
+                prefixes[key.removesuffix(anchor)] = None
+    return list(prefixes)
+
+
+def _required(table: Table) -> list[str]:
+    return [entry.source for entry in table if not entry.optional]
+
+
+def _tensor(state: Mapping[str, Any], key: str) -> Tensor:
+    value = state[key]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ConversionError(f"{key} must be a tensor of real numbers; got {kind}")
+    return value
+
+
+def _to_target(zeta: StateDict, target: Source, name: str) -> StateDict:
+    """Under the keys of the first of the target's layouts that has a place for all."""
+    problems = []
+    for table in target.tables:
+        try:
+            return from_zeta(zeta, table, name)
+        except ConversionError as error:
+            problems.append(error)
+    raise ConversionError(f"no place in {target.title}: {problems[0]}")
+
+
+def _check_biases(zeta: StateDict, kind: str, name: str) -> None:
+    """Raise ConversionError for biases that a kind's projections do not have, or lack."""
+    found = biases_in(zeta)
+    if kind != ZETA and found not in source_of(kind).biases:
+        listed = ", ".join(sorted(found)) or "no projection"
+        raise ConversionError(
+            f"{name} has biases of {listed}, as {source_of(kind).title} cannot have"
+        )
+
+
+def _check_shapes(zeta: StateDict, kind: str, name: str) -> None:
+    """Raise ConversionError for shapes that a kind's projections cannot have."""
+    way = "" if "q_proj.weight" in zeta else ".A"
+    shapes = {}
+    for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        tensor = zeta[f"{part}{way}.weight"]
+        if tensor.dim() != 2:
+            raise ConversionError(f"{part} of {name} must be a matrix; got {tuple(tensor.shape)}")
+        shapes[part] = tuple(tensor.shape)
+    (inner, embed), (inner_k, kdim), (inner_v, vdim) = (
+        shapes[part] for part in ("q_proj", "k_proj", "v_proj")
+    )
+    wrong = {
+        "out_proj": shapes["out_proj"] != (embed, inner),
+        "values of other width than keys": inner_k != inner_v,
+    }
+    title = "zeta.nn.MultiheadAttention"
+    if kind != ZETA:
+        title, expresses = source_of(kind).title, source_of(kind).expresses
+        peculiar = {
+            "num_kv_heads": inner_k != inner,
+            "head_dim": inner != embed,
+            "kdim": kdim != embed,
+            "vdim": vdim != embed,
+        }
+        wrong |= {option: found and option not in expresses for option, found in peculiar.items()}
+    reasons = [reason for reason, is_wrong in wrong.items() if is_wrong]
+    if reasons:
+        listed = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
+        raise ConversionError(
+            f"{name} has shapes that {title} cannot have ({', '.join(reasons)}): {listed}"
+        )
