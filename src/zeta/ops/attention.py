@@ -13,6 +13,8 @@ from zeta.masks import Mask
 from zeta.ops import backends
 from zeta.ops.backends import Backend
 from zeta.ops.call import AttentionCall, BackendUnsupported
+from zeta.ops.precision import Precision
+from zeta.ops.sinks import attenuate, attenuated_weights, without_sinks
 
 
 def attention(
@@ -28,6 +30,8 @@ def attention(
     backend: str = "auto",
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    sinks: Tensor | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """Multi-head attention: ``softmax(bias(scale * query . key))`` over visible keys, times values.
 
@@ -51,6 +55,13 @@ def attention(
             keys' positions, ``S - T .. S - 1``.
         key_positions: ``(S,)`` or ``(1 or B, S)`` int64, ``0 .. S - 1`` by default. A negative one
             marks an empty slot, which is hidden.
+        sinks: ``(H,)`` floating point: a score a head that takes its share in the softmax's
+            denominator and adds nothing to the output, as in GPT-OSS. It meets the scores as they
+            are after ``bias``. Learned: it gets its gradient. A query with every key hidden still
+            gets 0; a sink of -inf takes nothing. Needs the backend's log-sum-exp.
+
+        precision: Of products of float32 on processors with AMX: ``"highest"``, or ``"high"``,
+            faster, with errors of about 1e-5. By default as `set_float32_precision` says.
 
     Returns:
         ``(B, H, T, Dv)`` in the query's dtype.
@@ -71,6 +82,8 @@ def attention(
         seed=seed,
         query_positions=query_positions,
         key_positions=key_positions,
+        sinks=sinks,
+        precision=precision,
     )
     return run(call, backend)[0]
 
@@ -88,6 +101,8 @@ def attention_with_lse(
     backend: str = "auto",
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    sinks: Tensor | None = None,
+    precision: Precision | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`attention`, and the natural logarithm of the sum of the exponentials of the scores.
 
@@ -95,7 +110,9 @@ def attention_with_lse(
 
     Returns:
         ``(B, H, T, Dv)``, and ``(B, H, T)`` in float32 (float64 for float64 inputs), -inf for a
-        query with every key hidden. Both are differentiable.
+        query with every key hidden. Both are differentiable. With ``sinks`` it is the logarithm of
+        the whole denominator, sink included, and so the sink itself for such a query: weights are
+        ``exp(score - lse)``, and results over disjoint keys merge if one call is given the sinks.
     """
     call = AttentionCall.checked(
         query,
@@ -108,6 +125,8 @@ def attention_with_lse(
         seed=seed,
         query_positions=query_positions,
         key_positions=key_positions,
+        sinks=sinks,
+        precision=precision,
         result="lse",
     )
     out, lse = run(call, backend)
@@ -126,16 +145,19 @@ def attention_weights(
     backend: str = "auto",
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    sinks: Tensor | None = None,
+    precision: Precision | None = None,
 ) -> Tensor:
     """The weights of `attention`, after the softmax and before dropout; differentiable.
 
     Args:
         reduce: None for every head; ``"mean"`` averages over heads without holding them all.
-        query, key, mask, bias, scale, backend, query_positions, key_positions: As in `attention`.
+        query, key, mask, bias, scale, backend, query_positions, key_positions, sinks, precision: As
+            in `attention`.
 
     Returns:
         ``(B, H, T, S)``, or ``(B, T, S)`` with ``reduce="mean"``, in the query's dtype. Rows sum to
-        1, or to 0 where every key is hidden.
+        1, or to 0 where every key is hidden; with ``sinks``, to what the sink leaves.
 
     Raises:
         ValueError, TypeError, BackendUnsupported: As `attention`.
@@ -151,6 +173,8 @@ def attention_weights(
         scale=scale,
         query_positions=query_positions,
         key_positions=key_positions,
+        sinks=sinks,
+        precision=precision,
         result="weights" if reduce is None else "mean_weights",
     )
     return run_weights(call, backend)
@@ -158,12 +182,21 @@ def attention_weights(
 
 def run(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
     """Run a checked call on the named backend, or on the first that can."""
-    return _choose(call, backend).run(call)
+    if call.sinks is None:
+        return _choose(call, backend).run(call)
+    plain = without_sinks(call)
+    out, lse = _choose(plain, backend).run(plain)
+    assert lse is not None
+    return attenuate(out, lse, call.sinks)
 
 
 def run_weights(call: AttentionCall, backend: str = "auto") -> Tensor:
     """The attention weights of a checked call whose ``result`` asks for them."""
-    return _choose(call, backend).weights(call)
+    if call.sinks is None:
+        return _choose(call, backend).weights(call)
+    return attenuated_weights(
+        call, lambda part: run(part, backend), lambda part: run_weights(part, backend)
+    )
 
 
 def _choose(call: AttentionCall, backend: str) -> Backend:
@@ -219,6 +252,8 @@ def explain(
     backend: str = "auto",
     query_positions: Tensor | None = None,
     key_positions: Tensor | None = None,
+    sinks: Tensor | None = None,
+    precision: Precision | None = None,
     with_lse: bool = False,
 ) -> Explanation:
     """What `attention` would do with the same arguments, without running it.
@@ -243,8 +278,12 @@ def explain(
         seed=seed,
         query_positions=query_positions,
         key_positions=key_positions,
+        sinks=sinks,
+        precision=precision,
         result="lse" if with_lse else "output",
     )
-    chosen = _choose(call, backend)
-    reasons = {name: tuple(backends.load(name).unsupported(call)) for name in backends.order(call)}
+    plain = call if call.sinks is None else without_sinks(call)
+    chosen = _choose(plain, backend)
+    order = backends.order(plain)
+    reasons = {name: tuple(backends.load(name).unsupported(plain)) for name in order}
     return Explanation(chosen.NAME, reasons, call.describe())

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from zeta.biases import Bias
 from zeta.masks import Mask
-from zeta.values import ALL, Tile
+from zeta.ops.precision import Precision, check_precision
+from zeta.values import ALL, Tile, check_device
 
 Result = Literal["output", "lse", "weights", "mean_weights"]
 """What is asked for: the output, also its log-sum-exp, weights, or their average over heads."""
@@ -39,7 +40,10 @@ class AttentionCall:
         query_positions: ``(1 or B, T)`` int64, or None: the last ``T`` of ``S``.
         key_positions: ``(1 or B, S)`` int64, or None: ``0 .. S - 1``. Negative: an empty slot,
             hidden.
+        sinks: ``(H,)``, scores that take their share of the softmax, or None. No backend sees
+            them: `zeta.ops.sinks` makes up for them.
         result: What is asked for.
+        precision: Of products of float32, or None: what `set_float32_precision` says.
     """
 
     query: Tensor
@@ -52,7 +56,9 @@ class AttentionCall:
     seed: Tensor | None = None
     query_positions: Tensor | None = None
     key_positions: Tensor | None = None
+    sinks: Tensor | None = None
     result: Result = "output"
+    precision: Precision | None = None
 
     @classmethod
     def checked(
@@ -68,7 +74,9 @@ class AttentionCall:
         seed: int | Tensor | None = None,
         query_positions: Tensor | None = None,
         key_positions: Tensor | None = None,
+        sinks: Tensor | None = None,
         result: Result = "output",
+        precision: Precision | None = None,
     ) -> "AttentionCall":
         """Check the arguments of the public functions against each other, and fill in defaults.
 
@@ -94,8 +102,12 @@ class AttentionCall:
                     f"bias must be a zeta.biases value such as biases.Dense(t); got {_kind(bias)}"
                 )
             bias.check(batch, heads, target, source, query.device)
+        if precision is not None:
+            check_precision(precision)
         if not 0.0 <= dropout_p < 1.0:
             raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+        if sinks is not None:
+            _check_sinks(sinks, heads, query.device)
         return cls(
             query,
             key,
@@ -109,7 +121,9 @@ class AttentionCall:
                 "query_positions", query_positions, batch, target, query.device
             ),
             key_positions=_positions("key_positions", key_positions, batch, source, query.device),
+            sinks=sinks,
             result=result,
+            precision=precision,
         )
 
     @property
@@ -179,7 +193,7 @@ class AttentionCall:
 
     def tensors(self) -> list[Tensor]:
         """Everything it computes with."""
-        own = (self.seed, self.query_positions, self.key_positions)
+        own = (self.seed, self.query_positions, self.key_positions, self.sinks)
         values = (value for value in (self.bias, self.mask) if value is not None)
         found = [self.query, self.key, self.value, *(t for t in own if t is not None)]
         return found + [tensor for value in values for tensor in value.tensors()]
@@ -194,6 +208,8 @@ class AttentionCall:
             parts.append(f"bias {_name(self.bias)}")
         if self.dropout_p:
             parts.append(f"dropout {self.dropout_p}")
+        if self.sinks is not None:
+            parts.append("sinks")
         if self.result != "output":
             parts.append(f"result {self.result}")
         return ", ".join(parts)
@@ -264,6 +280,16 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if 0 in q or 0 in v:
         raise ValueError(f"no dimension may be empty; got query {tuple(q)} and value {tuple(v)}")
+
+
+def _check_sinks(sinks: Tensor, heads: int, device: torch.device) -> None:
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        raise TypeError(f"sinks must be a floating-point tensor; got {_kind(sinks)}")
+    if sinks.shape != (heads,):
+        raise ValueError(
+            f"sinks must have shape ({heads},), a score for each head; got {tuple(sinks.shape)}"
+        )
+    check_device("sinks", sinks, device)
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:

@@ -71,12 +71,14 @@ class Deferred:
         self._value: Tensor | None = None
         self._copies: dict[int, Tensor] = {}
         tensors = [call.query, call.key]
-        if call.bias is not None:
-            for tensor in call.bias.tensors():
-                learned = tensor.requires_grad and tensor.is_leaf
-                if learned and tensor.numel() <= MAX_COPIED:
-                    self._copies[len(tensors)] = tensor.detach().clone()
-                tensors.append(tensor)
+        parameters = [] if call.bias is None else call.bias.tensors()
+        if call.sinks is not None:
+            parameters.append(call.sinks)
+        for tensor in parameters:
+            learned = tensor.requires_grad and tensor.is_leaf
+            if learned and tensor.numel() <= MAX_COPIED:
+                self._copies[len(tensors)] = tensor.detach().clone()
+            tensors.append(tensor)
         self.num_inputs = len(tensors)
         if call.mask is not None:
             tensors += call.mask.tensors()
@@ -93,7 +95,7 @@ class Deferred:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """What the weights can be differentiated by: query, key, tensors of the bias."""
+        """What the weights can be differentiated by: query, key, tensors of the bias, sinks."""
         return self._tensors[: self.num_inputs]
 
     @property
@@ -157,7 +159,7 @@ class Deferred:
         return _with_tensors(self.call, tensors) if changed else self.call
 
     def _complaint(self, index: int) -> str:
-        name = ("query", "key")[index] if index < 2 else "mask, a bias or positions"
+        name = ("query", "key")[index] if index < 2 else "mask, a bias, sinks or positions"
         remedy = (
             "look at them under torch.no_grad() or before the optimizer's step"
             if index in self._copies
@@ -206,12 +208,13 @@ def _version(tensor: Tensor) -> int:
 
 
 def _with_tensors(call: AttentionCall, tensors: Sequence[Tensor]) -> AttentionCall:
-    """The same call of other tensors: query, key; those of the bias, of the mask; positions."""
+    """The same call of others: query, key; tensors of the bias, sinks; of the mask; positions."""
     query, key, *rest = tensors
     bias, mask = call.bias, call.mask
     if bias is not None:
         spec, old = bias.flatten()
         bias, rest = Bias.unflatten(spec, rest[: len(old)]), rest[len(old) :]
+    sinks = None if call.sinks is None else rest.pop(0)
     if mask is not None:
         spec, old = mask.flatten()
         mask, rest = Mask.unflatten(spec, rest[: len(old)]), rest[len(old) :]
@@ -226,4 +229,5 @@ def _with_tensors(call: AttentionCall, tensors: Sequence[Tensor]) -> AttentionCa
         mask=mask,
         query_positions=queries,
         key_positions=keys,
+        sinks=sinks,
     )

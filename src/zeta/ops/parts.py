@@ -70,6 +70,7 @@ def heads_of(call: AttentionCall, heads: Part) -> AttentionCall:
         value=key,
         mask=None if call.mask is None else _part(call.mask, heads, ALL),
         bias=None if call.bias is None else _part(call.bias, heads, ALL),
+        sinks=None if call.sinks is None else call.sinks[heads],
     )
 
 

@@ -1,0 +1,189 @@
+"""A training step of Transformers' T5 on Zeta, beside ``eager`` and ``sdpa``, on the CPU.
+
+Usage: ``python -m benchmarks.transformers_t5 [--quick] [--vocabulary N] [--out FILE]``. Needs the
+extra ``transformers``.
+
+T5 with 2 encoder and 2 decoder layers, d_model 512, 8 heads, d_ff 2048, dropout 0.1, float32; as
+many target as source tokens, an eighth of the second sequence onwards padded. A step is forward,
+backward and plain gradient descent. The vocabulary is small by default, for the head's product says
+nothing about attention; that of T5 has 32,128 pieces.
+
+Without dropout, losses and gradients are first compared with those of ``eager``. Then steps are
+timed in turn, in one process, and the memory of one step of each is measured.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zeta.bench import describe_machine, peak_bytes, time_interleaved
+from zeta.integrations import huggingface
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How attention runs: an implementation's name, and for Zeta the form of the bias."""
+
+    implementation: str
+    structured_bias: bool = False
+
+
+WAYS = {
+    "zeta, bias as table": Way("zeta", structured_bias=True),
+    "zeta, bias as tensor": Way("zeta"),
+    "eager": Way("eager"),
+    "sdpa": Way("sdpa"),
+}
+OURS, *_, EAGER, SDPA = WAYS
+LEAST_FASTER = {512: 1.5, 1536: 2.5}
+MOST_MEMORY = {1536: 0.5}
+TOLERANCE = 1e-4
+
+
+def build(vocabulary: int, width: int, dropout: float) -> Any:
+    """A T5 with random weights, always the same."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=width // 8,
+        d_ff=4 * width,
+        num_layers=2,
+        num_heads=8,
+        dropout_rate=dropout,
+        decoder_start_token_id=0,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration._from_config(config, attn_implementation="eager").train()
+
+
+def batch(vocabulary: int, size: int, length: int) -> dict[str, Tensor]:
+    """Random tokens, all sequences but the first padded at the end."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (size, length)
+    source, labels = (torch.randint(1, vocabulary, shape, generator=generator) for _ in range(2))
+    mask = torch.ones(shape, dtype=torch.int64)
+    mask[1:, length - length // 8 :] = 0
+    return {"input_ids": source, "attention_mask": mask, "labels": labels}
+
+
+def step(model: Any, way: Way, given: dict[str, Tensor]) -> Callable[[], float]:
+    """One training step, which leaves the weights all but unchanged."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+
+    def run() -> float:
+        huggingface.register(structured_bias=way.structured_bias)
+        if model.config._attn_implementation != way.implementation:
+            model.set_attn_implementation(way.implementation)
+        optimizer.zero_grad()
+        loss = model(**given).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return run
+
+
+def check(vocabulary: int, width: int, given: dict[str, Tensor]) -> dict[str, float]:
+    """The largest relative error of loss and gradients of each way, against ``eager``.
+
+    Raises:
+        AssertionError: One is above `TOLERANCE`.
+    """
+    model = build(vocabulary, width, dropout=0.0)
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, way in WAYS.items():
+        loss = step(model, way, given)()
+        gradients = {key: p.grad.clone() for key, p in model.named_parameters()}
+        found[name] = {"loss": torch.tensor(loss)} | gradients
+    errors = {}
+    for name in WAYS:
+        errors[name] = max(
+            float((tensor - found[EAGER][key]).norm() / found[EAGER][key].norm())
+            for key, tensor in found[name].items()
+        )
+        assert errors[name] <= TOLERANCE, f"{name} is wrong: {errors[name]:.2g}"
+    return errors
+
+
+def measure(size: int, length: int, *, vocabulary: int, width: int, rounds: int) -> dict[str, Any]:
+    """Errors, medians in seconds, peaks in bytes, and ratios, at one shape."""
+    given = batch(vocabulary, size, length)
+    errors = check(vocabulary, width, given)
+    model = build(vocabulary, width, dropout=0.1)
+    steps = {name: step(model, way, given) for name, way in WAYS.items()}
+    times = time_interleaved(steps, rounds=rounds)
+    peaks = {name: peak_bytes(run, "cpu") for name, run in steps.items()}
+    better = min(times[EAGER].median, times[SDPA].median)
+    leaner = min(peaks[EAGER], peaks[SDPA])
+    return {
+        "batch": size,
+        "length": length,
+        "errors": errors,
+        "seconds": {name: time.median for name, time in times.items()},
+        "all seconds": {name: time.seconds for name, time in times.items()},
+        "peak bytes": peaks,
+        "times faster": {name: better / times[name].median for name in WAYS},
+        "share of memory": {name: peaks[name] / leaner for name in WAYS},
+        "spread": {
+            name: statistics.pstdev(time.seconds) / time.median for name, time in times.items()
+        },
+    }
+
+
+def judge(row: dict[str, Any]) -> list[str]:
+    """The bars that a row misses."""
+    missed = []
+    faster, share = row["times faster"][OURS], row["share of memory"][OURS]
+    least, most = LEAST_FASTER.get(row["length"]), MOST_MEMORY.get(row["length"])
+    if least is not None and faster < least:
+        missed.append(f"{row['length']} tokens: {faster:.2f} times faster, not {least}")
+    if most is not None and share > most:
+        missed.append(f"{row['length']} tokens: {share:.2f} of the memory, not {most}")
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
+    parser.add_argument("--vocabulary", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    arguments = parser.parse_args()
+    shapes, width, rounds = [(4, 512), (1, 1536)], 512, arguments.rounds
+    if arguments.quick:
+        shapes, width, rounds = [(2, 40), (1, 72)], 64, 1
+    rows = []
+    for size, length in shapes:
+        row = measure(size, length, vocabulary=arguments.vocabulary, width=width, rounds=rounds)
+        rows.append(row)
+        print(f"batch {size}, {length} tokens")
+        for name in WAYS:
+            print(
+                f"  {name:21} {row['seconds'][name] * 1e3:9.1f} ms  "
+                f"{row['times faster'][name]:5.2f}x  {row['peak bytes'][name] / 2**20:8.1f} MiB  "
+                f"{row['share of memory'][name]:5.2f}  error {row['errors'][name]:.1e}"
+            )
+    missed = [line for row in rows for line in judge(row)]
+    print("\n".join(missed) or "no bar is missed")
+    if arguments.out:
+        results = {
+            "machine": describe_machine(),
+            "vocabulary": arguments.vocabulary,
+            "rows": rows,
+            "missed": missed,
+        }
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

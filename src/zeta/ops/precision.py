@@ -1,0 +1,56 @@
+"""How exactly float32 is multiplied where a processor multiplies matrices in bfloat16 alone (AMX).
+
+A float32 number is the sum of three bfloat16 ones. ``"highest"`` keeps all three, at six products
+for one, with errors as float32's own; ``"high"`` keeps two, at three products, with relative errors
+of about 1e-5. Elsewhere float32 is multiplied as it is, whatever is said here.
+"""
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["highest", "high"]
+
+_chosen: Precision | None = None
+
+
+def set_float32_precision(precision: Precision | None) -> None:
+    """Choose how exactly attention multiplies float32 on processors with AMX.
+
+    It holds for calls that do not say so themselves with ``precision=``. A compiled function keeps
+    what torch said when it was compiled.
+
+    Args:
+        precision: ``"highest"``: errors as float32's own. ``"high"``: about 1e-5, in half the time.
+            None, as at the start: follow ``torch.get_float32_matmul_precision()``, torch's
+            ``"medium"`` as ``"high"``.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    check_precision(precision)
+    global _chosen
+    _chosen = precision
+
+
+def float32_precision(precision: Precision | None = None) -> Precision:
+    """What holds for a call that asks for ``precision``."""
+    found = precision or _chosen
+    if found is not None:
+        return found
+    return "highest" if _of_torch() == "highest" else "high"
+
+
+def _of_torch() -> str:
+    return torch.get_float32_matmul_precision()
+
+
+# torch.compile cannot look into it, and takes what it finds while it traces: what
+# `torch.compiler.assume_constant_result` does, which imports the compiler.
+_of_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
+
+
+def check_precision(precision: object) -> None:
+    """Raise ValueError unless it is a `Precision` or None."""
+    if precision not in (None, "highest", "high"):
+        raise ValueError(f"precision must be 'highest', 'high' or None; got {precision!r}")

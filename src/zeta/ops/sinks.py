@@ -1,0 +1,96 @@
+"""Attention sinks: a learned score a head that takes a share of the softmax and gives nothing back.
+
+A sink stands in the denominator only. With ``lse`` the log-sum-exp of a row without it, what the
+keys keep is ``exp(lse) / (exp(lse) + exp(sink)) = sigmoid(lse - sink)``; output and weights shrink
+by that factor, and nothing else changes. So every backend has sinks, with their gradients, once it
+returns its log-sum-exp. Xiao et al., 2024, https://arxiv.org/abs/2309.17453; as learned scores in
+GPT-OSS, https://arxiv.org/abs/2508.10925.
+
+Shape suffixes: B batch, H query heads, T target length, S source length, D head dimension.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from zeta.ops.call import AttentionCall
+from zeta.ops.parts import Indivisible, heads_of
+from zeta.ops.transforms import is_transforming
+
+
+def without_sinks(call: AttentionCall) -> AttentionCall:
+    """What a backend is asked in its place: the output with the log-sum-exp, or the weights."""
+    result = "lse" if call.result == "output" else call.result
+    return dataclasses.replace(call, sinks=None, result=result)
+
+
+def attenuate(out_BHTD: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of a call, from those of the call without its sinks."""
+    least = torch.finfo(lse_BHT.dtype).min
+    # Finite, so that a row without keys, or a head without a sink, makes no inf - inf.
+    keys_BHT = lse_BHT.clamp(min=least)
+    sinks_H1 = sinks_H.to(lse_BHT.dtype).clamp(min=least).unsqueeze(-1)
+    # The derivative of `sigmoid` is made from 1 - sigmoid, of which little is left at a small sink.
+    kept_BHT1 = F.logsigmoid(keys_BHT - sinks_H1).exp().unsqueeze(-1)
+    total_BHT = torch.logaddexp(keys_BHT, sinks_H1)
+    total_BHT = torch.where(total_BHT == least, float("-inf"), total_BHT)
+    return (out_BHTD * kept_BHT1).to(out_BHTD.dtype), total_BHT
+
+
+def attenuated_weights(
+    call: AttentionCall,
+    run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]],
+    weights: Callable[[AttentionCall], Tensor],
+) -> Tensor:
+    """The weights of a call with sinks.
+
+    Args:
+        call: Its ``result`` is ``"weights"`` or ``"mean_weights"``.
+        run, weights: Of a backend, for calls without sinks.
+
+    Returns:
+        ``(B, H, T, S)``, or ``(B, T, S)`` averaged over heads, in the query's dtype.
+    """
+    if call.result == "mean_weights":
+        return _mean(call, run, weights)
+    plain = without_sinks(call)
+    weights_BHTS = weights(plain)
+    lse_BHT = run(dataclasses.replace(plain, value=call.key, result="lse"))[1]
+    assert lse_BHT is not None
+    assert call.sinks is not None
+    return attenuate(weights_BHTS, lse_BHT, call.sinks)[0]
+
+
+def _mean(
+    call: AttentionCall,
+    run: Callable[[AttentionCall], tuple[Tensor, Tensor | None]],
+    weights: Callable[[AttentionCall], Tensor],
+) -> Tensor:
+    """Head by head, each with a factor of its own; the heads are never held together."""
+    every = dataclasses.replace(call, result="weights")
+
+    def of_head(head: int) -> Tensor:
+        part = attenuated_weights(heads_of(every, slice(head, head + 1)), run, weights)
+        return part.squeeze(1).to(call.wide_dtype)
+
+    shape = (call.batch, call.target, call.source)
+    total_BTS = call.query.new_zeros(shape, dtype=call.wide_dtype)
+    try:
+        for head in range(call.heads):
+            if torch.is_grad_enabled() and not _is_traced():
+                # Made again for the gradient, which would otherwise keep those of all heads.
+                part = checkpoint(of_head, head, use_reentrant=False, preserve_rng_state=False)
+            else:
+                part = of_head(head)
+            total_BTS = total_BTS + part
+    except Indivisible:
+        return attenuated_weights(every, run, weights).mean(1)
+    return (total_BTS / call.heads).to(call.query.dtype)
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or is_transforming()

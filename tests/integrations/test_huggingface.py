@@ -1,0 +1,370 @@
+"""Transformers' models on Zeta: small random models of each family against ``eager``."""
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import zeta
+from tests.integrations.huggingface_families import (
+    FAMILIES,
+    Family,
+    results,
+    softmax_in_float64,
+    valid,
+)
+from tests.ops.cases import assert_within_bound
+from zeta.integrations import huggingface
+from zeta.integrations.huggingface.functions import attention
+from zeta.integrations.huggingface.standin import MaskStandIn
+
+GENERATING = [family for family in FAMILIES.values() if family.generates]
+CASES = [
+    (family, padding)
+    for family in FAMILIES.values()
+    for padding in (None, "right", "left")
+    if padding is None or family.kind != "image"
+]
+
+
+def named(value: Any) -> str:
+    return value.name if isinstance(value, Family) else str(value)
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    huggingface.register()
+    yield
+    huggingface.register()
+
+
+@functools.cache
+def eager(family: Family, padding: str | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    model = family.build(dtype, "eager").train()
+    with softmax_in_float64(pytest.MonkeyPatch()):
+        return results(family, model, family.inputs(padding, dtype))
+
+
+def assert_keeps_the_bound(family: Family, padding: str | None, **changes: Any) -> None:
+    model = family.build(torch.float32, "zeta", **changes).train()
+    given = family.inputs(padding, torch.float32)
+    found = results(family, model, given)
+    oracle = eager(family, padding, torch.float64)
+    # One rounding for each layer there and back; small parameters leave little room for luck.
+    rounding = 4 * torch.finfo(torch.float32).eps
+    assert_within_bound(found, eager(family, padding, torch.float32), oracle, rounding)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            valid(family, given, model.eval()(**given)), found["output"], atol=1e-5, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(("family", "padding"), CASES, ids=named)
+def test_outputs_and_gradients_keep_the_bound(family: Family, padding: str | None) -> None:
+    assert_keeps_the_bound(family, padding)
+
+
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+def test_a_structured_bias_keeps_the_bound(padding: str | None) -> None:
+    huggingface.register(structured_bias=True)
+    assert_keeps_the_bound(FAMILIES["t5"], padding)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=named)
+def test_attentions_equal_and_are_lazy(family: Family) -> None:
+    given = family.inputs(None if family.kind == "image" else "right", torch.float64)
+    model = family.build(torch.float64, "eager")
+    with softmax_in_float64(pytest.MonkeyPatch()):
+        expected = model(**given, output_attentions=True)
+    model.set_attn_implementation("zeta")
+    found = model(**given, output_attentions=True)
+    keys = [key for key in expected if "attentions" in key and expected[key]]
+    assert keys
+    for key in keys:
+        for weights, wanted in zip(found[key], expected[key], strict=True):
+            assert isinstance(weights, zeta.LazyWeights)
+            assert not weights.materialized
+            # The first sequence has no padding: every row is one that eager defines.
+            torch.testing.assert_close(weights[0], wanted[0])
+
+
+def generated(model: Any, family: Family, padding: str | None, **options: Any) -> Any:
+    with softmax_in_float64(pytest.MonkeyPatch()):
+        return model.generate(
+            **family.prompt(padding, torch.float64),
+            max_new_tokens=4,
+            max_length=None,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_attentions=True,
+            **options,
+        )
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", GENERATING, ids=named)
+def test_generation_equals_eager(family: Family, cache: str) -> None:
+    model = family.build(torch.float64, "eager")
+    given = {"family": family, "padding": "left", "cache_implementation": cache}
+    expected = generated(model, **given)
+    model.set_attn_implementation("zeta")
+    found = generated(model, **given)
+    assert torch.equal(found.sequences, expected.sequences)
+    if family.name == "whisper":
+        return
+    key = "attentions" if family.kind == "decoder" else "decoder_attentions"
+    for step, wanted in zip(found[key], expected[key], strict=True):
+        for weights, layer in zip(step, wanted, strict=True):
+            torch.testing.assert_close(weights[0], layer[0])
+    if family.name == "t5":
+        huggingface.register(structured_bias=True)
+        assert torch.equal(generated(model, **given).sequences, expected.sequences)
+
+
+def test_beams_equal_eager() -> None:
+    for family in (FAMILIES["t5"], FAMILIES["mistral"]):
+        model = family.build(torch.float64, "eager")
+        expected = generated(model, family, "left", num_beams=3)
+        model.set_attn_implementation("zeta")
+        found = generated(model, family, "left", num_beams=3)
+        assert torch.equal(found.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("name", ["mistral", "t5"])
+def test_a_cache_filled_in_chunks_gives_the_whole(name: str, static: bool) -> None:
+    huggingface.register(structured_bias=True)
+    family = FAMILIES[name]
+    model = family.build(torch.float64, "zeta")
+    given = family.inputs(None, torch.float64)
+    ids = given.pop("decoder_input_ids" if name == "t5" else "input_ids")
+    cache: Any = transformers.DynamicCache(config=model.config)
+    if static:
+        cache = transformers.StaticCache(config=model.config, max_cache_len=40)
+    if name == "t5":
+        given = {"encoder_outputs": model.encoder(input_ids=given["input_ids"])}
+        cross = transformers.DynamicCache(config=model.config)
+        cache = transformers.EncoderDecoderCache(cache, cross)
+    argument = "decoder_input_ids" if name == "t5" else "input_ids"
+    whole = model(**given, **{argument: ids}).logits
+    chunks = ids.split([5, 1, 9, 8], 1)
+    found = [model(**given, **{argument: ids}, past_key_values=cache).logits for ids in chunks]
+    torch.testing.assert_close(torch.cat(found, 1), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "mistral", "gpt2"])
+def test_a_compiled_model_is_one_graph(name: str) -> None:
+    huggingface.register(structured_bias=True)
+    family = FAMILIES[name]
+    model = family.build(torch.float64, "zeta")
+    given = family.inputs("right", torch.float64) | {"use_cache": False}
+    expected = valid(family, given, model(**given))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(valid(family, given, compiled(**given)), expected)
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_multilingual_t5_equals_eager(structured: bool) -> None:
+    huggingface.register(structured_bias=structured)
+    t5 = FAMILIES["t5"]
+    config = transformers.MT5Config(**t5.config().to_diff_dict() | {"dropout_rate": 0.0})
+    family = Family("mt5", lambda: config, "MT5ForConditionalGeneration", "seq2seq")
+    given = family.inputs("right", torch.float64)
+    expected = results(family, family.build(torch.float64, "eager"), given)
+    found = results(family, family.build(torch.float64, "zeta"), given)
+    assert_within_bound(found, expected, expected, rounding=1e-12)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_activation_checkpointing_changes_nothing(name: str, reentrant: bool) -> None:
+    huggingface.register(structured_bias=True)
+    family = FAMILIES[name]
+    model = family.build(torch.float64, "zeta").train()
+    given = family.inputs("right", torch.float64)
+    expected = results(family, model, given)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert_within_bound(results(family, model, given), expected, expected)
+
+
+def test_packed_sequences_stay_apart() -> None:
+    family = FAMILIES["mistral"]
+    ids = family.inputs(None, torch.float64)["input_ids"]
+    positions = torch.cat((torch.arange(9), torch.arange(14))).expand(2, -1)
+    given = {"input_ids": ids, "position_ids": positions}
+    model = family.build(torch.float64, "eager")
+    with softmax_in_float64(pytest.MonkeyPatch()):
+        expected = results(family, model, given)
+    model.set_attn_implementation("zeta")
+    assert_within_bound(results(family, model, given), expected, expected, rounding=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float64])
+def test_a_mask_of_ones_own_is_taken_as_it_is(dtype: torch.dtype) -> None:
+    family = FAMILIES["llama"]
+    ids = family.inputs(None, torch.float64)["input_ids"]
+    seen = torch.rand(2, 1, 23, 23) < 0.5
+    seen |= torch.eye(23, dtype=torch.bool)
+    least = torch.finfo(torch.float64).min
+    added = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, least)
+    model = family.build(torch.float64, "eager")
+    with softmax_in_float64(pytest.MonkeyPatch()):
+        expected = model(input_ids=ids, attention_mask=added).logits
+    model.set_attn_implementation("zeta")
+    found = model(input_ids=ids, attention_mask=seen if dtype == torch.bool else added).logits
+    torch.testing.assert_close(found, expected)
+
+
+def test_dropout_follows_the_seed() -> None:
+    family = FAMILIES["bert"]
+    model = family.build(torch.float32, "zeta", attention_probs_dropout_prob=0.4).train()
+    given = family.inputs("right", torch.float32)
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return model(**given).logits
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.allclose(run(1), run(2))
+    assert torch.equal(model.eval()(**given).logits, run(3))
+
+
+def test_dropout_leaves_the_mean() -> None:
+    module = nn.Module()
+    query, key, value = torch.randn(3, 1, 2, 5, 8).unbind()
+    call = functools.partial(attention, module, query, key, value, None, is_causal=False)
+    samples = torch.stack([call(dropout=0.3)[0] for _ in range(300)])
+    error = (samples.mean(0) - call()[0]).abs()
+    assert samples.std(0).min() > 0
+    assert (error < 5 * samples.std(0) / 300**0.5).all()
+
+
+def largest_allocation(model: Any, given: dict[str, Tensor]) -> int:
+    """Of a training step, in bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from zeta.bench.memory import _allocations
+    from zeta.ops.backends.chunked import passes
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        model(**given).logits.float().square().mean().backward()
+    tree = profiled.profiler.kineto_results.experimental_event_tree()
+    # Beside memory that the backend allocates and frees untouched.
+    return max(size for _, size in _allocations(tree) if size != passes._LARGEST_KEPT)
+
+
+LENGTH = 2048
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+@pytest.mark.parametrize("name", ["t5", "mistral", "bert"])
+def test_training_makes_nothing_of_target_by_source(name: str) -> None:
+    huggingface.register(structured_bias=True)
+    family = FAMILIES[name]
+    changes = {} if name == "t5" else {"max_position_embeddings": LENGTH}
+    model = family.build(torch.float32, "zeta", **changes).train()
+    given = {"input_ids": torch.ones(1, LENGTH, dtype=torch.int64)}
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    given["attention_mask"][:, -100:] = 0
+    if name == "t5":
+        given["decoder_input_ids"] = given["input_ids"]
+    # Not even one of bool: a block of scores, of 2**20 numbers in float32, is as large as that.
+    assert largest_allocation(model, given) <= LENGTH * LENGTH
+    model.set_attn_implementation("eager")
+    assert largest_allocation(model, given) > 4 * LENGTH * LENGTH
+
+
+def test_the_mask_of_a_model_is_a_pattern_until_it_is_read() -> None:
+    family = FAMILIES["mistral"]
+    model = family.build(torch.float32, "zeta")
+    given = family.inputs("right", torch.float32)
+    seen: list[Tensor] = []
+    layer = model.model.layers[0]
+    layer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    model(**given)
+    (mask,) = seen
+    assert isinstance(mask, MaskStandIn)
+    assert mask._made is None
+    assert mask.contiguous() is mask
+    assert isinstance(mask.detach(), MaskStandIn)
+    window = zeta.masks.SlidingWindow(7) & zeta.masks.Padding(torch.tensor([23, 14]))
+    assert torch.equal(mask & True, window.dense(2, 1, 23, 23))
+    assert mask._made is not None
+
+
+def test_an_unknown_mask_function_is_made_dense() -> None:
+    from transformers.masking_utils import create_bidirectional_sliding_window_mask as create
+
+    config = FAMILIES["mistral"].config()
+    given = {"inputs_embeds": torch.zeros(2, 12, 32), "attention_mask": None}
+    config._attn_implementation = "sdpa"
+    expected = create(config, **given)
+    config._attn_implementation = "zeta"
+    found = create(config, **given)
+    assert not isinstance(found, MaskStandIn)
+    assert torch.equal(found, expected)
+
+
+def test_registering_wraps_and_unwraps_t5_alone() -> None:
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    plain = T5Attention.forward
+    for _ in range(2):
+        huggingface.register(structured_bias=True)
+    assert T5Attention.forward is not plain
+    assert T5Attention.forward.without_table is plain
+    family = FAMILIES["t5"]
+    expected = eager(family, None, torch.float64)
+    model = family.build(torch.float64, "eager").train()
+    with softmax_in_float64(pytest.MonkeyPatch()):
+        found = results(family, model, family.inputs(None, torch.float64))
+    assert_within_bound(found, expected, expected)
+    huggingface.register()
+    assert T5Attention.forward is plain
+
+
+def test_an_absent_or_old_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = r"needs transformers 5\.23 or newer.*pip install 'zeta-attention\[transformers\]'"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["transformers"], "__version__", "4.57.1")
+        with pytest.raises(ImportError, match=r"and found 4\.57\.1") as caught:
+            huggingface.register()
+        assert caught.match(words)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=words):
+        huggingface.register()
+
+
+@pytest.mark.parametrize("name", ["cache", "indices", "block_indices", "sinks"])
+def test_what_zeta_cannot_express_is_refused(name: str) -> None:
+    query = torch.randn(1, 2, 3, 4)
+    words = f"cannot do .* \\(the argument '{name}' of Module\\); use another attn_implementation"
+    with pytest.raises(ValueError, match=words):
+        attention(nn.Module(), query, query, query, None, **{name: object()})
+
+
+def test_a_flat_mask_is_refused() -> None:
+    query = torch.randn(3, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"\(batch, 1 or heads, target, source\).*got \(3, 3\)"):
+        attention(nn.Module(), query, query, query, torch.ones(3, 3) > 0)
+
+
+def test_the_families_of_these_tests_can_fail() -> None:
+    family = FAMILIES["gpt_oss"]
+    model = family.build(torch.float64, "zeta").train()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.sinks[0] += 1e-4
+    expected = eager(family, None, torch.float64)
+    found = results(family, model, family.inputs(None, torch.float64))
+    with pytest.raises(AssertionError, match="output: rms error"):
+        assert_within_bound(found, expected, expected)
