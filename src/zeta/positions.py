@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+_ROUNDED_FROM = 8192
+
 
 def rotary_tables(
     positions: Tensor,
@@ -22,7 +24,8 @@ def rotary_tables(
 
     The angle of pair ``p`` at position ``n`` is ``n * base ** (-2p / head_dim)``. Angles are taken
     in ``angle_dtype``, so that far positions keep their fraction of a turn, and only their cosines
-    and sines are rounded to ``dtype``.
+    and sines are rounded to ``dtype``. Narrower angles than float64 are rounded as if they counted
+    from the last multiple of 8192: a distance means the same at any position.
 
     Args:
         positions: Any shape ``(...)``, integers or floats.
@@ -43,9 +46,13 @@ def rotary_tables(
         )
     exponent_P = torch.arange(0, head_dim, 2, dtype=angle_dtype, device=positions.device)
     frequency_P = 1.0 / base ** (exponent_P / head_dim)
-    angle = (positions.to(angle_dtype).unsqueeze(-1) * frequency_P).to(
-        torch.promote_types(angle_dtype, dtype)
-    )
+    if angle_dtype == torch.float64:
+        angle = positions.to(angle_dtype).unsqueeze(-1) * frequency_P
+    else:
+        rest = positions.fmod(_ROUNDED_FROM)
+        angle = (rest.to(angle_dtype).unsqueeze(-1) * frequency_P).to(torch.float64)
+        whole = (positions - rest).to(torch.float64)
+        angle = angle + whole.unsqueeze(-1) * frequency_P.to(torch.float64)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -71,11 +78,21 @@ def xpos_scale(
     Returns:
         ``(..., head_dim / 2)``.
     """
-    # In float32, as the models with xPos were trained.
-    feature_P = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    zeta_P = ((feature_P + 0.4 * head_dim) / (1.4 * head_dim)).to(torch.float64)
     power = positions.to(torch.float64).unsqueeze(-1) / scale_base
-    return (zeta_P**power).to(dtype)
+    return (_xpos_factors(head_dim, positions.device) ** power).to(dtype)
+
+
+def xpos_rates(
+    head_dim: int, *, scale_base: float = 512.0, device: torch.device | str | None = None
+) -> Tensor:
+    """Of `xpos_scale`, the binary logarithm at position 1: ``(head_dim / 2,)`` float64."""
+    return _xpos_factors(head_dim, device).log2_().div_(scale_base)
+
+
+def _xpos_factors(head_dim: int, device: torch.device | str | None) -> Tensor:
+    # In float32, as the models with xPos were trained.
+    feature_P = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
+    return ((feature_P + 0.4 * head_dim) / (1.4 * head_dim)).to(torch.float64)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True) -> Tensor:

@@ -35,7 +35,7 @@ class PlainDict:
         return self.state["prev_key"].shape[2] if self.state else 0
 
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
-        return DictCache(self.state).next_positions(num_tokens, device)
+        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
 
     def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
         return DictCache(self.state).update(key, value, key_padding_mask)

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import zeta
 from tests.caches.test_interface import tokens
 from zeta import masks
+from zeta.bench import peak_bytes
 from zeta.caches import Cached, DecodingCache, DynamicCache, StaticCache
 from zeta.nn import MultiheadAttention
 
@@ -219,3 +220,30 @@ def test_a_recorded_step_does_not_wait_for_the_device() -> None:
                 cache.update(key, key)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("num_kv_heads", [8, 2])
+def test_a_long_generation_of_a_module_needs_little_more_than_its_cache(num_kv_heads: int) -> None:
+    attention = MultiheadAttention(
+        {"xpos_rel_pos": True}, 512, 8, self_attention=True, num_kv_heads=num_kv_heads
+    ).eval()
+    x, earlier = torch.randn(1, 1, 512), torch.randn(1, num_kv_heads, 1, 64)
+    nbytes = 0
+
+    def generate() -> None:
+        nonlocal nbytes
+        cache = StaticCache(4096)
+        for number in range(4096):
+            # Most of them without the module: profiling takes a millisecond an operation.
+            if 8 <= number < 4088:
+                cache.update(earlier, earlier)
+            else:
+                attention(x, x, x, cache, is_causal=True, need_weights=False)
+        assert cache.length == 4096
+        nbytes = cache.nbytes
+
+    with torch.inference_mode():
+        peak = peak_bytes(generate, device="cpu")
+    assert nbytes == 2 * num_kv_heads * 4096 * 64 * 4
+    assert nbytes <= peak <= 1.1 * nbytes, f"{peak / nbytes:.3f} times its cache"

@@ -1,5 +1,6 @@
 """`generate` and `stream`: each sequence is continued as it would be alone, without a cache."""
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 
@@ -270,3 +271,17 @@ def test_caches_must_be_empty_and_logits_of_the_right_shape() -> None:
         generate(model, prompt, caches, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"must return logits \(1, 2, vocabulary\); got \(1, 7\)"):
         generate(lambda *_: torch.zeros(1, 7), prompt, [], max_new_tokens=1)
+
+
+def test_a_bar_is_drawn_only_when_asked_for(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = Toy(), torch.tensor([[1, 2, 3]])
+    silent = generate(model, prompt, model.caches(), max_new_tokens=5)
+    assert capfd.readouterr().err == ""
+    shown = generate(model, prompt, model.caches(), max_new_tokens=5, progress=True)
+    assert "/5 [" in capfd.readouterr().err
+    assert torch.equal(silent.tokens, shown.tokens)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ImportError, match=r"needs tqdm: pip install 'zeta-attention\[demo\]'"):
+        generate(model, prompt, model.caches(), max_new_tokens=5, progress=True)

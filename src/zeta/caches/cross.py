@@ -36,6 +36,7 @@ class CrossCache:
                 f"incremental_state must hold both of {KEY!r} and {VALUE!r}, or neither"
             )
         self._forks: Forks[dict[str, Any]] = Forks()
+        self._before: dict[str, Any] | None = None
 
     @property
     def length(self) -> int:
@@ -47,6 +48,7 @@ class CrossCache:
         """Keep projected keys ``(B, G, S, D)`` and values, in place of any that are there."""
         batch, _, source, _ = key.shape
         padding = extend_padding(None, key_padding_mask, batch=batch, length=source, added=source)
+        self._before = dict(self._state)
         self._state[KEY], self._state[VALUE] = key, value
         self._state[STATIC] = torch.ones(batch, dtype=torch.bool, device=key.device)
         self._state.pop(PADDING, None)
@@ -67,6 +69,7 @@ class CrossCache:
         Raises:
             ValueError: The cache is for another batch size or another source.
         """
+        self._before = None
         key, value = self._state[KEY], self._state[VALUE]
         length = key.shape[2]
         if key.dim() != 4 or key.shape[0] != batch:
@@ -82,14 +85,22 @@ class CrossCache:
         padding = extend_padding(None, key_padding_mask, batch=batch, length=length, added=length)
         return Cached(key, value, None, self._state.get(PADDING) if padding is None else padding)
 
-    def count_queries(self, query: Tensor) -> Tensor:
-        """Positions ``(B, T)`` of this call's queries ``(B, T, E)``, after all earlier ones."""
+    def take_back(self) -> None:
+        """Undo the `update` of a call that has failed."""
+        if self._before is not None:
+            self._replace(self._before)
+            self._before = None
+
+    def next_queries(self, query: Tensor) -> Tensor:
+        """Positions ``(B, T)`` of this call's queries ``(B, T, E)``, after those counted."""
         batch, target = query.shape[:2]
+        at_T = torch.arange(target, device=query.device)
         next_B = self._state.get(QUERIES)
-        if next_B is None:
-            next_B = torch.zeros(batch, dtype=torch.int64, device=query.device)
-        self._state[QUERIES] = next_B + target
-        return next_B[:, None] + torch.arange(target, device=query.device)
+        return at_T.expand(batch, -1) if next_B is None else next_B[:, None] + at_T
+
+    def count_queries(self, query: Tensor) -> None:
+        """Count the queries of a call that was successful."""
+        self._state[QUERIES] = self.next_queries(query)[:, -1] + 1
 
     def reorder(self, index: Tensor) -> None:
         """See `DecodingCache`."""

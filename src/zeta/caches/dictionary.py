@@ -6,6 +6,7 @@ Everything in the dict is a tensor whose first dimension is the batch, so that
 - ``prev_key``, ``prev_value``: ``(B, G, L, D)``, keys and values so far; keys rotated already;
 - ``prev_key_padding_mask``: ``(B, L)``, there once any padding was given;
 - ``prev_key_rotated``: ``(B,)``, there where the attention rotates its keys;
+- ``prev_key_origin``: ``(B,)``, there where xPos counts from another position than 0;
 - ``prev_key_static``: ``(B,)``, there in a cross-attention's dict;
 - ``prev_queries``: ``(B,)``, number of queries so far, there in that of a multiway cross-attention.
 
@@ -23,7 +24,8 @@ from zeta.caches.interface import Cached
 from zeta.caches.padding import extend_padding
 
 KEY, VALUE, PADDING = "prev_key", "prev_value", "prev_key_padding_mask"
-ROTATED, STATIC, QUERIES = "prev_key_rotated", "prev_key_static", "prev_queries"
+ROTATED, ORIGIN = "prev_key_rotated", "prev_key_origin"
+STATIC, QUERIES = "prev_key_static", "prev_queries"
 
 
 class DictCache:
@@ -69,7 +71,18 @@ class DictCache:
         """See `zeta.caches.Cache`."""
         return torch.arange(self.length, self.length + num_tokens, device=device)[None]
 
-    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+    def origin(self, first: Tensor | None) -> Tensor | None:
+        """See `zeta.caches.Cache`."""
+        return self._state.get(ORIGIN) if self.length else first
+
+    def update(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        origin: Tensor | None = None,
+    ) -> Cached:
         """Append tokens; see `zeta.caches.Cache`."""
         state = self._state
         batch, _, added, _ = key.shape
@@ -97,6 +110,8 @@ class DictCache:
             state[PADDING] = padding
         if self._rotate is not None and ROTATED not in state:
             state[ROTATED] = _flag(key)
+        if origin is not None:
+            state[ORIGIN] = origin.expand(batch)
         return Cached(key, value, None, padding)
 
     def take_back(self) -> None:

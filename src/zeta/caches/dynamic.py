@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from zeta.caches.dictionary import KEY, PADDING, ROTATED, STATIC, VALUE
+from zeta.caches.dictionary import KEY, ORIGIN, PADDING, ROTATED, STATIC, VALUE
 from zeta.caches.form import Form
 from zeta.caches.growing import GrowingCache
 
@@ -37,13 +37,13 @@ class DynamicCache(GrowingCache):
             return
         if STATIC in state:
             raise ValueError("state holds the keys of a cross-attention, which do not grow")
-        unknown = set(state) - {KEY, VALUE, PADDING, ROTATED}
+        unknown = set(state) - {KEY, VALUE, PADDING, ROTATED, ORIGIN}
         if KEY not in state or VALUE not in state or unknown:
             raise ValueError(
                 f"state must have {KEY!r} and {VALUE!r}, and possibly {PADDING!r}; "
                 f"got {sorted(state)}"
             )
-        self.update(state[KEY], state[VALUE], state.get(PADDING))
+        self.update(state[KEY], state[VALUE], state.get(PADDING), origin=state.get(ORIGIN))
 
     @property
     def key(self) -> Tensor | None:

@@ -14,6 +14,7 @@ from zeta.caches.forks import Forks
 from zeta.caches.form import Form
 from zeta.caches.interface import Cached
 from zeta.caches.padding import extend_padding
+from zeta.caches.states import origin_of
 
 
 class _State(NamedTuple):
@@ -22,6 +23,7 @@ class _State(NamedTuple):
     form: Form
     parts: tuple[Tensor, ...]
     padding: Tensor | None
+    origin: Tensor | None
 
     @property
     def length(self) -> int:
@@ -35,6 +37,7 @@ class GrowingCache(abc.ABC):
 
     def __init__(self) -> None:
         self._state: _State | None = None
+        self._before: _State | None = None
         self._forks: Forks[_State | None] = Forks()
 
     @abc.abstractmethod
@@ -58,7 +61,18 @@ class GrowingCache(abc.ABC):
         """See `Cache`."""
         return torch.arange(self.length, self.length + num_tokens, device=device)[None]
 
-    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+    def origin(self, first: Tensor | None) -> Tensor | None:
+        """See `Cache`."""
+        return first if self._state is None or not self._state.length else self._state.origin
+
+    def update(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        origin: Tensor | None = None,
+    ) -> Cached:
         """See `Cache`."""
         form = Form.of(key, value)
         before: tuple[Tensor, ...] | tuple[None, ...]
@@ -73,8 +87,15 @@ class GrowingCache(abc.ABC):
         )
         new = self._encode(key, value)
         parts = tuple(growth.append(old, part) for old, part in zip(before, new, strict=True))
-        self._state = _State(form, parts, padding)
+        origin = None if origin is None else origin.expand(form.batch)
+        self._before = self._state
+        self._state = _State(form, parts, padding, origin)
         return Cached(*self._decode(form, parts), None, padding)
+
+    def take_back(self) -> None:
+        """See `Cache`."""
+        self._state = self._before
+        self._reclaim()
 
     def reorder(self, index: Tensor) -> None:
         """See `DecodingCache`."""
@@ -90,22 +111,23 @@ class GrowingCache(abc.ABC):
 
     def _take(self, index: Tensor) -> None:
         assert self._state is not None
-        form, parts, padding = self._state
+        form, parts, *rows = self._state
         self._state = _State(
             form._replace(batch=len(index)),
             tuple(growth.take(part, index) for part in parts),
-            None if padding is None else padding.index_select(0, index),
+            *(None if tensor is None else tensor.index_select(0, index) for tensor in rows),
         )
 
     def crop(self, length: int) -> None:
         """See `DecodingCache`."""
         checks.check_crop(length, self.length)
         if self._state is not None:
-            form, parts, padding = self._state
+            form, parts, padding, origin = self._state
             self._state = _State(
                 form,
                 tuple(part.narrow(2, 0, length) for part in parts),
                 None if padding is None else padding[:, :length],
+                origin,
             )
             self._reclaim()
 
@@ -135,7 +157,7 @@ class GrowingCache(abc.ABC):
 
     def reset(self) -> None:
         """See `DecodingCache`."""
-        self._state = None
+        self._state = self._before = None
         self._forks.clear()
 
     @property
@@ -152,9 +174,10 @@ class GrowingCache(abc.ABC):
         found: dict[str, Any] = dict.fromkeys(self._state_names())
         found[checks.KIND] = type(self).__name__
         if self._state is not None:
-            form, parts, padding = self._state
+            form, parts, padding, origin = self._state
             found["form"] = tuple(form[:5])
             found["padding"] = None if padding is None else padding.clone()
+            found["origin"] = None if origin is None else origin.clone()
             for name, part in zip(self._part_names, parts, strict=True):
                 found[name] = part.clone(memory_format=torch.contiguous_format)
         return found
@@ -166,7 +189,7 @@ class GrowingCache(abc.ABC):
         self._forks.clear()
 
     def _state_names(self) -> set[str]:
-        return {"form", "padding", *self._part_names}
+        return {"form", "padding", "origin", *self._part_names}
 
     def _loaded(self, state: dict[str, Any]) -> _State:
         first = state[self._part_names[0]]
@@ -182,7 +205,9 @@ class GrowingCache(abc.ABC):
         padding = state["padding"]
         if padding is not None:
             padding = checks.check_tensor("padding", padding, (form.batch, length), padding.dtype)
-        return _State(form, tuple(parts), None if padding is None else padding.clone())
+            padding = padding.clone()
+        origin = origin_of(state, form.batch)
+        return _State(form, tuple(parts), padding, None if origin is None else origin.clone())
 
     def to(self, device: torch.device | str) -> Self:
         """See `DecodingCache`."""
@@ -196,6 +221,6 @@ class GrowingCache(abc.ABC):
 def _moved(state: _State | None, device: torch.device) -> _State | None:
     if state is None or state.form.device == device:
         return state
-    padding = None if state.padding is None else state.padding.to(device)
     parts = tuple(part.to(device) for part in state.parts)
-    return _State(state.form._replace(device=device), parts, padding)
+    rows = (None if t is None else t.to(device) for t in (state.padding, state.origin))
+    return _State(state.form._replace(device=device), parts, *rows)

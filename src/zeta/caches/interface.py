@@ -58,7 +58,25 @@ class Cache(Protocol):
         """Positions ``(1 or B, num_tokens)`` int64 of the tokens that come next."""
         ...
 
-    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+    def origin(self, first: Tensor | None) -> Tensor | None:
+        """From which position an attention whose keys decay counts those of these tokens.
+
+        Args:
+            first: ``(1 or B,)`` int64, where it would begin; None: at 0.
+
+        Returns:
+            What `update` was given with the last tokens; ``first`` if there are none yet.
+        """
+        ...
+
+    def update(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        origin: Tensor | None = None,
+    ) -> Cached:
         """Append tokens.
 
         Args:
@@ -67,11 +85,16 @@ class Cache(Protocol):
             key_padding_mask: ``(B, N)`` for the new tokens, or ``(B, length)`` for all, which
                 replaces what was remembered. bool, True for padding, or floating point, added to
                 the scores.
+            origin: ``(1 or B,)`` int64, kept for `origin`.
 
         Raises:
             ValueError: The tokens do not fit those that are there.
             CacheFullError: There is no room for them.
         """
+        ...
+
+    def take_back(self) -> None:
+        """Undo the `update` that was just made: the call that it was for has failed."""
         ...
 
 

@@ -42,6 +42,7 @@ class PagedCache:
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
         self._rows: Rows | None = None
+        self._before: Rows | None = None
         self._forks: Forks[Rows | None] = Forks()
         self._table: Tensor | None = None
 
@@ -65,7 +66,18 @@ class PagedCache:
         first = torch.tensor([self.length] if alike else self.lengths, device=device)
         return first[:, None] + torch.arange(num_tokens, device=device)
 
-    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+    def origin(self, first: Tensor | None) -> Tensor | None:
+        """See `Cache`."""
+        return self._rows.origin if self._rows is not None and self.length else first
+
+    def update(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        origin: Tensor | None = None,
+    ) -> Cached:
         """See `Cache`.
 
         Raises:
@@ -85,14 +97,28 @@ class PagedCache:
             self._table = None
         query_positions = self.next_positions(added, form.device)
         lengths = tuple(map(sum, zip(rows.lengths, counts, strict=True)))
+        self._before = self._rows
         self._write(tables, rows.lengths, counts, key, value)
-        self._rows = Rows(tables, lengths, padding)
+        origin = None if origin is None else origin.expand(form.batch)
+        self._rows = Rows(tables, lengths, padding, origin)
         keys, values = self._gathered()
         if len(set(lengths)) == 1 and set(counts) == {added}:
             return Cached(keys, values, None, padding)
         if not self.length:
             padding = None  # One empty slot stands for the keys that there are not.
         return Cached(keys, values, self._positions(form.device), padding, query_positions)
+
+    def take_back(self) -> None:
+        """See `Cache`. A page that was copied to be written to stays a copy."""
+        before, made = self._before, self._rows
+        if made is None:
+            return
+        if before is None:
+            self._replace(None)
+            return
+        size = self.pool.page_size
+        pairs = zip(made.tables, before.lengths, strict=True)
+        self._replace(before._replace(tables=tuple(t[: -(-n // size)] for t, n in pairs)))
 
     def _make_room(self, rows: Rows, counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """The tables with pages for more tokens, and a page that is written to used once."""
@@ -240,7 +266,7 @@ class PagedCache:
         tokens = None
         if self._rows is not None and self.length:
             form = self.pool.form(len(self.lengths))
-            tokens = Tokens(form, *self._gathered(), self._rows.padding)
+            tokens = Tokens(form, *self._gathered(), self._rows.padding, self._rows.origin)
         return dict_of("PagedCache", tokens) | {"lengths": list(self.lengths)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -266,7 +292,7 @@ class PagedCache:
             self._write(tables, none.lengths, lengths, key, value)
             padding = tokens.padding
             padding = None if padding is None else padding.to(form.device, copy=True)
-            rows = Rows(tables, lengths, padding)
+            rows = Rows(tables, lengths, padding, tokens.origin)
         elif lengths:
             rows = Rows(((),) * len(lengths), lengths, None)
         self.reset()

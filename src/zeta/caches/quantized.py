@@ -30,6 +30,9 @@ class QuantizedCache(GrowingCache):
         ValueError: ``bits`` is something else.
     """
 
+    wants_even_keys = True
+    """The codes spread over all features of a head: none may be far larger than the others."""
+
     _part_names = ("key_codes", "key_ranges", "value_codes", "value_ranges")
 
     def __init__(self, bits: int = 8) -> None:
@@ -38,10 +41,17 @@ class QuantizedCache(GrowingCache):
         super().__init__()
         self.bits = bits
 
-    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
-        """See `Cache`."""
+    def update(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        origin: Tensor | None = None,
+    ) -> Cached:
+        """See `GrowingCache`."""
         checks.check_no_gradient("QuantizedCache", key, value)
-        return super().update(key, value, key_padding_mask)
+        return super().update(key, value, key_padding_mask, origin=origin)
 
     def _encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         return *quantize(key, self.bits), *quantize(value, self.bits)

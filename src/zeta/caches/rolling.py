@@ -27,6 +27,16 @@ class _State(NamedTuple):
     slots: Slots
     padding_BC: Tensor | None
     length: int
+    origin: Tensor | None = None
+
+
+class _Overwritten(NamedTuple):
+    """What an update replaced: the state, and of its slots ``at`` the contents."""
+
+    state: _State | None
+    at: Tensor
+    key: Tensor
+    value: Tensor
 
 
 class _Kept(NamedTuple):
@@ -66,6 +76,7 @@ class RollingCache:
         self.sinks = sinks
         self._ring = Ring(window, sinks)
         self._state: _State | None = None
+        self._before: _Overwritten | None = None
         self._forks: Forks[_Kept] = Forks()
 
     @property
@@ -77,7 +88,18 @@ class RollingCache:
         """See `Cache`."""
         return torch.arange(self.length, self.length + num_tokens, device=device)[None]
 
-    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+    def origin(self, first: Tensor | None) -> Tensor | None:
+        """See `Cache`."""
+        return first if self._state is None or not self._state.length else self._state.origin
+
+    def update(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        origin: Tensor | None = None,
+    ) -> Cached:
         """See `Cache`. Of a padding mask for all tokens, those of forgotten ones are not read."""
         checks.check_no_gradient("RollingCache", key, value)
         form = Form.of(key, value)
@@ -103,7 +125,12 @@ class RollingCache:
                 None if ordered else new_N[None],
                 self._ring.mask(form.batch, form.device),
             )
-        self._state = self._written(state, key, value, padding, new_N)
+        at = self._ring.slots_of(new_N[-self._ring.num_slots :])
+        old = state.slots
+        contents = old.key.index_select(2, at), old.value.index_select(2, at)
+        self._before = _Overwritten(self._state, at, *contents)
+        written = self._written(state, key, value, padding, new_N)
+        self._state = written._replace(origin=None if origin is None else origin.expand(form.batch))
         return self._kept_and_last() if joined is None else joined
 
     def _joined_padding(
@@ -156,7 +183,7 @@ class RollingCache:
     def _kept_and_last(self) -> Cached:
         """What the last token sees: all that is kept."""
         assert self._state is not None
-        slots, padding, length = self._state
+        slots, padding, length, _ = self._state
         num_kept = min(length, self._ring.num_slots)
         key, value = slots.show(num_kept)
         padding = None if padding is None else padding[:, :num_kept]
@@ -166,6 +193,16 @@ class RollingCache:
         positions = self._ring.positions_kept(length, device)[None]
         last = torch.full((1, 1), length - 1, device=device)
         return Cached(key, value, positions, padding, last)
+
+    def take_back(self) -> None:
+        """See `Cache`."""
+        if self._before is None:
+            return
+        self._state, at, key, value = self._before
+        self._before = None
+        if self._state is not None:
+            self._state.slots.scatter(at, key, value)
+            self._state.slots.changed()
 
     def reorder(self, index: Tensor) -> None:
         """See `DecodingCache`."""
@@ -181,11 +218,12 @@ class RollingCache:
 
     def _take(self, index: Tensor) -> None:
         assert self._state is not None
-        padding = self._state.padding_BC
+        _, padding, length, origin = self._state
         self._state = _State(
             self._unshared(self._state).take(index),
             None if padding is None else padding.index_select(0, index),
-            self._state.length,
+            length,
+            None if origin is None else origin.index_select(0, index),
         )
         self._limit_common(0)
 
@@ -202,11 +240,11 @@ class RollingCache:
             return
         # Tokens that the last query will see, but which later ones have been written over.
         start, stop = max(self.sinks, length - self.window), min(length, state.length - self.window)
-        slots, padding, _ = state
+        slots, padding, _, origin = state
         if start < stop:
             slots, padding = self._brought_back(state, start, stop)
         slots.changed()
-        self._state = _State(slots, padding, length)
+        self._state = _State(slots, padding, length, origin)
         self._limit_common(length)
 
     def _brought_back(self, state: _State, start: int, stop: int) -> tuple[Slots, Tensor | None]:
@@ -242,23 +280,23 @@ class RollingCache:
 
     def reset(self) -> None:
         """See `DecodingCache`."""
-        self._state = None
+        self._state = self._before = None
         self._forks.clear()
 
     @property
     def nbytes(self) -> int:
         """See `DecodingCache`."""
-        slots, padding, _ = self._state or (None, None, 0)
+        slots, padding, *_ = self._state or (None, None)
         return sum(held.nbytes for held in (slots, padding) if held is not None)
 
     def state_dict(self) -> dict[str, Any]:
         """See `DecodingCache`. Tokens are in the order of their slots."""
         tokens = None
         if self._state is not None:
-            slots, padding, length = self._state
+            slots, padding, length, origin = self._state
             num_kept = min(length, self._ring.num_slots)
             padding = None if padding is None else padding[:, :num_kept]
-            tokens = Tokens(slots.form, *slots.show(num_kept), padding)
+            tokens = Tokens(slots.form, *slots.show(num_kept), padding, origin)
         state = dict_of("RollingCache", tokens)
         return state | {"length": self.length, "window": self.window, "sinks": self.sinks}
 
@@ -282,7 +320,7 @@ class RollingCache:
             if padding is not None:
                 room = self._ring.num_slots - num_kept
                 padding = torch.cat((padding, padding.new_zeros(len(padding), room)), dim=1)
-            self._state = _State(slots, padding, length)
+            self._state = _State(slots, padding, length, tokens.origin)
 
     def to(self, device: torch.device | str) -> Self:
         """See `DecodingCache`."""
@@ -296,5 +334,6 @@ class RollingCache:
 def _moved(state: _State | None, device: torch.device) -> _State | None:
     if state is None:
         return None
-    padding = None if state.padding_BC is None else state.padding_BC.to(device)
-    return _State(state.slots.to(device), padding, state.length)
+    slots, padding, length, origin = state
+    padding, origin = (None if t is None else t.to(device) for t in (padding, origin))
+    return _State(slots.to(device), padding, length, origin)

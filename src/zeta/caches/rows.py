@@ -18,11 +18,13 @@ class Rows(NamedTuple):
         tables: Each sequence's pages.
         lengths: Each sequence's length.
         padding: ``(B, L)``, or None.
+        origin: ``(B,)``, or None; see `Cache.origin`.
     """
 
     tables: tuple[tuple[int, ...], ...]
     lengths: tuple[int, ...]
     padding: Tensor | None
+    origin: Tensor | None = None
 
     @property
     def pages(self) -> list[int]:
@@ -33,7 +35,8 @@ class Rows(NamedTuple):
         """The sequences ``order``."""
         lengths = tuple(self.lengths[b] for b in order)
         padding = None if self.padding is None else self.padding[order, : max(lengths)]
-        return Rows(tuple(self.tables[b] for b in order), lengths, padding)
+        origin = None if self.origin is None else self.origin[order]
+        return Rows(tuple(self.tables[b] for b in order), lengths, padding, origin)
 
     def crop(self, length: int, page_size: int) -> "Rows":
         """The first ``length`` tokens of each sequence."""
@@ -41,7 +44,7 @@ class Rows(NamedTuple):
         pairs = zip(self.tables, lengths, strict=True)
         tables = tuple(table[: -(-kept // page_size)] for table, kept in pairs)
         padding = None if self.padding is None else self.padding[:, :length]
-        return Rows(tables, lengths, padding)
+        return Rows(tables, lengths, padding, self.origin)
 
     def extended_padding(
         self, new: Tensor | None, added: int

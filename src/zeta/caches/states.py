@@ -11,16 +11,18 @@ from torch import Tensor
 from zeta.caches import checks
 from zeta.caches.form import Form
 
-STATE_NAMES = {"form", "key", "value", "padding"}
+STATE_NAMES = {"form", "key", "value", "padding", "origin"}
 
 
 class Tokens(NamedTuple):
-    """What a state dict holds: keys ``(B, G, L, D)``, values, and padding ``(B, L)`` or None."""
+    """What a state dict holds: keys ``(B, G, L, D)``, values, padding ``(B, L)`` or None, origin
+    ``(B,)`` or None."""
 
     form: Form
     key: Tensor
     value: Tensor
     padding: Tensor | None
+    origin: Tensor | None
 
 
 def dict_of(kind: str, tokens: Tokens | None) -> dict[str, Any]:
@@ -28,11 +30,12 @@ def dict_of(kind: str, tokens: Tokens | None) -> dict[str, Any]:
     state: dict[str, Any] = dict.fromkeys(sorted(STATE_NAMES))
     state[checks.KIND] = kind
     if tokens is not None:
-        form, key, value, padding = tokens
+        form, key, value, padding, origin = tokens
         state["form"] = tuple(form[:5])
         state["key"] = key.clone(memory_format=torch.contiguous_format)
         state["value"] = value.clone(memory_format=torch.contiguous_format)
         state["padding"] = None if padding is None else padding.clone()
+        state["origin"] = None if origin is None else origin.clone()
     return state
 
 
@@ -52,4 +55,14 @@ def tokens_of(state: dict[str, Any]) -> Tokens | None:
     if padding is not None:
         padding = checks.check_tensor("padding", padding, (batch, length), padding.dtype)
     form = Form(batch, heads, head_dim, value_dim, dtype, key.device)
-    return Tokens(form, key, value, padding)
+    return Tokens(form, key, value, padding, origin_of(state, batch))
+
+
+def origin_of(state: dict[str, Any], batch: int) -> Tensor | None:
+    """The origin of a state dict.
+
+    Raises:
+        ValueError: It has the wrong shape or dtype.
+    """
+    origin = state["origin"]
+    return None if origin is None else checks.check_tensor("origin", origin, (batch,), torch.int64)

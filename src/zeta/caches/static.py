@@ -13,6 +13,7 @@ from zeta.caches.forks import Forks
 from zeta.caches.form import Form
 from zeta.caches.interface import Cached, CacheFullError
 from zeta.caches.padding import extend_padding
+from zeta.caches.recording import is_recorded
 from zeta.caches.slots import Slots, own
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
 
@@ -23,12 +24,14 @@ class _Kept(NamedTuple):
     num_tokens: Tensor | None
     slots: Slots | None
     padding: Tensor | None
+    origin: Tensor | None
 
     def to(self, device: torch.device) -> "_Kept":
         return _Kept(
             None if self.num_tokens is None else own(self.num_tokens.to(device)),
             None if self.slots is None else self.slots.to(device),
             None if self.padding is None else own(self.padding.to(device)),
+            None if self.origin is None else own(self.origin.to(device)),
         )
 
 
@@ -53,9 +56,12 @@ class StaticCache:
         self.max_length = max_length
         self._slots: Slots | None = None
         self._padding_BC: Tensor | None = None
+        self._origin_B: Tensor | None = None
         # The length: on the device, and as far as the host knows it without asking; None: it must.
         self._count: Tensor | None = None
         self._known: int | None = 0
+        # Length and padding before the last eager update.
+        self._before: tuple[int, Tensor | None] = (0, None)
         self._forks: Forks[_Kept] = Forks()
 
     def allocate(
@@ -108,11 +114,25 @@ class StaticCache:
 
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """See `Cache`."""
-        if self._count is not None and _fixed(self._count.device):
+        if self._count is not None and is_recorded(self._count.device):
             return (self._count + torch.arange(num_tokens, device=device))[None]
         return torch.arange(self.length, self.length + num_tokens, device=device)[None]
 
-    def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
+    def origin(self, first: Tensor | None) -> Tensor | None:
+        """See `Cache`."""
+        if self._count is not None and is_recorded(self._count.device):
+            kept = 0 if self._origin_B is None else self._origin_B
+            return None if first is None else torch.where(self._count == 0, first, kept)
+        return self._origin_B if self.length else first
+
+    def update(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        *,
+        origin: Tensor | None = None,
+    ) -> Cached:
         """See `Cache`.
 
         In a traced or captured step a padding mask of all tokens is ``(B, max_length)``, and a full
@@ -120,11 +140,11 @@ class StaticCache:
         """
         checks.check_no_gradient("StaticCache", key, value)
         form = Form.of(key, value)
-        fixed = _fixed(form.device)
+        fixed = is_recorded(form.device)
         if self._slots is not None and (fixed or self.length):
             self._slots.form.check(form)
         if fixed:
-            return self._update_fixed(form, key, value, key_padding_mask)
+            return self._update_fixed(form, key, value, key_padding_mask, origin)
         first, added = self.length, key.shape[2]
         total = first + added
         if total > self.max_length:
@@ -132,31 +152,43 @@ class StaticCache:
                 f"a StaticCache of max_length={self.max_length} holds {first} tokens and has no "
                 f"room for {added} more"
             )
-        remembered = None if self._padding_BC is None else self._padding_BC[:, :first]
+        known = None if self._padding_BC is None else self._padding_BC[:, :first]
         padding = extend_padding(
-            remembered, key_padding_mask, batch=form.batch, length=total, added=added
+            known, key_padding_mask, batch=form.batch, length=total, added=added
         )
         slots = self._make_room(form)
+        remembered = self._padding_BC
+        self._before = first, None if remembered is None else own(remembered)
         slots.write(first, key, value)
         if padding is not None:
             self._keep_padding(padding)
+        self._keep_origin(origin, form.batch)
         assert self._count is not None
         self._count.fill_(total)
         self._known = total
         return Cached(*slots.show(total), None, padding)
 
     def _update_fixed(
-        self, form: Form, key: Tensor, value: Tensor, key_padding_mask: Tensor | None
+        self,
+        form: Form,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        origin: Tensor | None,
     ) -> Cached:
         """`update` with shapes that do not depend on the length, and without knowing it."""
         slots = self._make_room(form)
         assert self._count is not None
         added = key.shape[2]
         at_N = self._count + torch.arange(added, device=form.device)
-        message = f"a StaticCache of max_length={self.max_length} is full"
+        message = "a StaticCache is full"
+        if not torch.compiler.is_compiling():
+            # With dynamic=True it is a variable, which no text can hold.
+            message = f"a StaticCache of max_length={self.max_length} is full"
         torch._assert_async(self._count + added <= self.max_length, message)
         slots.scatter(at_N, key, value)
         self._pad_fixed(form, at_N, key_padding_mask)
+        self._keep_origin(origin, form.batch)
         self._count.add_(added)
         self._known = None
         slot_C = torch.arange(self.max_length, device=form.device)
@@ -182,11 +214,25 @@ class StaticCache:
         else:
             self._padding_BC.index_copy_(1, at_N, new)
 
+    def _keep_origin(self, origin: Tensor | None, batch: int) -> None:
+        if origin is None:
+            return
+        if self._origin_B is None or self._origin_B.shape[0] != batch:
+            self._origin_B = own(origin.expand(batch))
+        else:
+            self._origin_B.copy_(origin)
+
     def _keep_padding(self, padding_BL: Tensor) -> None:
         batch, length = padding_BL.shape
         if self._padding_BC is None or self._padding_BC.dtype != padding_BL.dtype:
             self._padding_BC = own(padding_BL.new_zeros(batch, self.max_length))
         self._padding_BC[:, :length].copy_(padding_BL)
+
+    def take_back(self) -> None:
+        """See `Cache`. A step that is recorded leaves nothing to undo."""
+        if self._slots is not None and not is_recorded(self._slots.form.device):
+            length, self._padding_BC = self._before
+            self._shorten(length)
 
     def reorder(self, index: Tensor) -> None:
         """See `DecodingCache`."""
@@ -206,6 +252,8 @@ class StaticCache:
         self._slots = self._slots.take(index)
         if self._padding_BC is not None:
             self._padding_BC = own(self._padding_BC.index_select(0, index))
+        if self._origin_B is not None:
+            self._origin_B = own(self._origin_B.index_select(0, index))
 
     def _back_up(self, slots: Slots, length: int) -> None:
         """Copy the memory for the open forks that still need tokens from ``length`` on."""
@@ -227,7 +275,8 @@ class StaticCache:
         """See `DecodingCache`."""
         count = None if self._count is None or self._known == 0 else self._count.clone()
         padding = None if self._padding_BC is None else own(self._padding_BC)
-        self._forks.open(_Kept(count, None, padding))
+        origin = None if self._origin_B is None else own(self._origin_B)
+        self._forks.open(_Kept(count, None, padding, origin))
 
     def commit(self) -> None:
         """See `DecodingCache`."""
@@ -236,7 +285,7 @@ class StaticCache:
     def rollback(self) -> None:
         """See `DecodingCache`."""
         kept = self._forks.close("rollback")
-        self._padding_BC = kept.padding
+        self._padding_BC, self._origin_B = kept.padding, kept.origin
         if self._slots is not None and kept.slots is not None:
             self._slots = self._slots.restore(kept.slots)
         self._shorten(0 if kept.num_tokens is None else int(kept.num_tokens))
@@ -244,7 +293,7 @@ class StaticCache:
     def reset(self) -> None:
         """See `DecodingCache`. The memory is kept for sequences of the same sizes."""
         self._forks.clear()
-        self._padding_BC = None
+        self._padding_BC = self._origin_B = None
         self._shorten(0)
 
     def _shorten(self, length: int) -> None:
@@ -268,7 +317,9 @@ class StaticCache:
         if self._slots is None or length == 0:
             return dict_of("StaticCache", None)
         padding = None if padding is None else padding[:, :length]
-        return dict_of("StaticCache", Tokens(self._slots.form, *self._slots.show(length), padding))
+        shown = self._slots.show(length)
+        tokens = Tokens(self._slots.form, *shown, padding, self._origin_B)
+        return dict_of("StaticCache", tokens)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `DecodingCache`. ``max_length`` may be another, if the tokens fit."""
@@ -282,19 +333,12 @@ class StaticCache:
         self.reset()
         if found is not None:
             with torch.inference_mode():
-                self.update(found.key, found.value, found.padding)
+                self.update(found.key, found.value, found.padding, origin=found.origin)
 
     def to(self, device: torch.device | str) -> Self:
         """See `DecodingCache`."""
         target = torch.empty(0, device=device).device
-        now = _Kept(self._count, self._slots, self._padding_BC).to(target)
-        self._count, self._slots, self._padding_BC = now
+        now = _Kept(self._count, self._slots, self._padding_BC, self._origin_B).to(target)
+        self._count, self._slots, self._padding_BC, self._origin_B = now
         self._forks.states = [kept.to(target) for kept in self._forks.states]
         return self
-
-
-def _fixed(device: torch.device) -> bool:
-    """Whether this step is recorded, to be run again at other lengths."""
-    if torch.compiler.is_compiling():
-        return True
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -169,12 +169,15 @@ def generate(
     draft: Draft | None = None,
     on_step: Callable[[Step], object] | None = None,
     fill: int = 0,
+    progress: bool = False,
 ) -> Generated:
     """`stream` to its end.
 
     Args:
-        on_step: Called with each `Step`, as for a progress bar.
+        on_step: Called with each `Step`.
         fill: What stands behind the end of a continuation that is shorter than the longest.
+        progress: Draw a bar of the steps on the standard error while it runs; a library is silent
+            unless asked. Needs tqdm: ``pip install 'zeta-attention[demo]'``.
         model, prompt, caches, max_new_tokens, padding, choose, stop_tokens, prefill_chunk, draft:
             As in `stream`.
 
@@ -183,11 +186,12 @@ def generate(
 
     Raises:
         ValueError, TypeError: As `stream`.
+        ImportError: ``progress`` was asked for, and tqdm is not installed.
     """
     batch = len(prompt)
     columns = []
     lengths_B = torch.zeros(batch, dtype=torch.int64, device=prompt.device)
-    for now in stream(
+    steps = stream(
         model,
         prompt,
         caches,
@@ -197,7 +201,8 @@ def generate(
         stop_tokens=stop_tokens,
         prefill_chunk=prefill_chunk,
         draft=draft,
-    ):
+    )
+    for now in _with_bar(steps, max_new_tokens) if progress else steps:
         column_B = torch.full((batch,), fill, dtype=torch.int64, device=prompt.device)
         column_B[now.rows] = now.tokens
         lengths_B[now.rows] += 1
@@ -205,3 +210,12 @@ def generate(
         if on_step is not None:
             on_step(now)
     return Generated(torch.stack(columns, dim=1), lengths_B)
+
+
+def _with_bar(steps: Iterator[Step], count: int) -> Iterator[Step]:
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install 'zeta-attention[demo]'") from error
+    shown: Iterator[Step] = iter(tqdm(steps, total=count, unit="token", leave=False))
+    return shown

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from zeta.caches import Cache, Cached, CrossCache, DictCache
+from zeta.caches import Cache, Cached, CrossCache
 from zeta.nn import checks
+from zeta.nn.anchors import Blocks
 from zeta.nn.calls import NeedWeights, attention_call, uncached, weights_of
 from zeta.nn.config import AttentionConfig
 from zeta.nn.initialization import draw_inputs, draw_output, reset_norms
@@ -200,9 +201,8 @@ class MultiheadAttention(nn.Module):
         checks.check_need_weights(need_weights)
         cache = None
         if incremental_state is not None:
-            rotate = None if self.xpos is None else partial(self.xpos.keys, positions=0)
             cache = open_state(
-                incremental_state, self.encoder_decoder_attention, is_first_step, rotate
+                incremental_state, self.encoder_decoder_attention, is_first_step, self.xpos
             )
         place = Placement.of(
             query, cache, positions, split_position,
@@ -213,9 +213,9 @@ class MultiheadAttention(nn.Module):
         query_BHTD = self._heads(parts["q_proj"], self.q_norm, query, place.query_route)
         if isinstance(cache, CrossCache) and cache.length:
             source = None if key is None else key.shape[1]
-            cached = cache.reuse(query.shape[0], source, key_padding_mask)
+            cached, blocks = cache.reuse(query.shape[0], source, key_padding_mask), None
         else:
-            query_BHTD, cached = self._remember(
+            query_BHTD, cached, blocks = self._remember(
                 query_BHTD, key, value, key_padding_mask, cache, place
             )
         try:
@@ -224,15 +224,18 @@ class MultiheadAttention(nn.Module):
                 window=self.window, scale=self.scale,
                 dropout_p=self.dropout if self.training else 0.0,
             )  # fmt: skip
-        except (TypeError, ValueError):
-            if isinstance(cache, DictCache):
+            out_BHTD = run(call)[0] if blocks is None else blocks.run(call)
+        except BaseException:
+            if cache is not None:
                 cache.take_back()
             raise
-        out_BTE = run(call)[0].transpose(1, 2).flatten(2)
+        out_BTE = out_BHTD.transpose(1, 2).flatten(2)
         if self.inner_attn_ln is not None:
             out_BTE = through(self.inner_attn_ln, out_BTE, place.query_route)
         out_BTE = through(parts["out_proj"], out_BTE, place.query_route)
-        return out_BTE, weights_of(call, need_weights)
+        if self.multiway and isinstance(cache, CrossCache):
+            cache.count_queries(query)
+        return out_BTE, weights_of(call, need_weights, blocks)
 
     if TYPE_CHECKING:
         # Of `nn.Module` a checker only learns that it returns something.
@@ -257,20 +260,24 @@ class MultiheadAttention(nn.Module):
         key_padding_mask: Tensor | None,
         cache: Cache | CrossCache | None,
         place: Placement,
-    ) -> tuple[Tensor, Cached]:
+    ) -> tuple[Tensor, Cached, Blocks | None]:
         """The queries, rotated, and all keys and values, those in the cache first."""
         key, value = checks.checked_source(query_BHTD.shape[0], key, value, self.kdim, self.vdim)
         parts: dict[str, Any] = self._modules
         key_BGND = self._heads(parts["k_proj"], self.k_norm, key, place.key_route)
         value_BGND = self._heads(parts["v_proj"], None, value, place.key_route)
+        if isinstance(cache, CrossCache):
+            return query_BHTD, cache.update(key_BGND, value_BGND, key_padding_mask), None
+        origin, blocks = None, None
         if self.xpos is not None:
-            query_BHTD, key_BGND = place.rotate(
-                self.xpos, query_BHTD, key_BGND,
-                keys_too=self.self_attention, cached=cache is not None,
-            )  # fmt: skip
+            query_BHTD, key_BGND, origin, blocks = place.rotate(
+                self.xpos, query_BHTD, key_BGND, cache, keys_too=self.self_attention
+            )
         if cache is None:
-            return query_BHTD, uncached(key_BGND, value_BGND, key_padding_mask)
-        return query_BHTD, cache.update(key_BGND, value_BGND, key_padding_mask)
+            cached = uncached(key_BGND, value_BGND, key_padding_mask)
+        else:
+            cached = cache.update(key_BGND, value_BGND, key_padding_mask, origin=origin)
+        return query_BHTD, cached, blocks
 
     def _unbatched(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor
 from zeta.biases import Bias
 from zeta.caches import Cached, extend_padding
 from zeta.masks import Mask
+from zeta.nn.anchors import Blocks
 from zeta.nn.masking import AttentionMask, RelativePosition, join, structured_mask
 from zeta.ops.attention import run_weights
 from zeta.ops.call import AttentionCall
@@ -83,7 +84,9 @@ def attention_call(
     )
 
 
-def weights_of(call: AttentionCall, need_weights: NeedWeights) -> Tensor | None:
+def weights_of(
+    call: AttentionCall, need_weights: NeedWeights, blocks: Blocks | None
+) -> Tensor | None:
     """``(H, B, T, S)``, ``(B, T, S)`` averaged over heads, or None, as ``need_weights`` says."""
     if need_weights is False:
         return None
@@ -99,7 +102,8 @@ def weights_of(call: AttentionCall, need_weights: NeedWeights) -> Tensor | None:
         key_positions=call.key_positions,
         result="mean_weights" if need_weights == "mean" else "weights",
     )
+    compute = run_weights if blocks is None else blocks.weights
     if need_weights == "lazy":
-        return lazy_weights(call, run_weights, heads_first=True)
-    weights = run_weights(call)
+        return lazy_weights(call, compute, heads_first=True)
+    weights = compute(call)
     return weights.transpose(0, 1) if need_weights is True else weights

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from zeta.caches import Cache, CrossCache, DictCache
+from zeta.nn.anchors import Rotated, rotate_xpos
 from zeta.nn.multiway import Split
-from zeta.nn.positions import Positions, Rotation
+from zeta.nn.positions import Positions, Rotation, XPos
 
 SplitArgument: TypeAlias = Split | tuple[Split, Split]
 """One for queries and keys, or one for each."""
@@ -52,12 +53,14 @@ class Placement(NamedTuple):
         first: Position of the first source token: the number of those in the cache.
         positions: ``(T,)`` or ``(1 or B, T)``, given by the caller or the cache; None: tokens
             follow ``first``.
+        given: Whether the caller gave them.
         query_route: None without multiway.
         key_route: None without multiway.
     """
 
     first: int
     positions: Tensor | None
+    given: bool
     query_route: Route | None
     key_route: Route | None
 
@@ -89,6 +92,7 @@ class Placement(NamedTuple):
             ValueError: Their shape is wrong, or the module has no use for an argument.
         """
         # Not asked with `isinstance(cache, Cache)`: a protocol takes microseconds to say no.
+        given = positions is not None
         follows = None if isinstance(cache, CrossCache) or not (rotates or multiway) else cache
         if positions is not None:
             if not (rotates or multiway):
@@ -104,35 +108,46 @@ class Placement(NamedTuple):
         if not multiway:
             if split is not None:
                 raise ValueError("split_position was given, but the module has no args.multiway")
-            return cls(first, positions, None, None)
+            return cls(first, positions, given, None, None)
         query_split, key_split = split if isinstance(split, tuple) else (split, split)
         query_at: Positions = first if positions is None else positions
         key_at: Positions = first if positions is None or not keys_too else positions
         if positions is None and isinstance(cache, CrossCache):
-            query_at = cache.count_queries(query)
-        return cls(first, positions, Route(query_split, query_at), Route(key_split, key_at))
+            query_at = cache.next_queries(query)
+        routes = Route(query_split, query_at), Route(key_split, key_at)
+        return cls(first, positions, given, *routes)
 
     def rotate(
-        self, rotation: Rotation, query: Tensor, key: Tensor, *, keys_too: bool, cached: bool
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        rotation: Rotation,
+        query: Tensor,
+        key: Tensor,
+        cache: Cache | None,
+        *,
+        keys_too: bool,
+    ) -> Rotated:
         """Rotated queries ``(B, H, T, D)`` and new keys ``(B, G, N, D)``.
 
         Args:
             rotation: The module's.
             query: Its last token stands where the last key does, unless positions were given.
             key: The new keys.
+            cache: Where they will be kept.
             keys_too: As in `of`.
-            cached: Whether the keys will be kept.
+
+        Raises:
+            ValueError: A position lies too far from where its token stands in the order.
         """
-        target, added = query.shape[2], key.shape[2]
+        if isinstance(rotation, XPos):
+            at = self.first if self.positions is None else self.positions
+            return rotate_xpos(rotation, query, key, cache, at, given=self.given)
         if self.positions is None:
-            # What is kept must be rotated about one position for ever. Otherwise the middle is
-            # best: from there the decay of xPos can be represented for the longest sequences.
-            anchor = 0 if cached else added // 2
-            query_at: Positions = self.first + added - target
-            return rotation.queries(query, query_at, anchor), rotation.keys(key, self.first, anchor)
-        key_at: Positions = self.positions if keys_too else self.first
-        return rotation.queries(query, self.positions), rotation.keys(key, key_at)
+            query_at: Positions = self.first + key.shape[2] - query.shape[2]
+            turned = rotation.queries(query, query_at), rotation.keys(key, self.first)
+        else:
+            key_at: Positions = self.positions if keys_too else self.first
+            turned = rotation.queries(query, self.positions), rotation.keys(key, key_at)
+        return Rotated(*turned, None, None)
 
 
 def _check_positions(positions: Tensor, batch: int, length: int) -> None:

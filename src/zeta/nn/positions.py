@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from zeta.positions import rotary_tables, rotate, xpos_scale
+from zeta.positions import rotary_tables, rotate, xpos_rates, xpos_scale
 
 Positions: TypeAlias = int | Tensor
 """Position of the first of consecutive tokens, or of each: ``(L,)`` or ``(1 or B, L)``."""
@@ -104,7 +104,8 @@ class XPos(Rotation):
 
     The scores are TorchScale's. TorchScale measures the decay from the middle of whatever it is
     given, which only cancels if queries and keys are equally many; here both are measured from
-    ``anchor``, so that a key is rotated once and can be kept.
+    an anchor, so that a key is rotated once and can be kept; further from it than `reach`, the
+    attention counts from another.
 
     Its buffer ``scale`` is in the state dict because it is in TorchScale's. It is never read: it
     takes the dtype of the module, and the tables do not.
@@ -149,7 +150,7 @@ class XPos(Rotation):
         downscale: bool = False,
         *,
         positions: Tensor | None = None,
-        anchor: int = 0,
+        anchor: Positions = 0,
     ) -> Tensor:
         """Rotate and scale queries or keys.
 
@@ -158,8 +159,10 @@ class XPos(Rotation):
             offset: Position of the first token.
             downscale: True for keys, False for queries.
             positions: ``(L,)`` or ``(1 or B, L)`` integers, in place of ``offset``.
-            anchor: The position whose scale is 1. Positions further than `reach` from it cannot be
-                represented.
+            anchor: The position whose scale is 1, but for a factor of at most ``sqrt(2)``: one for
+                all, or one for each, ``(L,)`` or ``(1 or B, L)``. Another anchor changes the scale
+                by powers of two, and so no digit of the result. Positions further than `reach` from
+                it cannot be represented.
 
         Returns:
             The shape and dtype of ``x``.
@@ -171,13 +174,23 @@ class XPos(Rotation):
             x, offset if positions is None else positions, anchor, -1 if downscale else 1
         )
 
-    def queries(self, x: Tensor, positions: Positions, anchor: int = 0) -> Tensor:
-        """See `Rotation`."""
-        return self._turn(x, positions, anchor, 1)
+    def queries(
+        self, x: Tensor, positions: Positions, anchor: Positions = 0, origin: Tensor | None = None
+    ) -> Tensor:
+        """See `Rotation`.
 
-    def keys(self, x: Tensor, positions: Positions, anchor: int = 0) -> Tensor:
-        """See `Rotation`."""
-        return self._turn(x, positions, anchor, -1)
+        Args:
+            x, positions: As there.
+            anchor: As in `forward`, counted from ``origin``.
+            origin: ``(1 or B,)``, the position from which the decay counts; 0 by default.
+        """
+        return self._turn(x, positions, anchor, 1, origin)
+
+    def keys(
+        self, x: Tensor, positions: Positions, anchor: Positions = 0, origin: Tensor | None = None
+    ) -> Tensor:
+        """See `queries`."""
+        return self._turn(x, positions, anchor, -1, origin)
 
     def reach(self, dtype: torch.dtype) -> int:
         """How far from its anchor a position can be before features of size 1 overflow.
@@ -187,21 +200,70 @@ class XPos(Rotation):
         largest = math.log(torch.finfo(dtype).max / 2.0)
         return int(self.scale_base * largest / math.log(1.4 / 0.4))
 
-    def _turn(self, x: Tensor, positions: Positions, anchor: int, sign: int) -> Tensor:
-        if not isinstance(positions, Tensor) and not torch.compiler.is_compiling():
-            furthest = max(abs(positions - anchor), abs(positions + x.shape[-2] - 1 - anchor))
-            if furthest > self.reach(x.dtype):
-                raise ValueError(
-                    f"xPos reaches {self.reach(x.dtype)} positions in {x.dtype} with "
-                    f"scale_base={self.scale_base}; got one {furthest} from position {anchor}"
-                )
+    def exponents(self, anchor: Positions, device: torch.device) -> Tensor:
+        """By which powers of two anchors divide the scale of queries and multiply that of keys.
+
+        Returns:
+            ``(..., D / 2)`` float64 integers for anchors ``(...)``.
+        """
+        rates_P = xpos_rates(self.head_dim, scale_base=self.scale_base, device=device)
+        return ((anchor[..., None] if isinstance(anchor, Tensor) else anchor) * rates_P).round_()
+
+    def _check_reach(self, x: Tensor, first: int, anchor: int) -> None:
+        if torch.compiler.is_compiling():
+            return
+        furthest = max(abs(first - anchor), abs(first + x.shape[-2] - 1 - anchor))
+        if furthest > self.reach(x.dtype):
+            raise ValueError(
+                f"xPos reaches {self.reach(x.dtype)} positions in {x.dtype} with "
+                f"scale_base={self.scale_base}; got one {furthest} from position {anchor}"
+            )
+
+    def both(
+        self,
+        query: Tensor,
+        key: Tensor,
+        positions: Positions,
+        anchor: Positions = 0,
+        origin: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`queries` and `keys` of the same tokens, for little more than one of them."""
+        cos, sin, power = self._tables(key, positions, anchor, origin)
+        scale, inverse = power.exp2().to(cos.dtype), power.neg_().exp2_().to(cos.dtype)
+        turned = rotate(query, cos * scale, sin * scale)
+        return turned, rotate(key, cos * inverse, sin * inverse)
+
+    def _turn(
+        self,
+        x: Tensor,
+        positions: Positions,
+        anchor: Positions,
+        sign: int,
+        origin: Tensor | None = None,
+    ) -> Tensor:
+        cos, sin, power = self._tables(x, positions, anchor, origin)
+        scale = power.mul_(sign).exp2_().to(cos.dtype)
+        return rotate(x, cos * scale, sin * scale)
+
+    def _tables(
+        self, x: Tensor, positions: Positions, anchor: Positions, origin: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cosines, sines, and the binary logarithm of the scale of queries, in float64."""
+        if not isinstance(positions, Tensor) and not isinstance(anchor, Tensor):
+            self._check_reach(x, positions, anchor)
         position_L = _as_tensor(positions, x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         # float32 angles: those that models with xPos were trained with.
         cos, sin = rotary_tables(position_L, self.head_dim, dtype=dtype, angle_dtype=torch.float32)
-        power = (position_L - anchor) * sign
-        scale = xpos_scale(power, self.head_dim, scale_base=self.scale_base, dtype=dtype)
-        return rotate(x, cos * scale, sin * scale)
+        counted = position_L if origin is None else position_L - origin[:, None, None]
+        rates_P = xpos_rates(self.head_dim, scale_base=self.scale_base, device=x.device)
+        power = counted[..., None] * rates_P
+        if isinstance(anchor, Tensor) or anchor:
+            anchor = _as_tensor(anchor, x) if isinstance(anchor, Tensor) else anchor
+            power = power - self.exponents(anchor, x.device)
+        # What stands nowhere, as padding does, must not overflow; nobody reads it.
+        limit = math.log2(torch.finfo(x.dtype).max / 2.0)
+        return cos, sin, power.clamp_(-limit, limit)
 
 
 XPOS = XPos

@@ -1,11 +1,14 @@
 """From ``incremental_state``, a plain dict or a cache of `zeta.caches`, to a cache."""
 
 from collections.abc import Callable, MutableMapping
+from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from zeta.caches import Cache, CrossCache, DictCache
+from zeta.nn.anchors import rotate_earlier
+from zeta.nn.positions import Rotation, XPos
 
 IncrementalState: TypeAlias = MutableMapping[str, Any] | Cache | CrossCache
 
@@ -14,7 +17,7 @@ def open_state(
     state: IncrementalState,
     cross: bool,
     is_first_step: bool,
-    rotate: Callable[[Tensor], Tensor] | None,
+    rotation: Rotation | None,
 ) -> Cache | CrossCache:
     """The cache that an ``incremental_state`` is.
 
@@ -23,7 +26,7 @@ def open_state(
         cross: Whether it is for the keys of an encoder.
         is_first_step: The caller's belief that nothing is cached. Nothing depends on it: a cache
             knows.
-        rotate: How the attention rotates keys that begin at position 0; None: it does not.
+        rotation: The attention's, if it has one.
 
     Raises:
         TypeError: ``state`` is neither.
@@ -31,7 +34,7 @@ def open_state(
     """
     cache: Cache | CrossCache
     if isinstance(state, MutableMapping):
-        cache = CrossCache(state) if cross else DictCache(state, rotate)
+        cache = CrossCache(state) if cross else DictCache(state, _of_earlier(rotation))
     elif isinstance(state, CrossCache) if cross else hasattr(state, "next_positions"):
         # Asked so for speed: `isinstance` of a protocol takes longer than a short attention.
         cache = state
@@ -43,3 +46,12 @@ def open_state(
             f"is_first_step=True, but incremental_state holds {cache.length} tokens; pass a new one"
         )
     return cache
+
+
+def _of_earlier(rotation: Rotation | None) -> Callable[[Tensor], Tensor] | None:
+    """How the keys of the first tokens are rotated, if they are."""
+    if rotation is None:
+        return None
+    if isinstance(rotation, XPos):
+        return partial(rotate_earlier, rotation)
+    return partial(rotation.keys, positions=0)

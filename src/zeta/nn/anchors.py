@@ -1,0 +1,225 @@
+"""xPos at any distance: keys and queries that count their decay from an anchor near by.
+
+From one fixed anchor the scale of xPos overflows some tens of thousands of positions on. So tokens
+are numbered in the order in which they come, a block of numbers shares an anchor, and a key is kept
+about the anchor of its block, for ever. Before an attention its keys and queries are brought to one
+anchor, that of the last query. The scales of two anchors differ by powers of two, so that this
+changes no digit; what becomes too small to be represented has decayed to nothing.
+
+Shapes: B batch, H heads, G key heads, T queries, S keys, L tokens, D head dimension.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zeta.caches import Cache
+from zeta.caches.recording import is_recorded
+from zeta.nn.positions import Positions, XPos
+from zeta.ops.attention import run, run_weights
+from zeta.ops.call import AttentionCall
+from zeta.ops.parts import rows_of
+
+_SHARE = 4
+"""Of the reach of xPos, a block extends over half of this part at each side of its anchor: room for
+features larger than 1, and for the block before."""
+
+
+class Blocks(NamedTuple):
+    """How a call's tokens are anchored: number ``n`` about the multiple of ``2 * half`` next to it.
+
+    Attributes:
+        rotation: Of the queries and keys.
+        half: Half the length of a block.
+    """
+
+    rotation: XPos
+    half: int
+
+    @classmethod
+    def of(cls, rotation: XPos, dtype: torch.dtype, *, even: bool = False) -> "Blocks":
+        """The longest blocks for a dtype; with ``even`` those in which no key is scaled by more
+        than 2."""
+        half = rotation.reach(dtype) // _SHARE
+        return cls(rotation, max(1, min(half, int(rotation.scale_base / 2)) if even else half))
+
+    def anchors(self, numbers: Tensor) -> Tensor:
+        """The anchor of each token, of the shape of their numbers."""
+        block = (numbers.clamp(min=0) + self.half) // (2 * self.half)
+        return block * (2 * self.half)
+
+    def run(self, call: AttentionCall) -> Tensor:
+        """The attention of queries and keys that are about the anchors of their own blocks.
+
+        Raises:
+            ValueError: More queries than half a block see keys after them.
+        """
+        return torch.cat([run(part)[0] for part in self._parts(call)], dim=2)
+
+    def weights(self, call: AttentionCall) -> Tensor:
+        """Of such an attention, what ``call.result`` asks for."""
+        return torch.cat([run_weights(part) for part in self._parts(call)], dim=-2)
+
+    def _parts(self, call: AttentionCall) -> Iterator[AttentionCall]:
+        # Of queries that see later keys none can be far from the anchor of those.
+        sees_later = call.mask is None or call.mask.key_bounds(0, 0)[1] is None
+        if call.target <= (2 * self.half if sees_later else self.half):
+            yield self._about_one_anchor(call)
+            return
+        if sees_later:
+            raise ValueError(
+                f"xPos in {call.query.dtype} over more than {2 * self.half} queries with a cache, "
+                f"or {2 * self.rotation.reach(call.query.dtype)} without, needs is_causal=True or "
+                f"a window: later keys would grow beyond all bounds; got {call.target}"
+            )
+        for start in range(0, call.target, self.half):
+            rows = slice(start, min(start + self.half, call.target))
+            yield self._about_one_anchor(rows_of(call, rows))
+
+    def _about_one_anchor(self, call: AttentionCall) -> AttentionCall:
+        device = call.query.device
+        number_T = call.query_positions
+        if number_T is None:
+            number_T = torch.arange(call.source - call.target, call.source, device=device)[None]
+        own_T = self.anchors(number_T)
+        anchor = own_T[:, -1:]
+        query = _times_two_to(call.query, self._exponents(own_T) - self._exponents(anchor))
+        key = self._keys_about(anchor, call)
+        value = key if call.value is call.key else call.value
+        return dataclasses.replace(call, query=query, key=key, value=value)
+
+    def _keys_about(self, anchor: Tensor, call: AttentionCall) -> Tensor:
+        wanted = self._exponents(anchor)
+        if call.key_positions is not None:
+            own = self._exponents(self.anchors(call.key_positions))
+            # No query sees the blocks after its own.
+            return _times_two_to(call.key, (wanted - own).clamp_(max=0))
+        parts = []
+        start, own_anchor = 0, 0
+        while start < call.source:
+            stop = min(own_anchor + self.half, call.source)
+            own = self.rotation.exponents(own_anchor, call.key.device)
+            part = call.key[:, :, start:stop]
+            parts.append(_times_two_to(part, (wanted - own).clamp_(max=0)))
+            start, own_anchor = stop, own_anchor + 2 * self.half
+        return torch.cat(parts, dim=2)
+
+    def _exponents(self, anchor: Tensor) -> Tensor:
+        return self.rotation.exponents(anchor, anchor.device)
+
+
+class Rotated(NamedTuple):
+    """Queries and new keys, rotated.
+
+    Attributes:
+        query, key: ``(B, H, T, D)`` and ``(B, G, N, D)``.
+        origin: ``(1 or B,)``, to be kept with the keys: the position from which their decay counts;
+            None: 0.
+        blocks: Whose anchors they have; None: the same anchor as all keys.
+    """
+
+    query: Tensor
+    key: Tensor
+    origin: Tensor | None
+    blocks: Blocks | None
+
+
+def rotate_xpos(
+    rotation: XPos,
+    query: Tensor,
+    key: Tensor,
+    cache: Cache | None,
+    positions: Positions,
+    *,
+    given: bool,
+) -> Rotated:
+    """Rotate the tokens of a self-attention.
+
+    Args:
+        rotation: The module's.
+        query: ``(B, H, T, D)``, the last of the tokens.
+        key: ``(B, G, N, D)``.
+        cache: Where the keys will be kept.
+        positions: Of the tokens, or of the first.
+        given: Whether they came from the caller; otherwise they are the numbers of the tokens.
+
+    Raises:
+        ValueError: A position lies too far from where its token stands in the order.
+    """
+    added, reach = key.shape[2], rotation.reach(key.dtype)
+    blocks = Blocks.of(rotation, key.dtype, even=getattr(cache, "wants_even_keys", False))
+    first = None
+    if given and isinstance(positions, Tensor):
+        # The last token is no padding, or is that of a sequence which has ended.
+        first = positions.reshape(-1, added).amax(-1) - (added - 1)
+    origin = first if cache is None else cache.origin(first)
+    anchor: Positions
+    if cache is None and added <= 2 * reach:
+        # The middle serves the longest sequences.
+        anchor, most, needed = added // 2, reach, None
+    elif cache is not None and _all_in_first_block(cache, key, blocks):
+        anchor, most, needed = 0, 2 * blocks.half, None
+    else:
+        numbers = torch.arange(added, device=key.device)[None]
+        if cache is not None:
+            numbers = cache.next_positions(added, key.device)
+        anchor, most, needed = blocks.anchors(numbers), 2 * blocks.half, blocks
+    if isinstance(positions, Tensor) and (given or origin is not None):
+        _check_distance(positions, origin, anchor, most)
+    return _rotated(rotation, query, key, positions, anchor, origin)._replace(blocks=needed)
+
+
+def rotate_earlier(rotation: XPos, key: Tensor) -> Tensor:
+    """Keys ``(B, G, L, D)`` of the first tokens, as they are kept: for those of TorchScale."""
+    blocks = Blocks.of(rotation, key.dtype)
+    numbers = torch.arange(key.shape[2], device=key.device)
+    return rotation.keys(key, numbers, blocks.anchors(numbers))
+
+
+def _all_in_first_block(cache: Cache, key: Tensor, blocks: Blocks) -> bool:
+    # A step that is recorded does for every length, which the device alone knows.
+    most: int | None = getattr(cache, "max_length", None) if is_recorded(key.device) else None
+    return (cache.length + key.shape[2] if most is None else most) <= blocks.half
+
+
+def _check_distance(positions: Tensor, origin: Tensor | None, anchor: Positions, most: int) -> None:
+    if torch.compiler.is_compiling() or positions.device.type != "cpu":
+        return
+    counted = positions if origin is None else positions - origin[:, None]
+    far = ((counted - anchor).abs() > most) & (positions >= 0)
+    if bool(far.any()):
+        raise ValueError(
+            f"positions must follow each other within {most} of the order of the tokens, which is "
+            "as far as xPos reaches from an anchor; only negative ones, of padding, may not"
+        )
+
+
+def _rotated(
+    rotation: XPos,
+    query: Tensor,
+    key: Tensor,
+    positions: Positions,
+    anchor: Positions,
+    origin: Tensor | None,
+) -> Rotated:
+    earlier = key.shape[2] - query.shape[2]
+    if not earlier:
+        return Rotated(*rotation.both(query, key, positions, anchor, origin), origin, None)
+    if isinstance(positions, Tensor):
+        query_at: Positions = positions[..., earlier:]
+    else:
+        query_at = positions + earlier
+    query_anchor = anchor[..., earlier:] if isinstance(anchor, Tensor) else anchor
+    turned = rotation.queries(query, query_at, query_anchor, origin)
+    return Rotated(turned, rotation.keys(key, positions, anchor, origin), origin, None)
+
+
+def _times_two_to(x: Tensor, exponent: Tensor) -> Tensor:
+    """``x`` ``(B, H, L, D)``, its pairs times powers of two ``(1 or B, L, D / 2)``."""
+    # Of float16 the powers themselves could be out of range.
+    wide = torch.promote_types(x.dtype, torch.float32) if x.dtype == torch.float16 else x.dtype
+    factor = exponent.exp2().to(wide).repeat_interleave(2, dim=-1)
+    return (x.to(wide) * factor.unsqueeze(-3)).to(x.dtype)
