@@ -8,7 +8,9 @@ TorchScale takes its softmax in float32 even here, so its numbers carry an error
 which Zeta, float64 throughout, does not make. Each case therefore runs twice: with the op as it is,
 which must agree within that error; and with a textbook op that takes its softmax as TorchScale
 does, where everything around it - projections, masks, rotations, ways, caches, gradients - must
-agree to 1e-10.
+agree to 1e-10. How torch's float32 softmax rounds a row of eight numbers or more depends on the
+processor's vectors; the file was made with AVX-512. The two cases with longer rows agree to 1e-10
+there, and elsewhere within the error of the softmax; their shorter twins do everywhere.
 """
 
 import json
@@ -28,6 +30,7 @@ from zeta.ops.call import AttentionCall
 GOLDEN = Path(__file__).parent / "torchscale-0.3.0.safetensors"
 EXACT = 1e-10
 ERROR_OF_A_FLOAT32_SOFTMAX = 1e-6
+NARROWEST_VECTOR = 8
 
 with safe_open(GOLDEN, "pt") as _file:
     METADATA = _file.metadata()
@@ -102,7 +105,18 @@ def tolerance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         "zeta.nn.attention.run", lambda call: (textbook_weights(call) @ call.value, None)
     )
     monkeypatch.setattr("zeta.nn.calls.run_weights", textbook_weights)
-    return EXACT
+    return (
+        EXACT
+        if rounds_as_the_file(request.getfixturevalue("name"))
+        else (ERROR_OF_A_FLOAT32_SOFTMAX)
+    )
+
+
+def rounds_as_the_file(name: str) -> bool:
+    """Whether torch's float32 softmax gives the same bits here as where the case was made."""
+    inputs = tensors(name, "input")
+    row = inputs["key" if "key" in inputs else "x"].shape[1]
+    return row < NARROWEST_VECTOR or torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @pytest.mark.parametrize("name", [*named("self"), *named("cross")])
