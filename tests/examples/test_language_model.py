@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from zeta.examples.language_model import LanguageModel, bits_per_byte, generate, window_loss
+from zeta.examples.language_model import LanguageModel, bits_per_byte, continue_text, window_loss
 from zeta.examples.textbook import TextbookAttention
 
 TEXT = b"It is a truth universally acknowledged, that a test must be able to fail."
@@ -47,17 +47,16 @@ def test_cached_logits_are_the_full_ones(pieces: list[int]) -> None:
 
 def test_same_text_with_the_cache_and_without() -> None:
     model = random_model()
-    written = {}
-    for use_cache in (True, False):
-        generator = torch.Generator().manual_seed(5)
-        drawn = generate(model, TEXT[:20], generator, use_cache=use_cache)
-        written[use_cache] = bytes(next(drawn)[0] for _ in range(30))
-    assert written[True] == written[False]
+    written, logits = continue_text(model, TEXT[:20], 30, seed=5)
+    again, full_logits = continue_text(model, TEXT[:20], 30, seed=5, use_cache=False)
+    assert written == again
+    torch.testing.assert_close(logits, full_logits, rtol=0, atol=1e-10)
+    assert continue_text(model, TEXT[:20], 30, seed=6)[0] != written
 
 
 def test_generation_leaves_the_prompt_alone() -> None:
     prompt = bytearray(TEXT[:20])
-    next(generate(random_model(), prompt, torch.Generator()))
+    continue_text(random_model(), prompt, 1)
     assert prompt == TEXT[:20]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zeta.examples.feed_forward import FeedForward
+from zeta.generation import generate
 from zeta.nn import MultiheadAttention, RelativePositionBias
 
 Caches = list[dict[str, dict[str, Any]]]
@@ -191,10 +192,9 @@ class EncoderDecoder(nn.Module):
         """
         source_BSE, padding_BS = self.encode(source_BS)
         caches = self.empty_caches()
-        ids_B1 = source_BS.new_full((len(source_BS), 1), start)
-        written = []
-        for _ in range(max_length):
-            logits_B1V, _ = self.decode(ids_B1, source_BSE, padding_BS, caches)
-            ids_B1 = logits_B1V.argmax(dim=-1)
-            written.append(ids_B1)
-        return torch.cat(written, dim=1)
+
+        def score(ids_BT: Tensor, _caches: object, _positions: Tensor) -> Tensor:
+            return self.decode(ids_BT, source_BSE, padding_BS, caches)[0]
+
+        first_B1 = source_BS.new_full((len(source_BS), 1), start)
+        return generate(score, first_B1, [], max_new_tokens=max_length).tokens

@@ -4,18 +4,20 @@ Shapes: B batch, T length, E embedding, V vocabulary (the 256 byte values).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zeta.caches import DecodingCache, DynamicCache
 from zeta.examples.feed_forward import FeedForward
+from zeta.generation import Sampling, generate
 from zeta.nn import MultiheadAttention, RelativePositionBias
 
 VOCABULARY = 256
-Caches = list[dict[str, Any]]
+Cache = dict[str, Any] | DecodingCache
 
 
 class Block(nn.Module):
@@ -40,7 +42,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(embed_dim)
 
     def forward(
-        self, x_BTE: Tensor, rel_pos: RelativePositionBias | Tensor, cache: dict[str, Any] | None
+        self, x_BTE: Tensor, rel_pos: RelativePositionBias | Tensor, cache: Cache | None
     ) -> Tensor:
         """A tensor of the input's shape; `cache` remembers the keys and values seen."""
         normed_BTE = self.attention_norm(x_BTE)
@@ -92,13 +94,16 @@ class LanguageModel(nn.Module):
         nn.init.zeros_(self.head.weight)
 
     def forward(
-        self, bytes_BT: Tensor, caches: Caches | None = None, rel_pos: Tensor | None = None
+        self,
+        bytes_BT: Tensor,
+        caches: Sequence[Cache] | None = None,
+        rel_pos: Tensor | None = None,
     ) -> Tensor:
         """Score the byte after each position.
 
         Args:
             bytes_BT: int64, the text; with `caches`, only the bytes that they have not seen.
-            caches: One dict a layer, empty at first; the layers keep their keys and values there.
+            caches: One a layer, empty at first; the layers keep their keys and values there.
             rel_pos: The relative position bias as a tensor ``(H, T, T)``, for an attention that
                 cannot take the module.
 
@@ -115,43 +120,52 @@ class LanguageModel(nn.Module):
         logits_BTV: Tensor = self.head(self.norm(x_BTE))
         return logits_BTV
 
-    def empty_caches(self) -> Caches:
+    def empty_caches(self) -> list[dict[str, Any]]:
         """One empty dict a layer: what decoding starts from."""
         return [{} for _ in self.blocks]
 
 
-@torch.no_grad()
-def generate(
+def continue_text(
     model: LanguageModel,
     prompt: bytes,
-    generator: torch.Generator,
+    count: int,
     *,
+    seed: int = 0,
     temperature: float = 0.6,
     use_cache: bool = True,
-) -> Iterator[tuple[int, Tensor]]:
-    """Continue a text byte by byte, without end.
+) -> tuple[bytes, Tensor]:
+    """Continue a text byte by byte.
 
     Args:
         model: In evaluation mode.
         prompt: The text to continue, at least one byte.
-        generator: Draws the bytes.
+        count: Bytes to write.
+        seed: Of the draws.
         temperature: Divides the logits; towards 0 the likeliest byte wins.
         use_cache: Feed the model the new byte alone, with its caches; else the whole text each
             time.
 
-    Yields:
-        The next byte, and the logits ``(V,)`` that it was drawn from.
+    Returns:
+        The bytes, and the logits ``(count, V)`` that they were drawn from.
     """
-    text = list(prompt)
-    unseen = text
-    caches = model.empty_caches() if use_cache else None
-    while True:
-        logits_V = model(torch.tensor([unseen if use_cache else text]), caches)[0, -1]
-        probabilities_V = torch.softmax(logits_V / temperature, dim=-1)
-        byte = int(torch.multinomial(probabilities_V, 1, generator=generator))
-        yield byte, logits_V
-        unseen = [byte]
-        text.append(byte)
+    read = torch.empty(1, 0, dtype=torch.int64)
+    logits: list[Tensor] = []
+
+    def score(bytes_1N: Tensor, caches: Sequence[DecodingCache], _: Tensor) -> Tensor:
+        nonlocal read
+        read = torch.cat((read, bytes_1N), dim=1)
+        scored: Tensor = model(bytes_1N, caches) if use_cache else model(read)
+        logits.append(scored[0, -1])
+        return scored[:, -bytes_1N.shape[1] :]
+
+    found = generate(
+        score,
+        torch.tensor([list(prompt)]),
+        [DynamicCache() for _ in model.blocks] if use_cache else [],
+        max_new_tokens=count,
+        choose=Sampling(temperature=temperature, seed=seed),
+    )
+    return bytes(found.tokens[0].tolist()), torch.stack(logits)
 
 
 def window_loss(

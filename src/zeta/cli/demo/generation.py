@@ -8,7 +8,7 @@ from torch import Tensor
 from zeta.cli.demo.sizes import Sizes
 from zeta.cli.terminal import heading, number_row, row
 from zeta.examples.byte_text import ByteText
-from zeta.examples.language_model import LanguageModel, generate
+from zeta.examples.language_model import LanguageModel, continue_text
 
 TOLERANCE = 1e-3
 """Largest difference of logits, which span some tens, that rounding may make."""
@@ -25,7 +25,7 @@ def compare(model: LanguageModel, text: ByteText, sizes: Sizes, seed: int) -> bo
     heading("2  Generation, byte by byte")
     prompt = _lines_of(text.held_out, sizes.prompt_bytes)
     timed = {
-        use_cache: _generate(model, prompt, sizes.new_bytes, seed, use_cache=use_cache)
+        use_cache: _timed(model, prompt, sizes.new_bytes, seed, use_cache=use_cache)
         for use_cache in (True, False)
     }
     written, logits_NV, seconds = timed[True]
@@ -52,20 +52,13 @@ def compare(model: LanguageModel, text: ByteText, sizes: Sizes, seed: int) -> bo
     return agrees
 
 
-def _generate(
+def _timed(
     model: LanguageModel, prompt: bytes, count: int, seed: int, *, use_cache: bool
 ) -> tuple[bytes, Tensor, float]:
     """The bytes, the logits that each was drawn from, and the seconds it took."""
-    generator = torch.Generator().manual_seed(seed)
-    written: list[int] = []
-    logits: list[Tensor] = []
     began = time.perf_counter()
-    for byte, logits_V in generate(model, prompt, generator, use_cache=use_cache):
-        written.append(byte)
-        logits.append(logits_V)
-        if len(written) == count:
-            break
-    return bytes(written), torch.stack(logits), time.perf_counter() - began
+    written, logits_NV = continue_text(model, prompt, count, seed=seed, use_cache=use_cache)
+    return written, logits_NV, time.perf_counter() - began
 
 
 def _lines_of(text: bytes, count: int) -> bytes:
