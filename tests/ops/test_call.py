@@ -9,6 +9,7 @@ import torch
 import zeta
 from zeta import biases, masks
 from zeta.ops import backends
+from zeta.ops.backends import cpu
 from zeta.ops.call import AttentionCall
 
 
@@ -126,8 +127,11 @@ T5_LEARNED = biases.Bucketed(TABLE.clone().requires_grad_())
         ({"backend": "reference"}, "reference"),
     ],
 )
-def test_what_auto_takes(arguments: dict[str, Any], backend: str) -> None:
-    explanation = zeta.explain(**tensors(), **arguments)
+def test_what_auto_takes_where_the_native_kernels_do_not(
+    arguments: dict[str, Any], backend: str
+) -> None:
+    wide = {name: tensor.double() for name, tensor in tensors().items()}
+    explanation = zeta.explain(**wide, **arguments)
     assert explanation.backend == backend
     assert explanation.reasons[backend] == ()
     if arguments.get("backend") is None:
@@ -143,9 +147,21 @@ def test_a_long_mask_is_never_made_into_a_tensor_for_torch() -> None:
     assert "a tensor of 4096 elements, more than the 256 of the query" in str(explanation)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"bias": T5_LEARNED}, {"dropout_p": 0.1}, {"with_lse": True}, {"mask": masks.Causal()}],
+)
+def test_auto_takes_the_native_kernels_first(arguments: dict[str, Any]) -> None:
+    explanation = zeta.explain(**tensors(), **arguments)
+    assert next(iter(explanation.reasons)) == "cpu"
+    assert (explanation.backend == "cpu") == (cpu.library.obstacle() is None)
+
+
 def test_an_explanation_names_every_backend() -> None:
-    text = str(zeta.explain(**tensors(), dropout_p=0.1))
+    wide = {name: tensor.double() for name, tensor in tensors().items()}
+    text = str(zeta.explain(**wide, dropout_p=0.1))
     assert text.startswith("chunked runs: query (2, 4, 5, 8)")
+    assert "cpu: it has no kernels for torch.float64" in text
     assert "sdpa: its dropout is not drawn from the counter-based hash" in text
     assert "reference: can, but is asked later" in text
 

@@ -8,13 +8,16 @@ each other.
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from zeta.ops.call import AttentionCall
 
-ORDER = ("sdpa", "triton", "chunked", "reference")
-ORDER_ON_CPU = (*(name for name in ORDER if name != "triton"), "triton")
+ORDER = ("sdpa", "triton", "chunked", "reference", "cpu")
+ORDER_ON_CPU = ("cpu", "sdpa", "chunked", "reference", "triton")
 ORDER_OF_GROUPS = ("triton", *(name for name in ORDER if name != "triton"))
+_PLAIN = ("sdpa", "reference")
+ORDER_OF_PROGRAMS = (*_PLAIN, *(name for name in ORDER_ON_CPU if name not in _PLAIN))
 
 MOST_PACKED = 128
 """Queries of a group of heads that read their key head together, in one tile of a kernel."""
@@ -37,10 +40,15 @@ class Backend(Protocol):
 def order(call: AttentionCall) -> tuple[str, ...]:
     """The backends as ``"auto"`` asks them for this call.
 
-    On CPU tensors Triton's kernels run in its interpreter only, slower than the textbook: last.
-    On a GPU they come first where a few queries of grouped heads meet a long cache, which they read
-    once for a whole group.
+    On CPU tensors the native kernels come first; Triton's run in its interpreter only, slower than
+    the textbook: last. On a GPU Triton's come first where a few queries of grouped heads meet a
+    long cache, which they read once for a whole group.
+
+    A program that ``torch.export`` makes is to run where Zeta is not installed, and in other
+    runtimes: first come those that are made of torch's own operators.
     """
+    if torch.compiler.is_exporting():
+        return ORDER_OF_PROGRAMS
     if call.query.device.type == "cpu":
         return ORDER_ON_CPU
     packed = call.target * (call.heads // call.key_heads)
@@ -60,6 +68,10 @@ def load(name: str) -> Backend:
         from zeta.ops.backends import sdpa
 
         return sdpa  # type: ignore[return-value]  # it refuses the calls that ask for weights
+    if name == "cpu":
+        from zeta.ops.backends import cpu
+
+        return cpu
     if name == "triton":
         from zeta.ops.backends import triton
 

@@ -15,8 +15,8 @@ import os
 import torch
 from torch import Tensor
 
-from zeta.ops.backends.triton.lowering import lower, refusals
 from zeta.ops.call import AttentionCall
+from zeta.ops.lowering import lower, refusals
 from zeta.ops.transforms import reasons_of_opaque
 
 NAME = "triton"

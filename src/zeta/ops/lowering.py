@@ -1,11 +1,11 @@
-"""Masks and biases as the kernels take them: flags, lengths, vectors, strided tensors.
+"""Masks and biases as compiled kernels take them: flags, lengths, vectors, strided tensors.
 
 Shape suffixes: B batch, H heads, T target length, S source length, R offsets.
 """
 
-import dataclasses
 import functools
 import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ MAX_REACH = 1 << 20
 """The longest offset vector worth making: beyond, a bias is no function of a bounded distance."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Lowered:
+class Lowered(NamedTuple):
     """A call's mask and bias, taken apart.
 
     Attributes:
@@ -28,23 +27,23 @@ class Lowered:
         slopes_H and the other tensors: Without a gradient, None where the call has none.
     """
 
-    offsets: Tensor | None
-    dense: Tensor | None
-    slopes_H: Tensor | None
-    prefix_B: Tensor | None
-    padding_B: Tensor | None
-    document_rows_BT: Tensor | None
-    document_columns_BS: Tensor | None
-    keep: Tensor | None
-    query_positions: Tensor | None
-    key_positions: Tensor | None
-    seed: Tensor | None
-    scale: float
-    causal: bool
-    window: int
-    softcap: float
-    softcap_first: bool
-    dropout_p: float
+    offsets: Tensor | None = None
+    dense: Tensor | None = None
+    slopes_H: Tensor | None = None
+    prefix_B: Tensor | None = None
+    padding_B: Tensor | None = None
+    document_rows_BT: Tensor | None = None
+    document_columns_BS: Tensor | None = None
+    keep: Tensor | None = None
+    query_positions: Tensor | None = None
+    key_positions: Tensor | None = None
+    seed: Tensor | None = None
+    scale: float = 1.0
+    causal: bool = False
+    window: int = 0
+    softcap: float = 0.0
+    softcap_first: bool = False
+    dropout_p: float = 0.0
 
     def fixed(self) -> tuple[list[Tensor | None], float, bool, int, float, bool, float]:
         """Everything without a gradient, as the operators take it."""
@@ -61,6 +60,8 @@ class Lowered:
 
 def refusals(call: AttentionCall) -> list[str]:
     """Why a mask or bias cannot be lowered."""
+    if call.mask is None and call.bias is None:
+        return []
     reasons = []
     for mask in masks.conjuncts(call.mask):
         if not isinstance(mask, _MASKS):
@@ -94,6 +95,12 @@ _MASKS = (
 
 def lower(call: AttentionCall) -> Lowered:
     """Takes a call's mask and bias apart; `refusals` must be empty."""
+    causal = isinstance(call.mask, masks.Causal)
+    if call.bias is None and (causal or call.mask is None) and not _has_positions(call):
+        # Most calls, and those that are soon over.
+        return Lowered(
+            seed=call.seed, scale=float(call.scale), causal=causal, dropout_p=call.dropout_p
+        )
     conjuncts = masks.conjuncts(call.mask)
     terms = biases.summands(call.bias)
     windows = [mask.size for mask in conjuncts if isinstance(mask, masks.SlidingWindow)]

@@ -1,0 +1,204 @@
+"""Checks the CPU kernels, then times them against torch: ``python -m benchmarks.cpu``.
+
+Each row is first compared with the reference in float64 on fresh random inputs, with NaN in all
+memory that nothing has written yet; a row that fails is not timed. Times are interleaved in one
+process; a ratio is the peer's time over ours, of the best and of the medians. Torch's attention can
+be bimodal, so that the bars are on the ratio of the bests.
+
+Examples::
+
+    python -m benchmarks.cpu --out benchmarks/results/cpu.json
+    python -m benchmarks.cpu --rows "bf16 training,decode"
+    python -m benchmarks.cpu --rows "fp32 forward" --isa avx512
+    python -m benchmarks.cpu --rows growth --picture docs/growth.png
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import cpu_growth, cpu_modules, cpu_rows
+from benchmarks.cpu_rows import Results, Row, Run, Work
+from zeta.bench import Timing, describe_machine, time_interleaved
+from zeta.ops.backends.cpu import library
+
+GROWTH = "growth"
+ISAS = {"avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}
+
+
+def use_instruction_set(name: str) -> str:
+    """Run on one instruction set of the native kernels, or on the best; its name, to be written.
+
+    Raises:
+        ValueError: The processor or the build lacks it.
+    """
+    obstacle = library.obstacle()
+    if obstacle is not None:
+        if name == "best":
+            return f"none: {obstacle}"
+        raise ValueError(obstacle)
+    native = library.load()
+    wanted = native.usable[-1] if name == "best" else ISAS[name]
+    if wanted not in native.usable:
+        raise ValueError(f"{wanted} cannot run here, only {', '.join(native.usable)}")
+    native.instruction_set = library.INSTRUCTION_SETS.index(wanted) + 1
+    return wanted
+
+
+def all_rows(quick: bool) -> list[Row]:
+    """Every row, unmade."""
+    shapes = cpu_rows.QUICK_SHAPES if quick else cpu_rows.SHAPES
+    return [
+        *cpu_rows.attention_rows(shapes),
+        *cpu_rows.decode_rows(quick),
+        *cpu_rows.small_rows(quick),
+        *cpu_modules.small_module_rows(quick),
+        *cpu_modules.training_rows(quick),
+    ]
+
+
+def measure(row: Row, rounds: int) -> dict[str, Any]:
+    """Check a row, then time it.
+
+    Raises:
+        AssertionError: A side is too far from the oracle.
+    """
+    work = row.make()
+    errors = check(work)
+    found = time_interleaved(_sides(work), rounds=rounds, calls=work.calls)
+    ours, peer = found["ours"], found["peer"]
+    result = {
+        "row": row.name,
+        "shape": row.shape,
+        "ratio of bests": peer.best / ours.best,
+        "ratio of medians": peer.median / ours.median,
+        "bar": row.bar,
+        "aim": row.aim,
+        **{f"{name} ms": _milliseconds(timing) for name, timing in found.items()},
+        "errors": errors,
+    }
+    if work.reads:
+        num_bytes = sum(x.numel() * x.element_size() for x in work.reads)
+        for name, timing in found.items():
+            result[f"{name} GB/s"] = num_bytes / timing.best / 1e9
+    return result
+
+
+def _sides(work: Work) -> dict[str, Run]:
+    sides = {"ours": work.ours, "peer": work.peer}
+    return sides | ({"read loop": lambda: _read(work.reads)} if work.reads else {})
+
+
+def _read(tensors: tuple[Tensor, ...]) -> Results:
+    """Read every byte once and do next to nothing with it."""
+    return {str(n): x.view(torch.int32).amax() for n, x in enumerate(tensors)}
+
+
+def _milliseconds(timing: Timing) -> dict[str, float]:
+    return {"best": timing.best * 1e3, "median": timing.median * 1e3}
+
+
+def check(work: Work) -> dict[str, dict[str, float]]:
+    """The errors of each side, root mean squares relative to that of the result.
+
+    Raises:
+        AssertionError: One exceeds its bound.
+    """
+    expected = work.oracle()
+    torch.use_deterministic_algorithms(True)  # Which fills memory that is not written with NaN.
+    try:
+        found = {name: run() for name, run in work.checked.items()}
+    finally:
+        torch.use_deterministic_algorithms(False)
+    errors: dict[str, dict[str, float]] = {}
+    for side, results in found.items():
+        errors[side] = {}
+        for name, result in results.items():
+            if name in expected:
+                error = errors[side][name] = relative_error(result, expected[name])
+                # A peer must do the same work, not as exactly.
+                bound = work.bound if side == "ours" else 4 * work.bound
+                if not error <= bound:  # NaN too
+                    raise AssertionError(f"{side}, {name}: error {error:.2g} exceeds {bound:.2g}")
+    return errors
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the error over that of ``expected``."""
+    error = (actual.detach().double() - expected).square().mean().sqrt()
+    return (error / expected.square().mean().sqrt().clamp(min=1e-30)).item()
+
+
+def line(result: dict[str, Any]) -> str:
+    """One line of the table."""
+    bar, best = result["bar"], result["ratio of bests"]
+    verdict = "" if bar is None else f"{bar:5.2f} {'ok' if best >= bar else 'BELOW'}"
+    more = "".join(f"  {name} {result[name]:.1f}" for name in result if str(name).endswith("GB/s"))
+    return (
+        f"{result['row']:30} {result['shape']:12} {result['ours ms']['best']:9.3f} "
+        f"{result['peer ms']['best']:9.3f} {best:6.2f} {result['ratio of medians']:6.2f} "
+        f"{verdict}{more}"
+    )
+
+
+def chosen(rows: list[Row], selection: str) -> Iterator[Row]:
+    """The rows whose name and shape contain one of the parts of ``selection``."""
+    parts = [part.strip() for part in selection.split(",")]
+    for row in rows:
+        if any(part in f"{row.name} {row.shape}" for part in parts):
+            yield row
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", default="", help="parts of names, comma between (default: all)")
+    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds")
+    parser.add_argument("--rounds", type=int, default=9, help="timings of each side (default: 9)")
+    parser.add_argument("--isa", choices=("best", *ISAS), default="best")
+    parser.add_argument("--seed", type=int, help="of the inputs (default: a fresh one)")
+    parser.add_argument("--out", type=Path, help="write the results as JSON")
+    parser.add_argument("--picture", type=Path, help="draw how cost grows, as PNG")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = _arguments()
+    try:
+        kernels = use_instruction_set(arguments.isa)
+    except ValueError as error:
+        sys.exit(f"benchmarks.cpu: {error}")
+    seed = torch.seed() if arguments.seed is None else arguments.seed
+    torch.manual_seed(seed)
+    machine = describe_machine() | {"kernels": kernels, "seed": seed}
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(f"{'row':30} {'shape':12} {'ours ms':>9} {'peer ms':>9} {'best':>6} {'median':>6}  bar")
+    rows, failed = [], []
+    for row in chosen(all_rows(arguments.quick), arguments.rows):
+        try:
+            rows.append(measure(row, 2 if arguments.quick else arguments.rounds))
+        except (AssertionError, ImportError) as error:
+            failed.append(f"{row.name} {row.shape}: {error}")
+            print(f"{row.name:30} {row.shape:12} not timed: {error}", flush=True)
+        else:
+            print(line(rows[-1]), flush=True)
+    growth = []
+    if any(part.strip() in GROWTH for part in arguments.rows.split(",")):
+        growth = list(cpu_growth.curve(arguments.quick))
+    if arguments.picture and growth:
+        cpu_growth.draw(growth, machine, arguments.picture)
+    if arguments.out:
+        results = {"machine": machine, "rows": rows, "growth": growth, "failed": failed}
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,321 @@
+"""The rows of the CPU benchmark: attention's own work, ours and torch's.
+
+Shape suffixes: B batch, H heads, G key heads, T length, S cached length, D head dimension.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zeta import attention, attention_weights, biases, masks
+from zeta.ops.precision import Precision
+from zeta.positions import t5_buckets
+
+Results = dict[str, Tensor]
+Run = Callable[[], Results]
+Shape = tuple[int, int, int, int]
+SHAPES: dict[str, Shape] = {"A": (1, 16, 2048, 64), "B": (8, 8, 512, 64), "C": (1, 8, 4096, 128)}
+QUICK_SHAPES: dict[str, Shape] = {"quick": (1, 4, 200, 64)}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PADDED = 7
+"""Keys that padding hides where every feature is on: few, so that no work is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One piece of work done in two ways.
+
+    Attributes:
+        ours, peer: What is timed. They return results by name, gradients among them.
+        oracle: The reference in float64 on the same numbers.
+        checked: What must agree with the oracle: both, where each side does not drop other weights.
+        bound: The largest root mean square of an error, relative to that of the result.
+        reads: What a step must read from memory, where that bounds its time.
+        calls: Calls in one timing.
+    """
+
+    ours: Run
+    peer: Run
+    oracle: Run
+    checked: Mapping[str, Run]
+    bound: float
+    reads: tuple[Tensor, ...] = ()
+    calls: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table, made only when its turn comes.
+
+    Attributes:
+        bar, aim: Of the peer's time over ours.
+    """
+
+    name: str
+    shape: str
+    make: Callable[[], Work]
+    bar: float | None = None
+    aim: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a call is made with."""
+
+    causal: bool = False
+    t5: bool = False
+    padding: bool = False
+    dropout_p: float = 0.0
+    precision: Precision = "highest"
+
+    @property
+    def exact(self) -> "Features":
+        return dataclasses.replace(self, precision="highest")
+
+
+Bars = tuple[Mapping[str, float], float | None]
+
+
+def _bars(a: float, b: float, c: float, aim: float | None = None) -> Bars:
+    return {"A": a, "B": b, "C": c}, aim
+
+
+PLAIN, CAUSAL, T5 = Features(), Features(causal=True), Features(t5=True)
+DROPOUT = Features(dropout_p=0.1)
+T5_CAUSAL = Features(t5=True, causal=True)
+EVERYTHING = Features(causal=True, t5=True, padding=True, dropout_p=0.1)
+HIGH, HIGH_CAUSAL = Features(precision="high"), Features(precision="high", causal=True)
+COSTS = _bars(1 / 1.35, 1 / 1.35, 1 / 1.35, 1 / 1.2)
+NONE: Bars = ({}, None)
+
+# Name, dtype, what is on, whether it trains, bars.
+TABLE: tuple[tuple[str, str, Features, bool, Bars], ...] = (
+    ("forward", "bf16", PLAIN, False, _bars(1.6, 1.5, 1.5, 2.1)),
+    ("forward causal", "bf16", CAUSAL, False, _bars(2.0, 2.0, 1.6, 2.6)),
+    ("training", "bf16", PLAIN, True, _bars(3.0, 3.0, 2.4, 4.0)),
+    ("training causal", "bf16", CAUSAL, True, _bars(3.6, 4.0, 2.6, 5.0)),
+    ("training T5", "bf16", T5, True, _bars(14.0, 9.0, 13.0, 24.0)),
+    ("training T5 causal", "bf16", T5_CAUSAL, True, NONE),
+    ("training dropout", "bf16", DROPOUT, True, _bars(20.0, 14.0, 18.0, 32.0)),
+    ("forward", "fp32", PLAIN, False, _bars(1.4, 1.4, 1.4, 1.75)),
+    ("forward causal", "fp32", CAUSAL, False, _bars(1.6, 1.6, 1.6, 2.2)),
+    ("training", "fp32", PLAIN, True, _bars(1.4, 1.4, 1.4, 1.75)),
+    ("training causal", "fp32", CAUSAL, True, _bars(1.6, 1.6, 1.6, 2.2)),
+    ("training T5", "fp32", T5, True, _bars(3.5, 2.8, 3.5, 5.0)),
+    ("training T5 causal", "fp32", T5_CAUSAL, True, NONE),
+    ("training dropout", "fp32", DROPOUT, True, _bars(7.0, 5.0, 5.0, 10.0)),
+    ("forward high", "fp32", HIGH, False, _bars(2.1, 2.1, 2.1, 3.0)),
+    ("forward high causal", "fp32", HIGH_CAUSAL, False, NONE),
+    ("training high", "fp32", HIGH, True, _bars(2.1, 2.1, 2.1, 3.0)),
+    ("training high causal", "fp32", HIGH_CAUSAL, True, NONE),
+    ("everything forward", "bf16", EVERYTHING, False, COSTS),
+    ("everything training", "bf16", EVERYTHING, True, COSTS),
+    ("everything forward", "fp32", EVERYTHING, False, COSTS),
+    ("everything training", "fp32", EVERYTHING, True, COSTS),
+)
+
+
+class Problem:
+    """Random inputs of one call, and the ways to do it."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, features: Features, train: bool) -> None:
+        batch, heads, length, _ = shape
+        self.shape, self.dtype, self.features, self.train = shape, dtype, features, train
+        self.leaves: Results = {
+            name: torch.randn(shape).to(dtype).requires_grad_(train)
+            for name in ("query", "key", "value")
+        }
+        if features.t5:
+            table = torch.randn(32, heads).to(dtype)
+            self.leaves["table"] = table.requires_grad_(train)
+        self.incoming = torch.randn(shape).to(dtype)
+        self.lengths = length - 1 - torch.arange(batch) % PADDED
+
+    def ours(self, backend: str = "auto") -> Results:
+        """Our results and the gradients of all leaves."""
+        return self._run(self.leaves, self.features, backend)
+
+    def oracle(self) -> Results:
+        """In float64; by the chunked backend where the reference would take too much memory."""
+        leaves = {
+            name: leaf.detach().double().requires_grad_(self.train)
+            for name, leaf in self.leaves.items()
+        }
+        batch, heads, length, _ = self.shape
+        backend = "reference" if batch * heads * length**2 <= 2**25 else "chunked"
+        return self._run(leaves, self.features.exact, backend)
+
+    def _run(self, leaves: Results, features: Features, backend: str) -> Results:
+        hidden: masks.Mask | None = masks.Causal() if features.causal else None
+        if features.padding:
+            padding = masks.Padding(self.lengths)
+            hidden = padding if hidden is None else hidden & padding
+        out = attention(
+            leaves["query"],
+            leaves["key"],
+            leaves["value"],
+            mask=hidden,
+            bias=biases.Bucketed(leaves["table"]) if features.t5 else None,
+            dropout_p=features.dropout_p,
+            seed=1 if features.dropout_p else None,
+            backend=backend,
+            precision=features.precision,
+        )
+        return {"out": out} | self._gradients(out, leaves)
+
+    def _gradients(self, out: Tensor, leaves: Results) -> Results:
+        if not self.train:
+            return {}
+        found = torch.autograd.grad(out, list(leaves.values()), self.incoming.to(out.dtype))
+        return {f"grad {name}": grad for name, grad in zip(leaves, found, strict=True)}
+
+    def torch_does(self) -> Run:
+        """`F.scaled_dot_product_attention`; a bias is a dense leaf with a gradient of its own."""
+        leaves = {name: leaf for name, leaf in self.leaves.items() if name != "table"}
+        features, bias = self.features, None
+        query, key, value = leaves.values()
+        if features.t5:
+            bias = self._dense().requires_grad_(self.train)
+            leaves["dense"] = bias
+
+        def run() -> Results:
+            out = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=bias,
+                dropout_p=features.dropout_p,
+                is_causal=features.causal and bias is None,
+            )
+            return {"out": out} | self._gradients(out, leaves)
+
+        return run
+
+    def _dense(self) -> Tensor:
+        position = torch.arange(self.shape[2])
+        buckets = t5_buckets(position - position[:, None])
+        table = self.leaves["table"].detach()
+        dense = F.embedding(buckets, table).permute(2, 0, 1).unsqueeze(0).contiguous()
+        if self.features.causal:
+            dense.masked_fill_(position > position[:, None], float("-inf"))
+        return dense
+
+
+BOUNDS = {torch.bfloat16: 2.0**-6, torch.float32: 1e-5}
+HIGH_BOUND = 1e-4
+
+
+def attention_rows(shapes: Mapping[str, Shape]) -> Iterator[Row]:
+    """Attention forward, and forward and backward; then its average weights."""
+    for name, dtype, features, train, (bars, aim) in TABLE:
+        for label, shape in shapes.items():
+
+            def make(
+                shape: Shape = shape,
+                dtype: str = dtype,
+                features: Features = features,
+                train: bool = train,
+            ) -> Work:
+                return _work(shape, DTYPES[dtype], features, train)
+
+            yield Row(f"{dtype} {name}", label, make, bars.get(label), aim)
+    for dtype, bar, aim in (("bf16", 4.5, 7.5), ("fp32", 2.3, 3.5)):
+        for label, shape in shapes.items():
+
+            def make_weights(shape: Shape = shape, dtype: str = dtype) -> Work:
+                return _mean_weights(shape, DTYPES[dtype])
+
+            yield Row(f"{dtype} forward and mean weights", label, make_weights, bar, aim)
+
+
+def _work(shape: Shape, dtype: torch.dtype, features: Features, train: bool) -> Work:
+    problem = Problem(shape, dtype, features, train)
+    if features == EVERYTHING:
+        peer = Problem(shape, dtype, CAUSAL, train).ours
+    else:
+        peer = problem.torch_does()
+    bound = BOUNDS[dtype] if features.precision == "highest" else HIGH_BOUND
+    checked = {"ours": problem.ours} | ({} if features.dropout_p else {"peer": peer})
+    return Work(problem.ours, peer, problem.oracle, checked, bound)
+
+
+def _mean_weights(shape: Shape, dtype: torch.dtype) -> Work:
+    batch, heads, length, head_dim = shape
+    query, key, value = (torch.randn(shape).to(dtype) for _ in range(3))
+
+    def ours() -> Results:
+        return {
+            "out": attention(query, key, value),
+            "weights": attention_weights(query, key, reduce="mean"),
+        }
+
+    def textbook(query: Tensor, key: Tensor, value: Tensor) -> Results:
+        q, k, v = (x.reshape(batch * heads, length, head_dim) for x in (query, key, value))
+        weights = torch.softmax(torch.bmm(q / math.sqrt(head_dim), k.mT), dim=-1)
+        out = torch.bmm(weights, v).view(shape)
+        return {"out": out, "weights": weights.view(batch, heads, length, length).mean(1)}
+
+    def peer() -> Results:
+        return textbook(query, key, value)
+
+    def oracle() -> Results:
+        return textbook(query.double(), key.double(), value.double())
+
+    return Work(ours, peer, oracle, {"ours": ours, "peer": peer}, BOUNDS[dtype])
+
+
+def decode_rows(quick: bool) -> Iterator[Row]:
+    """One query over a cache, 16 heads over 4: against torch, and against reading the cache."""
+    lengths = {200: (None, None)} if quick else {1024: (1.3, 2.0), 8192: (1.9, 2.0)}
+    for dtype in DTYPES:
+        for head_dim in (64, 128):
+            for cached, (bar, aim) in lengths.items():
+                required = (bar, aim) if dtype == "bf16" else (None, None)
+
+                def make(
+                    dtype: str = dtype, head_dim: int = head_dim, cached: int = cached
+                ) -> Work:
+                    return _decode(DTYPES[dtype], head_dim, cached)
+
+                yield Row(f"{dtype} decode D {head_dim}", f"S {cached}", make, *required)
+
+
+def _decode(dtype: torch.dtype, head_dim: int, cached: int) -> Work:
+    query = torch.randn(1, 16, 1, head_dim).to(dtype)
+    key, value = (torch.randn(1, 4, cached, head_dim).to(dtype) for _ in range(2))
+
+    def ours() -> Results:
+        return {"out": attention(query, key, value)}
+
+    def peer() -> Results:
+        return {"out": F.scaled_dot_product_attention(query, key, value, enable_gqa=True)}
+
+    def oracle() -> Results:
+        wide = (x.double() for x in (query, key, value))
+        return {"out": attention(*wide, backend="reference")}
+
+    checked = {"ours": ours, "peer": peer}
+    return Work(ours, peer, oracle, checked, BOUNDS[dtype], reads=(key, value), calls=20)
+
+
+def small_rows(quick: bool) -> Iterator[Row]:
+    """Calls so short that the cost of a call counts."""
+    for dtype in DTYPES:
+        for heads in (8,) if quick else (1, 8, 32):
+            for length in (1, 16) if quick else (1, 2, 4, 8, 16, 32, 64):
+                for causal in (False, True):
+
+                    def make(
+                        dtype: str = dtype,
+                        shape: Shape = (1, heads, length, 64),
+                        causal: bool = causal,
+                    ) -> Work:
+                        work = _work(shape, DTYPES[dtype], Features(causal=causal), False)
+                        return dataclasses.replace(work, calls=50)
+
+                    name = f"{dtype} small{' causal' if causal else ''}"
+                    yield Row(name, f"H {heads} T {length}", make, 0.95, 1.3)

@@ -1,0 +1,107 @@
+"""The native CPU kernel: C++ with AVX2, AVX-512 or AMX, reached through a plain C library.
+
+Nothing of the size target x source is ever held, unless it was given or is asked for. A relative
+bias is read as a vector per head; masks skip what they hide; dropout draws what every backend of
+Zeta's draws. The library is built when Zeta is installed, where there is a C++ compiler, and loaded
+at the first call.
+"""
+
+import torch
+from torch import Tensor
+
+from zeta.ops.backends.cpu import functions, library, passes
+from zeta.ops.backends.cpu.description import DTYPES, LAST_POSITION, Fixed
+from zeta.ops.call import AttentionCall
+from zeta.ops.lowering import lower, refusals
+from zeta.ops.precision import float32_precision
+from zeta.ops.transforms import reasons_of_opaque
+
+NAME = "cpu"
+
+MAX_HEAD_DIM = 256
+
+
+def unsupported(call: AttentionCall) -> list[str]:
+    """Why the kernel cannot do this call; empty if it can."""
+    query = call.query
+    if query.device.type != "cpu":
+        return [f"it computes on the CPU; got tensors on {query.device}"]
+    reasons = []
+    obstacle = library.obstacle()
+    if obstacle is not None:
+        reasons.append(obstacle)
+    if query.dtype not in DTYPES:
+        reasons.append(f"it has no kernels for {query.dtype}")
+    if max(query.shape[-1], call.value.shape[-1]) > MAX_HEAD_DIM:
+        reasons.append(
+            f"its head_dim goes up to {MAX_HEAD_DIM}; got {query.shape[-1]} and "
+            f"{call.value.shape[-1]}"
+        )
+    return reasons + refusals(call) + _far_positions(call) + reasons_of_opaque(call.tensors)
+
+
+def _far_positions(call: AttentionCall) -> list[str]:
+    reasons = []
+    for positions in (call.query_positions, call.key_positions):
+        if positions is None or not _is_eager(positions) or _is_transforming():
+            continue
+        least, most = (int(end) for end in positions.aminmax())
+        if most > LAST_POSITION:
+            reasons.append(f"its positions go up to {LAST_POSITION}; got {most}")
+        if least < -LAST_POSITION:
+            reasons.append(f"its positions begin at {-LAST_POSITION}; got {least}")
+    return reasons
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Attention ``(B, H, T, Dv)`` and its log-sum-exp ``(B, H, T)`` in float32."""
+    lowered = lower(call)
+    operands = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
+    fixed = (*lowered.fixed(), _is_high(call))
+    if not _is_eager(call.query):
+        from zeta.ops.backends.cpu import operators
+
+        out, lse = operators.attention(*operands, *fixed)
+        return out, lse
+    if not _is_learned(operands) and not _is_transforming():
+        return passes.forward(*operands, Fixed(*fixed))
+    found: tuple[Tensor, Tensor] = functions.Attention.apply(*operands, Fixed(*fixed))  # type: ignore[no-untyped-call]
+    return found
+
+
+def weights(call: AttentionCall) -> Tensor:
+    """Weights before dropout: ``(B, H, T, S)``, or ``(B, T, S)`` averaged over heads."""
+    lowered = lower(call)
+    operands = (call.query, call.key, lowered.offsets, lowered.dense)
+    mean = call.result == "mean_weights"
+    fixed = (*lowered.fixed(), _is_high(call))
+    found: Tensor
+    if not _is_eager(call.query):
+        from zeta.ops.backends.cpu import operators
+
+        found, _ = operators.weights(*operands, mean, *fixed)
+        return found
+    if not _is_learned(operands) and not _is_transforming():
+        return passes.weights(*operands, mean, Fixed(*fixed))[0]
+    found, _ = functions.Weights.apply(*operands, mean, Fixed(*fixed))  # type: ignore[no-untyped-call]
+    return found
+
+
+def _is_high(call: AttentionCall) -> bool:
+    return call.query.dtype == torch.float32 and float32_precision(call.precision) == "high"
+
+
+def _is_eager(tensor: Tensor) -> bool:
+    """Whether nothing traces what is computed, so that the library may run on the spot."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _is_learned(operands: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in operands
+    )
+
+
+def _is_transforming() -> bool:
+    """Inside a transform of ``torch.func``, whose tensors have no address."""
+    return torch._C._are_functorch_transforms_active()

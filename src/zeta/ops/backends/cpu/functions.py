@@ -1,0 +1,127 @@
+"""The passes as ``torch.autograd`` functions: for eager code, to which an operator's third of a
+millisecond would be most of a small call, and for ``torch.func.grad``.
+"""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from zeta.ops.backends.cpu import passes
+from zeta.ops.backends.cpu.description import Fixed
+
+_Compute = Callable[..., passes.Gradients]
+
+
+class _Once(Function):
+    """Base of functions whose gradients are `_Gradients`."""
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        raise NotImplementedError(
+            "the backend 'cpu' has no torch.func.vmap; make the mapped dimension part of the "
+            "batch, or use backend='reference'"
+        )
+
+
+class Attention(_Once):
+    """Output and log-sum-exp; see `passes.forward`."""
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        offsets: Tensor | None,
+        dense: Tensor | None,
+        fixed: Fixed,
+    ) -> tuple[Tensor, Tensor]:
+        return passes.forward(query, key, value, offsets, dense, fixed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, offsets, dense, fixed = inputs
+        ctx.save_for_backward(query, key, value, *output, offsets, dense, *fixed.tensors)
+        ctx.fixed = fixed._replace(tensors=())
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        if grad_out is None and grad_lse is None:
+            return (None,) * 6
+        if grad_out is None:
+            grad_out = torch.zeros_like(ctx.saved_tensors[3])
+        without_tensors, needed = ctx.fixed, ctx.needs_input_grad[3:5]
+
+        def compute(grad_out: Tensor, grad_lse: Tensor | None, *saved: Any) -> passes.Gradients:
+            *inputs, offsets, dense = saved[:7]
+            fixed = without_tensors._replace(tensors=saved[7:])
+            return passes.backward(grad_out, grad_lse, tuple(inputs), offsets, dense, fixed, needed)
+
+        return *_differentiated_once(compute, grad_out, grad_lse, *ctx.saved_tensors), None
+
+
+class Weights(_Once):
+    """Weights and log-sum-exp; see `passes.weights`."""
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        offsets: Tensor | None,
+        dense: Tensor | None,
+        mean: bool,
+        fixed: Fixed,
+    ) -> tuple[Tensor, Tensor]:
+        return passes.weights(query, key, offsets, dense, mean, fixed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, offsets, dense, _, fixed = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(query, key, output[1], offsets, dense, *fixed.tensors)
+        ctx.fixed = fixed._replace(tensors=())
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_weights: Tensor | None, _: Tensor | None) -> Any:
+        if grad_weights is None:
+            return (None,) * 6
+        without_tensors, needed = ctx.fixed, ctx.needs_input_grad[2:4]
+
+        def compute(grad_weights: Tensor, *saved: Any) -> passes.Gradients:
+            query, key, lse, offsets, dense, *tensors = saved
+            fixed = without_tensors._replace(tensors=tensors)
+            return passes.weights_backward(
+                grad_weights, query, key, lse, offsets, dense, fixed, needed
+            )
+
+        found = _differentiated_once(compute, grad_weights, *ctx.saved_tensors)
+        of_query, of_key, _, of_offsets, of_dense = found
+        return of_query, of_key, of_offsets, of_dense, None, None
+
+
+class _Gradients(_Once):
+    """Gradients that know what they were made from, so that a second derivative is an error."""
+
+    @staticmethod
+    def forward(compute: _Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(compute(*tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Nothing is kept: there is no second derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> NoReturn:
+        raise RuntimeError(passes.ONCE)
+
+
+def _differentiated_once(compute: _Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    # Only under create_graph=True, or inside a transform, could anybody differentiate them.
+    if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        return tuple(compute(*tensors))
+    found: tuple[Tensor | None, ...] = _Gradients.apply(compute, *tensors)  # type: ignore[no-untyped-call]
+    return found

@@ -1,0 +1,128 @@
+"""The native library: found beside this file, loaded at first use, never at import.
+
+A machine without a C++ compiler, or of another kind than x86-64 Linux, has no library; a processor
+may lack the instructions. `obstacle` says so.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+from zeta.ops.backends.cpu import layout
+
+PATH = Path(__file__).with_name("libzeta_cpu.so")
+INSTRUCTION_SETS = ("AVX2", "AVX-512", "AMX")
+"""As `ZetaIsa` numbers them, from 1 on; the last that is usable runs."""
+
+DONE, NOT_BUILT, CANNOT = 0, 3, 5
+_ANSWERS = {
+    1: "it is of another version",
+    2: "neither the processor nor the build has the instruction set",
+    NOT_BUILT: "it was built without this pass",
+    4: "there is no memory left",
+    CANNOT: "the pass cannot do this call",
+}
+
+Pass = Callable[[ctypes.Array[ctypes.c_char]], int]
+
+
+class Library:
+    """Entry points of a loaded library.
+
+    Attributes:
+        forward, backward, weights, decode: Take a `layout.Record`; return an answer, see `check`.
+        built, processor, usable: Instruction sets that it has code for, that the processor has,
+            and both.
+        instruction_set: The number of the one that runs; 0 for the best. Tests set it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Load it.
+
+        Raises:
+            OSError: The file is no library, or one of another version.
+        """
+        functions = ctypes.CDLL(str(path))
+        size = functions.zeta_abi_bytes
+        size.restype = ctypes.c_int64
+        if size() != layout.NUM_BYTES:
+            raise OSError(
+                f"{path} is of another version: its calls have {size()} bytes, "
+                f"not {layout.NUM_BYTES}"
+            )
+        self.path = path
+        self.forward = _pass(functions, "zeta_forward")
+        self.backward = _pass(functions, "zeta_backward")
+        self.weights = _pass(functions, "zeta_weights")
+        self.decode = _pass(functions, "zeta_decode")
+        self.built = _sets(functions, "zeta_built")
+        self.processor = _sets(functions, "zeta_processor")
+        self.usable = _sets(functions, "zeta_instruction_sets")
+        self.instruction_set = 0
+
+
+def _pass(functions: ctypes.CDLL, name: str) -> Pass:
+    function = getattr(functions, name)
+    # An array of char goes as its address.
+    function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
+    return function  # type: ignore[no-any-return]  # ctypes gives functions no type
+
+
+def _sets(functions: ctypes.CDLL, name: str) -> tuple[str, ...]:
+    function = getattr(functions, name)
+    function.restype = ctypes.c_int64
+    bits = function()
+    return tuple(name for bit, name in enumerate(INSTRUCTION_SETS, 1) if bits >> bit & 1)
+
+
+def check(answer: int) -> None:
+    """Raise what an answer of a pass stands for.
+
+    Raises:
+        MemoryError: There was none for scratch.
+        RuntimeError: Anything else; a bug.
+    """
+    if answer == DONE:
+        return
+    message = f"the native library refuses: {_ANSWERS.get(answer, f'answer {answer}')}"
+    raise MemoryError(message) if answer == 4 else RuntimeError(message)
+
+
+@functools.cache
+def load() -> Library:
+    """The library; the same one each time.
+
+    Raises:
+        OSError: It is not there, or cannot be loaded.
+    """
+    return Library(PATH)
+
+
+def obstacle() -> str | None:
+    """Why the library cannot run here; None if it can."""
+    return _find_obstacle()
+
+
+# A compiler calls it while it traces, and takes the answer for a constant: what
+# `torch.compiler.assume_constant_result` does, which imports the compiler.
+obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
+
+
+@functools.cache
+def _find_obstacle() -> str | None:
+    if not PATH.exists():
+        return (
+            "the native library is not built: that takes Linux on x86-64 and a C++ compiler when "
+            "Zeta is installed"
+        )
+    try:
+        library = load()
+    except OSError as error:
+        return f"the native library cannot be loaded: {error}"
+    if not library.usable:
+        return (
+            f"it needs a processor with {' or '.join(library.built)}; "
+            f"this one has {', '.join(library.processor) or 'none of them'}"
+        )
+    return None

@@ -1,0 +1,25 @@
+// The kernels on AMX tiles, and AVX-512 between them. With -DZETA_EMULATE_TILES software stands in
+// for the tiles, and any vectors will do.
+
+#include <immintrin.h>
+#include <math.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "table.h"
+
+namespace zeta_amx {
+#include "kernels.h"
+#include "tiles.h"
+#include "tile_products.h"
+#include "tile_operands.h"
+#include "tile_passes.h"
+}
+
+extern "C" const ZetaPasses zeta_passes_amx = {
+    zeta_amx::forward,
+    zeta_amx::backward,
+    zeta_amx::weights,
+    zeta_amx::decode,
+};

@@ -1,0 +1,21 @@
+// The kernels in AVX-512 (F, BW, DQ, VL).
+
+#include <immintrin.h>
+#include <math.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "table.h"
+
+namespace zeta_avx512 {
+#include "kernels.h"
+#include "fma_passes.h"
+}
+
+extern "C" const ZetaPasses zeta_passes_avx512 = {
+    zeta_avx512::forward,
+    zeta_avx512::backward,
+    zeta_avx512::weights,
+    zeta_avx512::decode,
+};

@@ -1,0 +1,91 @@
+// Attention, backward: blocks of keys walk over blocks of queries. Scores are made again.
+//
+// A task is a block of keys of one key head, with all the query heads that read it: it alone makes
+// its part of the keys' and values' gradients. What several tasks add to is added in turns.
+
+// Before the tasks: deltas, and zeros where they add to.
+template <class Operands>
+inline int64_t prepare_backward(const ZetaCall &call, const BackwardSizes &sizes,
+                                const BackwardShared &shared, const OffsetTable &offsets) {
+    memset(shared.done, 0, sizes.tasks(call) * sizeof(int64_t));
+    if (call.grad_offsets_HR) clear(call.grad_offsets_HR, call.heads * (2 * call.reach + 1));
+    if (call.grad_dense.data) DenseGradient{call, nullptr}.clear();
+    Pieces count(nullptr);
+    if (sizes.key_blocks == 1) {
+        make_lse_deltas(call, shared.deltas_BHT);
+        return ZETA_DONE;
+    }
+    if (call.grad_weights) WeightDeltas<Operands>::plan(count, call);
+    int64_t answer = ZETA_DONE;
+    const int64_t tasks = call.batch * call.heads * sizes.query_blocks;
+    run_on_threads(tasks, call.num_threads, [&](Tasks &tasks) {
+        Scratch scratch(count.bytes());
+        if (!scratch.data()) {
+            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
+            return;
+        }
+        [[maybe_unused]] const typename Operands::Session session;
+        Pieces pieces(scratch.data());
+        const WeightDeltas<Operands> weights =
+            call.grad_weights ? WeightDeltas<Operands>::plan(pieces, call)
+                              : WeightDeltas<Operands>{};
+        for (int64_t task; (task = tasks.take()) >= 0;) {
+            const int64_t first = task % sizes.query_blocks * BLOCK_QUERIES;
+            const int64_t batch = task / sizes.query_blocks / call.heads;
+            const int64_t head = task / sizes.query_blocks % call.heads;
+            const Sight sight(call, batch);
+            const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
+            make_deltas(scores, weights, first, shared.deltas_BHT);
+            HeadRows sums = shared.query_sums(call, batch, head);
+            for (int64_t row = first; row < smaller(first + BLOCK_QUERIES, call.target); ++row)
+                memset(sums.at(row), 0, call.head_dim * sizeof(float));
+        }
+    });
+    return answer;
+}
+
+// After the tasks: gradients of queries that were summed elsewhere.
+inline void finish_queries(const ZetaCall &call, const BackwardShared &shared) {
+    run(call.batch * call.heads, call.num_threads, [&](int64_t task) {
+        const int64_t batch = task / call.heads, head = task % call.heads;
+        const HeadRows sums = shared.query_sums(call, batch, head);
+        HeadRows rows = head_rows(call.grad_query, call.dtype, batch, head);
+        for (int64_t row = 0; row < call.target; ++row)
+            for (int64_t column = 0; column < call.head_dim; column += LANES) {
+                const int64_t count = call.head_dim - column;
+                store_dtype(rows.at(row), call.dtype, column,
+                            load_dtype(sums.at(row), ZETA_FLOAT32, column, count), count);
+            }
+    });
+}
+
+template <class Operands>
+inline int64_t backward_with(const ZetaCall &call) {
+    const BackwardSizes sizes(call);
+    Pieces shared_count(nullptr);
+    BackwardShared::plan(shared_count, call, sizes);
+    const Shared memory(shared_count.bytes());
+    if (!memory.data()) return ZETA_NO_MEMORY;
+    Pieces shared_pieces(memory.data());
+    const BackwardShared shared = BackwardShared::plan(shared_pieces, call, sizes);
+    OffsetTable offsets{};
+    if (call.offsets_HR) offsets = make_offsets(call, shared.offsets);
+    int64_t answer = prepare_backward<Operands>(call, sizes, shared, offsets);
+    if (answer != ZETA_DONE) return answer;
+    Pieces count(nullptr);
+    BackwardBlock<Operands>::plan(count, call);
+    run_on_threads(sizes.tasks(call), call.num_threads, [&](Tasks &tasks) {
+        Scratch scratch(count.bytes());
+        if (!scratch.data()) {
+            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
+            return;
+        }
+        [[maybe_unused]] const typename Operands::Session session;
+        Pieces pieces(scratch.data());
+        BackwardBlock<Operands> block = BackwardBlock<Operands>::plan(pieces, call);
+        for (int64_t task; (task = tasks.take()) >= 0;)
+            BackwardTask<Operands>(call, sizes, shared, offsets, block, task).run(offsets);
+    });
+    if (answer == ZETA_DONE && shared.grad_queries) finish_queries(call, shared);
+    return answer;
+}

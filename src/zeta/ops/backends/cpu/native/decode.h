@@ -1,0 +1,358 @@
+// Few queries over many keys, as in generation: all query heads of a key head go together, keys and
+// values are read once where they lie, and long sequences are cut so that all threads have work.
+//
+// The cuts depend on the call's sizes alone, so that no result depends on the number of threads.
+
+constexpr int64_t WANTED_TASKS = 64;
+constexpr int64_t LEAST_KEYS = 256;     // of a part
+constexpr int64_t ALONE_BYTES = 1 << 17;  // as much as one thread reads before others wake up
+
+// How a call is cut.
+struct DecodePlan {
+    int64_t group, rows, padded_rows, parts;
+    int64_t query_stride, weight_stride, sum_stride;
+
+    explicit DecodePlan(const ZetaCall &call)
+        : group(call.heads / call.key_heads),
+          rows(group * call.target),
+          padded_rows(round_up(rows, BLOCK)),
+          // Rows apart by an odd number of vectors do not meet in the same banks of the cache.
+          query_stride(round_up(call.head_dim, LANES) + LANES),
+          weight_stride(MOST_KEYS + LANES),
+          sum_stride(round_up(call.value_dim, LANES)) {
+        const int64_t heads = call.batch * call.key_heads;
+        const int64_t most = (call.source + LEAST_KEYS - 1) / LEAST_KEYS;
+        parts = larger(1, smaller(most, (WANTED_TASKS + heads - 1) / heads));
+    }
+};
+
+// The rows of a key head under way.
+struct DecodeBlock {
+    float *queries, *weights, *near;
+    float *sums, *maxima, *totals;
+    KeyTile *tile;
+
+    static DecodeBlock plan(Pieces &pieces, const DecodePlan &plan) {
+        DecodeBlock block = of_sums(pieces, plan);
+        block.queries = pieces.take<float>(plan.padded_rows * plan.query_stride);
+        block.weights = pieces.take<float>(plan.padded_rows * plan.weight_stride);
+        block.near = pieces.take<float>(NEAR_FLOATS);
+        block.tile = pieces.take<KeyTile>(1);
+        return block;
+    }
+
+    // What is left of a part when it is done.
+    static DecodeBlock of_sums(Pieces &pieces, const DecodePlan &plan) {
+        DecodeBlock block{};
+        block.sums = pieces.take<float>(plan.padded_rows * plan.sum_stride);
+        block.maxima = pieces.take<float>(plan.rows);
+        block.totals = pieces.take<float>(plan.rows);
+        return block;
+    }
+};
+
+// Where the rows of one key head lie: in one place, or in pages.
+template <class T>
+struct HeadCache {
+    const T *data;
+    int64_t row, page, page_size;
+    const int32_t *pages;
+
+    HeadCache(const ZetaCall &call, const ZetaRows &rows, int64_t batch, int64_t key_head)
+        : data(static_cast<const T *>(rows.data) + key_head * rows.head),
+          row(rows.row),
+          page(rows.batch),
+          page_size(call.page_table ? call.page_size : INT64_MAX),
+          pages(call.page_table ? call.page_table + batch * call.pages_per_row : nullptr) {
+        if (!pages) data += batch * rows.batch;
+    }
+
+    Stream<T> stream(int64_t first, int64_t count) const {
+        const T *from = pages ? data + pages[first / page_size] * page : data;
+        return {from + (pages ? first % page_size : first) * row, row, count};
+    }
+};
+
+// Calls `body(first, count)` for runs of keys that exist and lie in one page.
+template <class Body>
+inline void for_runs(const Existing &existing, int64_t page_size, int64_t first, int64_t end,
+                     const Body &body) {
+    const bool all_exist = !existing.positions && !existing.keep;
+    while (first < end) {
+        int64_t last = smaller(end, page_size == INT64_MAX
+                                        ? end : round_down(first, page_size) + page_size);
+        if (!all_exist) {
+            while (first < last && !existing.has(first)) ++first;
+            int64_t stop = first;
+            while (stop < last && existing.has(stop)) ++stop;
+            last = stop;
+        }
+        if (last > first) body(first, last - first);
+        first = larger(last, first);
+    }
+}
+
+inline float exponential(float x) {
+    float lanes[LANES];
+    store(lanes, exp(splat(x)));
+    return lanes[0];
+}
+
+inline void scale_row(float *row, int64_t width, float factor) {
+    for (int64_t column = 0; column < width; column += LANES)
+        store(row + column, load(row + column) * splat(factor));
+}
+
+// The factors of int8 keys or values, from the first key of a tile; null where there are none.
+inline const float *tile_factors(const ZetaCall &call, const float *factors, int64_t batch,
+                                 int64_t key_head, int64_t first) {
+    if (!factors) return nullptr;
+    return factors + batch * call.factor_batch + key_head * call.factor_head + first;
+}
+
+inline void multiply_row(float *row, const float *factors, int64_t count) {
+    for (int64_t key = 0; key < count; key += LANES) {
+        const Floats factor = load_first(factors + key, count - key);
+        store_first(row + key, load(row + key) * factor, count - key);
+    }
+}
+
+// One part of the keys of one key head. Q is the dtype of the queries, K that of the cache.
+template <class Q, class K>
+struct DecodePart {
+    const ZetaCall &call;
+    const DecodePlan &plan;
+    const DecodeBlock &block;
+    const OffsetTable &offsets;
+    const int64_t batch, key_head;
+    const Sight sight;
+    const HeadCache<K> keys, values;
+
+    DecodePart(const ZetaCall &call, const DecodePlan &plan, const DecodeBlock &block,
+               const OffsetTable &offsets, int64_t batch, int64_t key_head)
+        : call(call),
+          plan(plan),
+          block(block),
+          offsets(offsets),
+          batch(batch),
+          key_head(key_head),
+          sight(call, batch),
+          keys(call, call.key, batch, key_head),
+          values(call, call.value, batch, key_head) {}
+
+    int64_t head_of(int64_t row) const { return key_head * plan.group + row / call.target; }
+
+    void run(int64_t part) const {
+        const QueryBlock queries(sight, 0, call.target);
+        start();
+        const int64_t length = larger(0, queries.keys.high - queries.keys.low);
+        const int64_t step = round_up((length + plan.parts - 1) / plan.parts, 16);
+        const int64_t first = queries.keys.low + part * step;
+        const int64_t end = smaller(first + step, queries.keys.high);
+        for (int64_t key = first; key < end; key += MOST_KEYS) {
+            block.tile->set(sight, key, smaller(MOST_KEYS, end - key));
+            if (queries.sees(sight, *block.tile)) add_tile();
+        }
+    }
+
+    void start() const {
+        const float factor = static_cast<float>(call.scale);
+        for (int64_t row = 0; row < plan.rows; ++row) {
+            const Q *from = static_cast<const Q *>(call.query.data) + batch * call.query.batch +
+                            head_of(row) * call.query.head + row % call.target * call.query.row;
+            arrange<K>(from, call.head_dim, factor, block.queries + row * plan.query_stride);
+            block.maxima[row] = -INFINITY;
+            block.totals[row] = 0;
+        }
+        clear(block.queries + plan.rows * plan.query_stride,
+              (plan.padded_rows - plan.rows) * plan.query_stride);
+        clear(block.sums, plan.padded_rows * plan.sum_stride);
+    }
+
+    void add_tile() const {
+        KeyTile &tile = *block.tile;
+        if (call.dropout_p > 0) tile.set_hashes(sight, column_salt(call.seed));
+        const auto for_tile = [&](const auto &body) {
+            for_runs(sight.existing, keys.page_size, tile.first, tile.first + tile.count, body);
+        };
+        for_tile([&](int64_t first, int64_t count) {
+            score_keys(block.queries, plan.query_stride, plan.rows, keys.stream(first, count),
+                       call.head_dim, block.weights + first - tile.first, plan.weight_stride,
+                       block.near);
+        });
+        for (int64_t head = 0; head < plan.group; ++head) weigh_head(head);
+        for_tile([&](int64_t first, int64_t count) {
+            add_values(block.weights + first - tile.first, plan.weight_stride, plan.rows,
+                       values.stream(first, count), call.value_dim, block.sums, plan.sum_stride,
+                       block.near);
+        });
+    }
+
+    // From products to weights, of one head of the group.
+    void weigh_head(int64_t head) const {
+        const KeyTile &tile = *block.tile;
+        const Scores scores(call, sight, offsets, batch, key_head * plan.group + head, 1);
+        const float *of_keys = tile_factors(call, call.key_factor_BGS, batch, key_head, tile.first);
+        const float *of_values =
+            tile_factors(call, call.value_factor_BGS, batch, key_head, tile.first);
+        for (int64_t query = 0; query < call.target; ++query) {
+            const int64_t row = head * call.target + query;
+            float *weights = block.weights + row * plan.weight_stride;
+            const ScoreRow score_row(scores, tile, query);
+            if (of_keys) multiply_row(weights, of_keys, tile.count);
+            const float highest = largest(finish_row(score_row, weights));
+            if (block.maxima[row] == -INFINITY)
+                block.maxima[row] = highest;
+            else if (highest > block.maxima[row] + RESCALE_FROM)
+                rescale_sums(row, highest);
+            block.totals[row] += exponentials(score_row, weights, block.maxima[row]);
+            if (of_values) multiply_row(weights, of_values, tile.count);
+        }
+    }
+
+    void rescale_sums(int64_t row, float highest) const {
+        const float factor = exponential(block.maxima[row] - highest);
+        block.maxima[row] = highest;
+        block.totals[row] *= factor;
+        scale_row(block.sums + row * plan.sum_stride, plan.sum_stride, factor);
+    }
+
+    void finish() const {
+        for (int64_t row = 0; row < plan.rows; ++row) {
+            const int64_t head = head_of(row), query = row % call.target;
+            const float total = block.totals[row];
+            const float kept = static_cast<float>(1 / (1 - call.dropout_p));
+            Q *to = static_cast<Q *>(call.out.data) + batch * call.out.batch +
+                    head * call.out.head + query * call.out.row;
+            store_arranged<K>(block.sums + row * plan.sum_stride, call.value_dim,
+                              total == 0 ? 0 : kept / total, to);
+            if (!call.lse_BHT) continue;
+            call.lse_BHT[(batch * call.heads + head) * call.target + query] =
+                total == 0 ? -INFINITY
+                           : static_cast<float>(block.maxima[row] + log(total * 1.0));
+        }
+    }
+};
+
+// Of all parts of a key head, in their order.
+inline void merge_parts(const DecodePlan &plan, const DecodeBlock *parts, const DecodeBlock &to) {
+    for (int64_t row = 0; row < plan.rows; ++row) {
+        float highest = -INFINITY;
+        for (int64_t part = 0; part < plan.parts; ++part)
+            highest = parts[part].maxima[row] > highest ? parts[part].maxima[row] : highest;
+        float *sums = to.sums + row * plan.sum_stride;
+        clear(sums, plan.sum_stride);
+        to.maxima[row] = highest;
+        to.totals[row] = 0;
+        for (int64_t part = 0; part < plan.parts; ++part) {
+            const float factor =
+                exponential(parts[part].maxima[row] - (highest == -INFINITY ? 0 : highest));
+            const float *from = parts[part].sums + row * plan.sum_stride;
+            to.totals[row] += parts[part].totals[row] * factor;
+            for (int64_t column = 0; column < plan.sum_stride; column += LANES)
+                store(sums + column,
+                      fma(load(from + column), splat(factor), load(sums + column)));
+        }
+    }
+}
+
+// What the threads of a call share: the offsets, how many parts of a head are left, the parts.
+struct DecodeShared {
+    float *offsets;
+    int32_t *left;
+    DecodeBlock parts[WANTED_TASKS];  // of the first key head
+    int64_t head_bytes;
+
+    static DecodeShared plan(Pieces &pieces, const ZetaCall &call, const DecodePlan &plan) {
+        DecodeShared shared{};
+        const int64_t heads = call.batch * call.key_heads;
+        if (call.offsets_HR)
+            shared.offsets = pieces.take<float>(call.heads * OffsetTable::length_of(call));
+        if (plan.parts == 1) return shared;
+        shared.left = pieces.take<int32_t>(heads);
+        const int64_t before = pieces.bytes();
+        for (int64_t part = 0; part < plan.parts; ++part)
+            shared.parts[part] = DecodeBlock::of_sums(pieces, plan);
+        shared.head_bytes = pieces.bytes() - before;
+        pieces.take<char>((heads - 1) * shared.head_bytes);
+        return shared;
+    }
+
+    DecodeBlock part_of(int64_t head, int64_t part) const {
+        const int64_t floats = head * head_bytes / static_cast<int64_t>(sizeof(float));
+        DecodeBlock block = parts[part];
+        block.sums += floats;
+        block.maxima += floats;
+        block.totals += floats;
+        return block;
+    }
+};
+
+template <class Q, class K>
+inline void decode_task(const ZetaCall &call, const DecodePlan &plan, const DecodeBlock &block,
+                        const DecodeShared &shared, const OffsetTable &offsets, int64_t task) {
+    const int64_t head = task / plan.parts, part = task % plan.parts;
+    DecodeBlock mine = block;
+    if (plan.parts > 1) {
+        const DecodeBlock kept = shared.part_of(head, part);
+        mine.sums = kept.sums;
+        mine.maxima = kept.maxima;
+        mine.totals = kept.totals;
+    }
+    const int64_t batch = head / call.key_heads, key_head = head % call.key_heads;
+    const DecodePart<Q, K> work(call, plan, mine, offsets, batch, key_head);
+    work.run(part);
+    if (plan.parts == 1) return work.finish();
+    // Whoever is last puts the parts together.
+    if (__atomic_sub_fetch(shared.left + head, 1, __ATOMIC_ACQ_REL)) return;
+    DecodeBlock parts[WANTED_TASKS];
+    for (int64_t other = 0; other < plan.parts; ++other) parts[other] = shared.part_of(head, other);
+    merge_parts(plan, parts, block);
+    DecodePart<Q, K>(call, plan, block, offsets, batch, key_head).finish();
+}
+
+template <class Q, class K>
+inline int64_t decode_in(const ZetaCall &call) {
+    const DecodePlan plan(call);
+    Pieces block_count(nullptr), shared_count(nullptr);
+    DecodeBlock::plan(block_count, plan);
+    DecodeShared::plan(shared_count, call, plan);
+    Shared memory(shared_count.bytes());
+    if (shared_count.bytes() && !memory.data()) return ZETA_NO_MEMORY;
+    Pieces shared_pieces(memory.data());
+    const DecodeShared shared = DecodeShared::plan(shared_pieces, call, plan);
+    const int64_t heads = call.batch * call.key_heads;
+    for (int64_t head = 0; plan.parts > 1 && head < heads; ++head)
+        shared.left[head] = static_cast<int32_t>(plan.parts);
+    OffsetTable offsets{};
+    if (call.offsets_HR)
+        offsets = make_offsets(call, shared.offsets);
+    const int64_t row_bytes = (call.head_dim + call.value_dim) * static_cast<int64_t>(sizeof(K));
+    const bool is_small = heads * call.source * row_bytes < ALONE_BYTES;
+    int64_t answer = ZETA_DONE;
+    run_on_threads(heads * plan.parts, is_small ? 1 : call.num_threads, [&](Tasks &tasks) {
+        Scratch scratch(block_count.bytes());
+        if (!scratch.data()) {
+            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
+            return;
+        }
+        Pieces pieces(scratch.data());
+        const DecodeBlock block = DecodeBlock::plan(pieces, plan);
+        for (int64_t task; (task = tasks.take()) >= 0;)
+            decode_task<Q, K>(call, plan, block, shared, offsets, task);
+    });
+    return answer;
+}
+
+template <class Q>
+inline int64_t decode_of(const ZetaCall &call) {
+    return call.key_factor_BGS ? decode_in<Q, int8_t>(call) : decode_in<Q, Q>(call);
+}
+
+inline int64_t decode(const ZetaCall *call) {
+    switch (call->dtype) {
+        case ZETA_BFLOAT16: return decode_of<BFloat16>(*call);
+        case ZETA_FLOAT16: return decode_of<Float16>(*call);
+        default: return decode_of<float>(*call);
+    }
+}

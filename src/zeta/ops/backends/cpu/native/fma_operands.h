@@ -1,0 +1,97 @@
+// Operands of the kernels' products where fused multiply-adds make them: float32.
+//
+// A pass is written once for this and for the tiles of AMX (tile_operands.h). Its products are
+//
+//     scores  = Rows x Columns: queries by keys, or gradients of the output by values
+//     outputs = Weights x Values: weights by values, or gradients of scores by keys
+//     sums    = Weights, transposed, x Rows
+//
+// where scores, and what weights are made of, are float32 in a block of queries by a tile of keys.
+
+struct FmaOperands {
+    static constexpr bool SCALES_QUERIES = true;  // as they are copied; else the scores are scaled
+    static constexpr bool TURNS_SUMS = false;     // sums are (features, keys), not (keys, features)
+    static constexpr int64_t STEP = PANEL;        // what lengths of operands are filled up to
+
+    // What a thread needs to have set up.
+    struct Session {};
+
+    struct Rows {
+        float *data;
+        int64_t width, stride;
+
+        static Rows plan(Pieces &pieces, int64_t count, int64_t width, bool) {
+            const int64_t stride = row_stride(width);
+            return {pieces.take<float>(count * stride), width, stride};
+        }
+
+        void copy(const HeadRows &rows, int64_t first, int64_t count, float factor) const {
+            copy_rows(rows, first, count, width, factor, data, stride);
+        }
+    };
+
+    struct Columns {
+        float *data;
+        int64_t width;
+
+        static Columns plan(Pieces &pieces, int64_t length, int64_t width) {
+            return {pieces.take<float>(round_up(length, PANEL) * width), width};
+        }
+
+        // Keys from `first` on, to the place `place`, a multiple of STEP.
+        void pack(const HeadRows &rows, const Existing &existing, int64_t first, int64_t count,
+                  int64_t place) const {
+            copy_transposed(rows, existing, first, count, width, data + place * width);
+        }
+    };
+
+    struct Values {
+        float *data;
+        int64_t width, panel;
+
+        static Values plan(Pieces &pieces, int64_t length, int64_t width) {
+            const int64_t rows = round_up(length, PANEL);
+            return {pieces.take<float>(rows * round_up(width, PANEL)), width, rows * PANEL};
+        }
+
+        void pack(const HeadRows &rows, const Existing &existing, int64_t first, int64_t count,
+                  int64_t place) const {
+            copy_panels(rows, existing, first, round_up(count, PANEL), width, data + place * PANEL,
+                        panel);
+        }
+    };
+
+    struct Weights {
+        const float *data;
+        int64_t stride;
+
+        static Weights plan(Pieces &, int64_t, int64_t, bool, bool) { return {}; }
+
+        void take(const float *tile, int64_t tile_stride, int64_t, int64_t) {
+            data = tile;
+            stride = tile_stride;
+        }
+    };
+
+    static void make_scores(const Rows &rows, int64_t count, const Columns &columns,
+                            int64_t place, int64_t num_keys, float *scores, int64_t stride) {
+        multiply(count, round_up(num_keys, LANES), rows.width, {rows.data, rows.stride, false},
+                 {columns.data + place * rows.width, PANEL, PANEL * rows.width}, scores, stride,
+                 false);
+    }
+
+    static void make_outputs(const Weights &weights, int64_t count, const Values &values,
+                             int64_t place, int64_t num_keys, float *outputs, int64_t stride,
+                             bool adds) {
+        multiply(count, round_up(values.width, LANES), round_up(num_keys, LANES),
+                 {weights.data, weights.stride, false},
+                 {values.data + place * PANEL, PANEL, values.panel}, outputs, stride, adds);
+    }
+
+    static void add_sums(const Weights &weights, int64_t num_keys, const Rows &rows, int64_t count,
+                         float *sums, int64_t stride, int64_t place) {
+        multiply(num_keys, round_up(rows.width, LANES), count,
+                 {weights.data, weights.stride, true}, {rows.data, rows.stride, PANEL},
+                 sums + place * stride, stride, true);
+    }
+};

@@ -1,0 +1,255 @@
+// Attention, forward: blocks of queries walk over tiles of keys with an online softmax.
+//
+// The results of a query depend on nothing but the call: not on the number of threads.
+
+constexpr int64_t BLOCK_QUERIES = 96;
+constexpr int64_t TILE_KEYS = 256;
+// A row is rescaled only when its maximum grows by more than this, log 256: until then its
+// exponentials are at most 2^8 times too large.
+constexpr float RESCALE_FROM = 5.5f;
+
+// Keys and values of one head, packed to be multiplied.
+template <class Operands>
+struct PackedHead {
+    typename Operands::Columns keys;
+    typename Operands::Values values;
+
+    static PackedHead plan(Pieces &pieces, const ZetaCall &call) {
+        return {Operands::Columns::plan(pieces, call.source, call.head_dim),
+                Operands::Values::plan(pieces, call.source, call.value_dim)};
+    }
+
+    void pack(const ZetaCall &call, const Sight &sight, int64_t batch, int64_t key_head,
+              int64_t first, int64_t count) const {
+        const HeadRows key = head_rows(call.key, call.dtype, batch, key_head);
+        const HeadRows value = head_rows(call.value, call.dtype, batch, key_head);
+        keys.pack(key, sight.existing, first, count, first);
+        values.pack(value, sight.existing, first, count, first);
+    }
+};
+
+// A block of queries under way.
+template <class Operands>
+struct ForwardBlock {
+    typename Operands::Rows queries;
+    typename Operands::Weights weights;
+    float *scores, *sums;
+    float *maxima, *totals;
+    KeyTile *tile;
+    int64_t score_stride, sum_stride;
+
+    static ForwardBlock plan(Pieces &pieces, const ZetaCall &call) {
+        ForwardBlock block;
+        block.score_stride = row_stride(TILE_KEYS);
+        block.sum_stride = row_stride(call.value_dim);
+        block.queries = Operands::Rows::plan(pieces, BLOCK_QUERIES, call.head_dim, false);
+        block.weights =
+            Operands::Weights::plan(pieces, BLOCK_QUERIES, TILE_KEYS, true, false);
+        block.scores = pieces.take<float>(BLOCK_QUERIES * block.score_stride);
+        block.sums = pieces.take<float>(BLOCK_QUERIES * block.sum_stride);
+        block.maxima = pieces.take<float>(BLOCK_QUERIES);
+        block.totals = pieces.take<float>(BLOCK_QUERIES);
+        block.tile = pieces.take<KeyTile>(1);
+        return block;
+    }
+
+    void rescale(int64_t row, float highest, int64_t width) const {
+        float lanes[LANES];
+        store(lanes, exp(splat(maxima[row] - highest)));
+        maxima[row] = highest;
+        totals[row] *= lanes[0];
+        float *to = sums + row * sum_stride;
+        for (int64_t column = 0; column < width; column += LANES)
+            store(to + column, load(to + column) * splat(lanes[0]));
+    }
+};
+
+// Exponentials of a row of scores, in place; returns their sum. The sum is of all weights, the
+// dropped ones too.
+inline float exponentials(const ScoreRow &row, float *scores, float highest) {
+    const ZetaCall &call = row.scores.call;
+    const Floats base = splat(highest == -INFINITY ? 0 : highest);
+    Floats total = zeros();
+    if (call.dropout_p > 0) {
+        const Ints hash =
+            splat_int(static_cast<int32_t>(row_hash(row.scores.sequence, row.position)));
+        const Ints threshold = splat_int(static_cast<int32_t>(call.dropout_threshold));
+        for (int64_t key = 0; key < row.tile.padded; key += LANES) {
+            const Floats weight = exp(load(scores + key) - base);
+            total = total + weight;
+            const Mask drop = dropped(hash, load_ints(row.tile.hashes + key), threshold);
+            store(scores + key, unless(drop, weight));
+        }
+        return sum(total);
+    }
+    for (int64_t key = 0; key < row.tile.padded; key += LANES) {
+        const Floats weight = exp(load(scores + key) - base);
+        total = total + weight;
+        store(scores + key, weight);
+    }
+    return sum(total);
+}
+
+template <class Operands>
+inline void forward_tile(ForwardBlock<Operands> &block, const QueryBlock &queries,
+                         const Scores &scores, const PackedHead<Operands> &packed) {
+    const ZetaCall &call = scores.call;
+    const KeyTile &tile = *block.tile;
+    Operands::make_scores(block.queries, queries.count, packed.keys, tile.first, tile.count,
+                          block.scores, block.score_stride);
+    for (int64_t row = 0; row < queries.count; ++row) {
+        const ScoreRow score_row(scores, tile, queries.first + row);
+        float *to = block.scores + row * block.score_stride;
+        const float highest = largest(finish_row(score_row, to));
+        if (block.maxima[row] == -INFINITY)
+            block.maxima[row] = highest;
+        else if (highest > block.maxima[row] + RESCALE_FROM)
+            block.rescale(row, highest, round_up(call.value_dim, LANES));
+        block.totals[row] += exponentials(score_row, to, block.maxima[row]);
+    }
+    block.weights.take(block.scores, block.score_stride, queries.count, tile.count);
+    Operands::make_outputs(block.weights, queries.count, packed.values, tile.first, tile.count,
+                           block.sums, block.sum_stride, true);
+}
+
+template <class Operands>
+inline void store_block(const ForwardBlock<Operands> &block, const QueryBlock &queries,
+                        const Scores &scores) {
+    const ZetaCall &call = scores.call;
+    HeadRows out = head_rows(call.out, call.dtype, scores.batch, scores.head);
+    float *lse = call.lse_BHT + (scores.batch * call.heads + scores.head) * call.target;
+    for (int64_t row = 0; row < queries.count; ++row) {
+        const float total = block.totals[row];
+        const float factor = total == 0 ? 0 : static_cast<float>(1 / (1 - call.dropout_p)) / total;
+        const float *sums = block.sums + row * block.sum_stride;
+        void *to = out.at(queries.first + row);
+        for (int64_t column = 0; column < call.value_dim; column += LANES)
+            store_dtype(to, call.dtype, column, load(sums + column) * splat(factor),
+                        call.value_dim - column);
+        lse[queries.first + row] =
+            total == 0 ? -INFINITY
+                       : static_cast<float>(block.maxima[row] + log(total * 1.0));
+    }
+}
+
+template <class Operands>
+inline Scores scores_of(const ZetaCall &call, const Sight &sight, const OffsetTable &offsets,
+                        int64_t batch, int64_t head) {
+    const float factor = Operands::SCALES_QUERIES ? 1 : static_cast<float>(call.scale);
+    return Scores(call, sight, offsets, batch, head, factor);
+}
+
+template <class Operands>
+inline void forward_block(ForwardBlock<Operands> &block, const Scores &scores,
+                          const PackedHead<Operands> &packed, int64_t first) {
+    const ZetaCall &call = scores.call;
+    const QueryBlock queries(scores.sight, first, smaller(BLOCK_QUERIES, call.target - first));
+    const HeadRows query = head_rows(call.query, call.dtype, scores.batch, scores.head);
+    block.queries.copy(query, first, queries.count, static_cast<float>(call.scale));
+    clear(block.sums, BLOCK_QUERIES * block.sum_stride);
+    for (int64_t row = 0; row < queries.count; ++row) {
+        block.maxima[row] = -INFINITY;
+        block.totals[row] = 0;
+    }
+    const uint32_t salt = column_salt(call.seed);
+    for (int64_t key = round_down(queries.keys.low, Operands::STEP); key < queries.keys.high;
+         key += TILE_KEYS) {
+        block.tile->set(scores.sight, key, smaller(TILE_KEYS, queries.keys.high - key));
+        if (!queries.sees(scores.sight, *block.tile)) continue;
+        if (call.dropout_p > 0) block.tile->set_hashes(scores.sight, salt);
+        forward_tile(block, queries, scores, packed);
+    }
+    store_block(block, queries, scores);
+}
+
+// A task is a key head and all that look at it; it packs for itself.
+template <class Operands>
+inline int64_t forward_by_heads(const ZetaCall &call, const OffsetTable &offsets) {
+    const int64_t group = call.heads / call.key_heads;
+    Pieces count(nullptr);
+    PackedHead<Operands>::plan(count, call);
+    ForwardBlock<Operands>::plan(count, call);
+    int64_t answer = ZETA_DONE;
+    run_on_threads(call.batch * call.key_heads, call.num_threads, [&](Tasks &tasks) {
+        Scratch scratch(count.bytes());
+        if (!scratch.data()) {
+            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
+            return;
+        }
+        [[maybe_unused]] const typename Operands::Session session;
+        Pieces pieces(scratch.data());
+        const PackedHead<Operands> packed = PackedHead<Operands>::plan(pieces, call);
+        ForwardBlock<Operands> block = ForwardBlock<Operands>::plan(pieces, call);
+        for (int64_t task; (task = tasks.take()) >= 0;) {
+            const int64_t batch = task / call.key_heads, key_head = task % call.key_heads;
+            const Sight sight(call, batch);
+            packed.pack(call, sight, batch, key_head, 0, call.source);
+            for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
+                const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
+                for (int64_t first = 0; first < call.target; first += BLOCK_QUERIES)
+                    forward_block(block, scores, packed, first);
+            }
+        }
+    });
+    return answer;
+}
+
+// Few key heads: all are packed first, by all threads; then a task is a block of queries.
+template <class Operands>
+inline int64_t forward_by_blocks(const ZetaCall &call, const OffsetTable &offsets) {
+    const int64_t heads = call.batch * call.key_heads;
+    Pieces count(nullptr);
+    for (int64_t head = 0; head < heads; ++head) PackedHead<Operands>::plan(count, call);
+    Shared shared(count.bytes());
+    if (!shared.data()) return ZETA_NO_MEMORY;
+    const int64_t head_bytes = count.bytes() / heads;
+    const auto packed_head = [&](int64_t head) {
+        Pieces pieces(shared.data() + head * head_bytes);
+        return PackedHead<Operands>::plan(pieces, call);
+    };
+    const int64_t parts = (call.source + TILE_KEYS - 1) / TILE_KEYS;
+    run(heads * parts, call.num_threads, [&](int64_t task) {
+        const int64_t head = task / parts, first = task % parts * TILE_KEYS;
+        const Sight sight(call, head / call.key_heads);
+        packed_head(head).pack(call, sight, head / call.key_heads, head % call.key_heads, first,
+                               smaller(TILE_KEYS, call.source - first));
+    });
+    const int64_t blocks = (call.target + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
+    const int64_t group = call.heads / call.key_heads;
+    Pieces block_count(nullptr);
+    ForwardBlock<Operands>::plan(block_count, call);
+    int64_t answer = ZETA_DONE;
+    run_on_threads(call.batch * call.heads * blocks, call.num_threads, [&](Tasks &tasks) {
+        Scratch scratch(block_count.bytes());
+        if (!scratch.data()) {
+            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
+            return;
+        }
+        [[maybe_unused]] const typename Operands::Session session;
+        Pieces pieces(scratch.data());
+        ForwardBlock<Operands> block = ForwardBlock<Operands>::plan(pieces, call);
+        for (int64_t task; (task = tasks.take()) >= 0;) {
+            const int64_t head = task / blocks % call.heads, batch = task / blocks / call.heads;
+            const Sight sight(call, batch);
+            const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
+            // The last blocks first: under a causal mask they are the longest.
+            const int64_t first = (blocks - 1 - task % blocks) * BLOCK_QUERIES;
+            forward_block(block, scores, packed_head(batch * call.key_heads + head / group), first);
+        }
+    });
+    return answer;
+}
+
+template <class Operands>
+inline int64_t forward_with(const ZetaCall &call) {
+    Shared table(call.offsets_HR ? call.heads * OffsetTable::length_of(call) * sizeof(float) : 0);
+    OffsetTable offsets{};
+    if (call.offsets_HR) {
+        if (!table.data()) return ZETA_NO_MEMORY;
+        offsets = make_offsets(call, reinterpret_cast<float *>(table.data()));
+    }
+    const bool has_few_heads = call.num_threads > 1 && call.target > BLOCK_QUERIES &&
+                               call.batch * call.key_heads < 4 * call.num_threads;
+    return has_few_heads ? forward_by_blocks<Operands>(call, offsets)
+                         : forward_by_heads<Operands>(call, offsets);
+}

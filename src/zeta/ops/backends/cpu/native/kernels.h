@@ -1,0 +1,25 @@
+// All kernels, in the order in which they build on each other. A unit includes this inside its own
+// namespace, so that a function compiled for one instruction set never stands in for the same
+// function of another; no kernel includes another, and none uses a class of C++'s library.
+
+#include "simd.h"
+#include "threads.h"
+#include "scratch.h"
+#include "products.h"
+#include "operands.h"
+#include "fma_operands.h"
+#include "dropout.h"
+#include "sight.h"
+#include "scores.h"
+#include "forward.h"
+#include "turns.h"
+#include "band.h"
+#include "dense_gradient.h"
+#include "deltas.h"
+#include "backward_block.h"
+#include "backward_rows.h"
+#include "backward_task.h"
+#include "backward.h"
+#include "short_rows.h"
+#include "decode.h"
+#include "weights.h"

@@ -1,0 +1,270 @@
+// Products of few rows with many keys or values, which are read where they lie, once.
+//
+// Rows are float32, in blocks of BLOCK; there is memory for whole blocks, and a row of queries is
+// followed by zeros up to a multiple of LANES. Features come in pairs of vectors, in the order in
+// which they are widened fastest: of bfloat16 those of even number, then those of odd number. What
+// is left after the last pair is in its natural order.
+
+constexpr int BLOCK = 4;
+constexpr int PAIR = 2 * LANES;
+
+// So many features of a number of rows of keys stay in the nearest cache.
+constexpr int64_t NEAR_FLOATS = 2048;
+
+template <class T>
+inline const T *pair(const T *from) {
+    return from;
+}
+inline Ints pair(const BFloat16 *from) {
+    return load_ints(reinterpret_cast<const int32_t *>(from));
+}
+template <class T>
+inline Floats half_of(const T *pair, Index<0>) {
+    return load(pair);
+}
+template <class T>
+inline Floats half_of(const T *pair, Index<1>) {
+    return load(pair + LANES);
+}
+inline Floats half_of(Ints pair, Index<0>) { return low_halves(pair); }
+inline Floats half_of(Ints pair, Index<1>) { return high_halves(pair); }
+
+template <class T>
+inline void store_pair(T *to, Floats first, Floats second) {
+    store(to, first);
+    store(to + LANES, second);
+}
+inline void store_pair(BFloat16 *to, Floats first, Floats second) {
+    // Neither half has a bit in common with the other.
+    store_ints(reinterpret_cast<int32_t *>(to),
+               add(round_to_bfloat16(first), shift_left<16>(round_to_bfloat16(second))));
+}
+
+// A row of queries times a factor, ready to meet keys of K.
+template <class K, class T>
+inline void arrange(const T *from, int64_t features, float factor, float *to) {
+    int64_t feature = 0;
+    if constexpr (sizeof(K) == sizeof(T))
+        for (; feature <= features - PAIR; feature += PAIR) {
+            const auto both = pair(from + feature);
+            store(to + feature, half_of(both, Index<0>()) * splat(factor));
+            store(to + feature + LANES, half_of(both, Index<1>()) * splat(factor));
+        }
+    for (; feature < features; feature += LANES)
+        store(to + feature, load_first(from + feature, features - feature) * splat(factor));
+}
+
+// What was summed from values of V, times a factor, in its natural order.
+template <class V, class T>
+inline void store_arranged(const float *from, int64_t features, float factor, T *to) {
+    int64_t feature = 0;
+    if constexpr (sizeof(V) == sizeof(T))
+        for (; feature <= features - PAIR; feature += PAIR)
+            store_pair(to + feature, load(from + feature) * splat(factor),
+                       load(from + feature + LANES) * splat(factor));
+    for (; feature < features; feature += LANES)
+        store_first(to + feature, load(from + feature) * splat(factor), features - feature);
+}
+
+// Keys or values of one head: `count` rows of T, `stride` apart.
+template <class T>
+struct Stream {
+    const T *data;
+    int64_t stride, count;
+
+    Stream part(int64_t first, int64_t some) const {
+        return {data + first * stride, stride, some};
+    }
+};
+
+// Rows are asked for so many rows before they are read.
+constexpr int64_t AHEAD = 16;
+
+template <class T>
+inline void ask_for(const T *from, int64_t count) {
+    const char *bytes = reinterpret_cast<const char *>(from);
+    for (int64_t line = 0; line < count * static_cast<int64_t>(sizeof(T)); line += 64)
+        _mm_prefetch(bytes + line, _MM_HINT_T0);
+}
+
+// ROWS rows of queries times LANES / ROWS keys. ODD: `features` is no multiple of PAIR.
+template <int ROWS, bool ODD, class T>
+inline void multiply_keys(const float *queries, int64_t query_stride, const T *const *keys,
+                          int64_t features, float *lanes) {
+    constexpr int KEYS = LANES / ROWS;
+    Floats sums[LANES];
+    unrolled<LANES>([&](auto i) { sums[i] = zeros(); });
+    const auto add_products = [&](int64_t feature, const Floats *key)
+                                  __attribute__((always_inline)) {
+        unrolled<ROWS>([&](auto r) {
+            Floats query = load(queries + r * query_stride + feature);
+            // Into a register: else each product loads it again, and the loads take the time.
+            __asm__("" : "+v"(query));
+            unrolled<KEYS>([&](auto k) {
+                sums[r * KEYS + k] = fma(query, key[k], sums[r * KEYS + k]);
+            });
+        });
+    };
+    int64_t feature = 0;
+    for (; feature <= features - PAIR; feature += PAIR) {
+        decltype(pair(keys[0])) both[KEYS];
+        unrolled<KEYS>([&](auto k) { both[k] = pair(keys[k] + feature); });
+        unrolled<2>([&](auto half) {
+            Floats key[KEYS];
+            unrolled<KEYS>([&](auto k) { key[k] = half_of(both[k], half); });
+            add_products(feature + half * LANES, key);
+        });
+    }
+    if (ODD)
+        for (; feature < features; feature += LANES) {
+            Floats key[KEYS];
+            unrolled<KEYS>(
+                [&](auto k) { key[k] = load_first(keys[k] + feature, features - feature); });
+            add_products(feature, key);
+        }
+    store(lanes, sums_of_lanes(sums));
+}
+
+// scores[row][key] of ROWS rows.
+template <int ROWS, class T>
+inline void score_block(const float *queries, int64_t query_stride, const Stream<T> &keys,
+                        int64_t features, float *scores, int64_t score_stride) {
+    constexpr int KEYS = LANES / ROWS;
+    for (int64_t first = 0; first < keys.count; first += KEYS) {
+        const int64_t some = smaller(KEYS, keys.count - first);
+        const T *rows[KEYS];
+        for (int k = 0; k < KEYS; ++k) {
+            rows[k] = keys.data + (first + (k < some ? k : 0)) * keys.stride;
+            ask_for(rows[k] + AHEAD * keys.stride, features);
+        }
+        float lanes[LANES];
+        if (features % PAIR)
+            multiply_keys<ROWS, true>(queries, query_stride, rows, features, lanes);
+        else
+            multiply_keys<ROWS, false>(queries, query_stride, rows, features, lanes);
+        for (int r = 0; r < ROWS; ++r) {
+            float *to = scores + r * score_stride + first;
+            if (some == KEYS)
+                memcpy(to, lanes + r * KEYS, sizeof(float) * KEYS);
+            else
+                for (int64_t k = 0; k < some; ++k) to[k] = lanes[r * KEYS + k];
+        }
+    }
+}
+
+// to[row][feature] += weights[row][key] * values[key][feature] of ROWS rows and PAIRS pairs of
+// vectors of features.
+template <int ROWS, int PAIRS, class T>
+inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<T> &values,
+                      float *to, int64_t to_stride) {
+    // While all rows pass over these values, the values that follow arrive.
+    const int64_t next = values.count * values.stride;
+    constexpr int VECTORS = 2 * PAIRS;
+    Floats sums[ROWS][VECTORS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) sums[r][v] = load(to + r * to_stride + v * LANES);
+    for (int64_t key = 0; key < values.count; ++key) {
+        const T *from = values.data + key * values.stride;
+        ask_for(from + next, PAIRS * PAIR);
+        Floats value[VECTORS];
+        unrolled<PAIRS>([&](auto p) {
+            const auto both = pair(from + p * PAIR);
+            value[2 * p] = half_of(both, Index<0>());
+            value[2 * p + 1] = half_of(both, Index<1>());
+        });
+        for (int r = 0; r < ROWS; ++r) {
+            const Floats weight = splat(weights[r * weight_stride + key]);
+            for (int v = 0; v < VECTORS; ++v) sums[r][v] = fma(weight, value[v], sums[r][v]);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int v = 0; v < VECTORS; ++v) store(to + r * to_stride + v * LANES, sums[r][v]);
+}
+
+// The same of up to LANES features.
+template <int ROWS, class T>
+inline void add_rest(const float *weights, int64_t weight_stride, const Stream<T> &values,
+                     int64_t features, float *to, int64_t to_stride) {
+    Floats sums[ROWS];
+    for (int r = 0; r < ROWS; ++r) sums[r] = load(to + r * to_stride);
+    for (int64_t key = 0; key < values.count; ++key) {
+        const Floats value = load_first(values.data + key * values.stride, features);
+        for (int r = 0; r < ROWS; ++r)
+            sums[r] = fma(splat(weights[r * weight_stride + key]), value, sums[r]);
+    }
+    for (int r = 0; r < ROWS; ++r) store(to + r * to_stride, sums[r]);
+}
+
+template <int ROWS, class T>
+inline void value_block(const float *weights, int64_t weight_stride, const Stream<T> &values,
+                        int64_t features, float *to, int64_t to_stride) {
+    // As many sums as there are registers for, beside two vectors of values and a weight.
+    constexpr int PAIRS = (ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1) * (LANES == 16 && ROWS > 1 ? 2 : 1);
+    int64_t feature = 0;
+    for (int64_t left; (left = features - feature) > 0;) {
+        const Stream<T> from = {values.data + feature, values.stride, values.count};
+        if (left >= PAIRS * PAIR) {
+            add_pairs<ROWS, PAIRS>(weights, weight_stride, from, to + feature, to_stride);
+            feature += PAIRS * PAIR;
+        } else if (left >= PAIR) {
+            add_pairs<ROWS, 1>(weights, weight_stride, from, to + feature, to_stride);
+            feature += PAIR;
+        } else {
+            add_rest<ROWS>(weights, weight_stride, from, left, to + feature, to_stride);
+            feature += LANES;
+        }
+    }
+}
+
+// Calls `body(first, stream)` for runs of a stream that stay near while all rows pass over them,
+// widened where more than one block of rows does. `near` has NEAR_FLOATS floats.
+template <class T, class Body>
+inline void for_near(const Stream<T> &from, int64_t features, int64_t num_rows, float *near,
+                     const Body &body) {
+    const int64_t stride = round_up(features, LANES), most = NEAR_FLOATS / stride;
+    for (int64_t first = 0; first < from.count; first += most) {
+        const Stream<T> part = from.part(first, smaller(most, from.count - first));
+        if (num_rows <= BLOCK || sizeof(T) == sizeof(float)) {
+            body(first, part);
+            continue;
+        }
+        for (int64_t row = 0; row < part.count; ++row)
+            arrange<T>(part.data + row * part.stride, features, 1, near + row * stride);
+        body(first, Stream<float>{near, stride, part.count});
+    }
+}
+
+// Runs `body(row, Index<rows>())` for blocks of rows.
+template <class Body>
+inline void for_blocks(int64_t num_rows, const Body &body) {
+    int64_t row = 0;
+    for (; num_rows - row > 2; row += BLOCK) body(row, Index<BLOCK>());
+    if (num_rows - row == 2) body(row, Index<2>());
+    if (num_rows - row == 1) body(row, Index<1>());
+}
+
+// scores[row][key] = queries[row] . keys[key]
+template <class T>
+inline void score_keys(const float *queries, int64_t query_stride, int64_t num_rows,
+                       const Stream<T> &keys, int64_t features, float *scores,
+                       int64_t score_stride, float *near) {
+    for_near(keys, features, num_rows, near, [&](int64_t first, const auto &part) {
+        for_blocks(num_rows, [&](int64_t row, auto rows) {
+            score_block<rows.value>(queries + row * query_stride, query_stride, part, features,
+                                    scores + row * score_stride + first, score_stride);
+        });
+    });
+}
+
+// to[row] += weights[row][key] * values[key], over keys
+template <class T>
+inline void add_values(const float *weights, int64_t weight_stride, int64_t num_rows,
+                       const Stream<T> &values, int64_t features, float *to, int64_t to_stride,
+                       float *near) {
+    for_near(values, features, num_rows, near, [&](int64_t first, const auto &part) {
+        for_blocks(num_rows, [&](int64_t row, auto rows) {
+            value_block<rows.value>(weights + row * weight_stride + first, weight_stride, part,
+                                    features, to + row * to_stride, to_stride);
+        });
+    });
+}

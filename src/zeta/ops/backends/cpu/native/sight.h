@@ -1,0 +1,150 @@
+// Which keys a query sees by position and document: a range of positions for each query, and tiles
+// that nobody looks into.
+
+struct Range {
+    int64_t low, high;  // low .. high - 1
+};
+
+// What one sequence of the batch hides.
+struct Sight {
+    bool is_causal;
+    int64_t window, prefix, padding;  // 0, -1 and the length of the keys where there is none
+    int64_t target, source;
+    const int32_t *query_positions, *key_positions;  // both or none
+    const int64_t *document_rows, *document_columns;  // both or none
+    Existing existing;
+
+    Sight(const ZetaCall &call, int64_t batch)
+        : is_causal(call.causal),
+          window(call.window),
+          prefix(call.prefix_B ? call.prefix_B[batch] : -1),
+          padding(INT32_MAX),
+          target(call.target),
+          source(call.source),
+          query_positions(of<int32_t>(call.query_positions, batch)),
+          key_positions(of<int32_t>(call.key_positions, batch)),
+          document_rows(of<int64_t>(call.document_rows, batch)),
+          document_columns(of<int64_t>(call.document_columns, batch)) {
+        if (call.padding_B) padding = smaller(padding, larger(0, call.padding_B[batch]));
+        if (!key_positions) padding = smaller(padding, source);
+        const int64_t first = key_positions ? 0 : of_position(position(0)).low;
+        existing = {first, key_positions ? source : padding, key_positions, padding, nullptr, 0};
+        if (call.keep.data && call.keep.row == 0 && call.keep.head == 0) {
+            existing.keep = static_cast<const uint8_t *>(call.keep.data) + batch * call.keep.batch;
+            existing.keep_stride = call.keep.column;
+        }
+    }
+
+    int64_t position(int64_t query) const {
+        return query_positions ? query_positions[query] : query + source - target;
+    }
+
+    // The positions of keys that a query at this position sees.
+    Range of_position(int64_t position) const {
+        Range range{0, padding};
+        if (prefix >= 0) range.high = smaller(range.high, larger(position + 1, prefix));
+        if (is_causal) range.high = smaller(range.high, position + 1);
+        if (window) range.low = larger(0, position - window + 1);
+        range.high = larger(range.high, range.low);
+        return range;
+    }
+
+    // The keys that a block of queries may see; all of them under explicit positions.
+    Range of_queries(int64_t first, int64_t count) const {
+        if (query_positions) return {0, source};
+        const Range one = of_position(position(first));
+        const Range last = of_position(position(first + count - 1));
+        // Both ends only grow with the position.
+        return {smaller(one.low, source), smaller(last.high, source)};
+    }
+
+  private:
+    template <class T>
+    static const T *of(const ZetaLabels &labels, int64_t batch) {
+        return labels.data ? static_cast<const T *>(labels.data) + batch * labels.batch : nullptr;
+    }
+};
+
+constexpr int64_t MOST_KEYS = 256;
+
+// A tile's keys. What is behind the last one, up to a whole vector, is hidden.
+struct KeyTile {
+    int64_t first, count, padded;
+    int64_t lowest, highest;  // positions; -1 is the lowest of a tile with a key that is none
+    bool has_documents;
+    int64_t lowest_document, highest_document;
+    alignas(64) int32_t positions[MOST_KEYS];
+    alignas(64) int32_t hashes[MOST_KEYS];
+    alignas(64) int64_t documents[MOST_KEYS];
+
+    void set(const Sight &sight, int64_t first_key, int64_t num_keys) {
+        first = first_key;
+        count = num_keys;
+        padded = round_up(count, LANES);
+        lowest = first;
+        highest = first + padded - 1;
+        if (sight.key_positions) set_positions(sight.key_positions + first);
+        has_documents = sight.document_columns;
+        if (has_documents) set_documents(sight.document_columns + first);
+    }
+
+    void set_hashes(const Sight &sight, uint32_t salt) {
+        for (int64_t key = 0; key < padded; key += LANES) {
+            const Ints index = add(lane_numbers(), splat_int(static_cast<int32_t>(first + key)));
+            const Ints position = sight.key_positions ? load_ints(positions + key) : index;
+            store_ints(hashes + key, column_hashes(salt, position));
+        }
+    }
+
+  private:
+    void set_positions(const int32_t *from) {
+        for (int64_t key = 0; key < padded; ++key) positions[key] = key < count ? from[key] : -1;
+        lowest = highest = positions[0];
+        for (int64_t key = 1; key < padded; ++key) {
+            lowest = smaller(lowest, positions[key]);
+            highest = larger(highest, positions[key]);
+        }
+    }
+
+    void set_documents(const int64_t *from) {
+        lowest_document = highest_document = from[0];
+        for (int64_t key = 0; key < padded; ++key) {
+            documents[key] = from[smaller(key, count - 1)];
+            lowest_document = smaller(lowest_document, documents[key]);
+            highest_document = larger(highest_document, documents[key]);
+        }
+    }
+};
+
+// A block of queries: what they see, together.
+struct QueryBlock {
+    int64_t first, count;
+    Range keys, positions;
+    int64_t lowest_document, highest_document;
+
+    QueryBlock(const Sight &sight, int64_t first_query, int64_t num_queries)
+        : first(first_query), count(num_queries), keys(sight.of_queries(first, count)) {
+        positions = sight.of_position(sight.position(first));
+        const int64_t *documents = sight.document_rows;
+        lowest_document = highest_document = documents ? documents[first] : 0;
+        for (int64_t query = first + 1; query < first + count; ++query) {
+            if (sight.query_positions) {
+                const Range range = sight.of_position(sight.position(query));
+                positions.low = smaller(positions.low, range.low);
+                positions.high = larger(positions.high, range.high);
+            }
+            if (!documents) continue;
+            lowest_document = smaller(lowest_document, documents[query]);
+            highest_document = larger(highest_document, documents[query]);
+        }
+    }
+
+    // Whether anybody may see anything of a tile that lies in `keys`.
+    bool sees(const Sight &sight, const KeyTile &tile) const {
+        if (sight.key_positions &&
+            (tile.highest < positions.low || tile.lowest >= positions.high || tile.highest < 0))
+            return false;
+        return !tile.has_documents || (lowest_document <= tile.highest_document &&
+                                       tile.lowest_document <= highest_document);
+    }
+};

@@ -1,0 +1,38 @@
+// What each unit (avx2.cpp, avx512.cpp, amx.cpp) exports, and what library.cpp offers to it.
+//
+// A unit defines its table as
+//
+//     extern "C" const ZetaPasses zeta_passes_avx2 = {forward, backward, weights, decode};
+//
+// with null for a pass it lacks. The tables are weak here: a unit whose instructions the compiler
+// does not know is left out of the library.
+#pragma once
+
+#include <stdint.h>
+
+#include "abi.h"
+#include "messages.h"
+
+#ifdef __GLIBC__
+// The oldest of their versions, so that a wheel runs on older systems than it was built on.
+__asm__(".symver log, log@GLIBC_2.2.5");
+#endif
+
+extern "C" {
+
+typedef int64_t (*ZetaPass)(const ZetaCall *call);  // answers with a ZetaAnswer
+
+typedef struct {
+    ZetaPass forward, backward, weights, decode;
+} ZetaPasses;
+
+extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx2;
+extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx512;
+extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_amx;
+
+// Runs `body(data)` on `num_threads` threads of torch's own pool, the caller's among them; on the
+// caller's alone in a forked child, whose pool has no threads. Compiled for any x86-64 processor.
+__attribute__((visibility("hidden"))) void zeta_parallel(
+    void (*body)(void *data), void *data, int64_t num_threads);
+
+}  // extern "C"

@@ -1,0 +1,107 @@
+// Products of bfloat16 tiles, and of float32 numbers as sums of bfloat16 parts.
+//
+// Two parts of a number hold 16 bits of it, three hold all 24. Of the products of parts, those are
+// made whose numbers, from 0, add up to REACH at most: with three parts and a REACH of 2 six, whose
+// errors are float32's own.
+
+// A: rows of bfloat16 along the depth. B: rows of pairs (2k, 2k + 1), in panels of 16 columns.
+// Depths are filled up with zeros to a multiple of TILE_DEPTH; `part` is the distance between
+// parts.
+struct TileLeft {
+    const uint16_t *data;
+    int64_t row, part;
+};
+struct TileRight {
+    const uint32_t *data;
+    int64_t row, panel, part;
+};
+
+// The part of a vector that bfloat16 holds, in the low halves; what is left stays in x. Rounded,
+// not cut off: else what is left would lean to one side.
+template <bool IS_LAST>
+inline Ints split(Floats &x) {
+    const Ints part = round_to_bfloat16(x);
+    if (!IS_LAST) x = x - as_floats(shift_left<16>(part));
+    return part;
+}
+
+template <int PART, int PARTS, class Store>
+inline void for_parts(Floats x, const Store &store_part) {
+    if constexpr (PART < PARTS) {
+        store_part(PART, split<PART + 1 == PARTS>(x));
+        for_parts<PART + 1, PARTS>(x, store_part);
+    }
+}
+
+// Of two rows that lie side by side in B.
+template <int PART, int PARTS, class Store>
+inline void for_pairs(Floats even, Floats odd, const Store &store_part) {
+    if constexpr (PART < PARTS) {
+        const Ints low = split<PART + 1 == PARTS>(even);
+        const Ints high = split<PART + 1 == PARTS>(odd);
+        store_part(PART, either_bits(low, shift_left<16>(high)));
+        for_pairs<PART + 1, PARTS>(even, odd, store_part);
+    }
+}
+
+// Tiles 0 .. 3 are C, 4 and 5 A, 6 and 7 B.
+template <int ROWS, int COLUMNS, int PARTS, int REACH>
+inline void multiply_tile_block(int64_t steps, TileLeft a, TileRight b, float *c, int64_t c_row,
+                                bool adds) {
+    const int64_t c_bytes = c_row * 4, a_bytes = a.row * 2, b_bytes = b.row * 4;
+    float *below = c + TILE_ROWS * c_row;
+    if (adds) {
+        load_tile<0>(c, c_bytes);
+        if (COLUMNS > 1) load_tile<1>(c + 16, c_bytes);
+        if (ROWS > 1) load_tile<2>(below, c_bytes);
+        if (ROWS > 1 && COLUMNS > 1) load_tile<3>(below + 16, c_bytes);
+    } else {
+        zero_tile<0>();
+        if (COLUMNS > 1) zero_tile<1>();
+        if (ROWS > 1) zero_tile<2>();
+        if (ROWS > 1 && COLUMNS > 1) zero_tile<3>();
+    }
+    for (int64_t step = 0; step < steps; ++step)
+        for (int left = PARTS - 1; left >= 0; --left) {
+            const uint16_t *rows = a.data + left * a.part + step * TILE_DEPTH;
+            load_tile<4>(rows, a_bytes);
+            if (ROWS > 1) load_tile<5>(rows + TILE_ROWS * a.row, a_bytes);
+            // The smallest products first.
+            for (int right = REACH - left < PARTS ? REACH - left : PARTS - 1; right >= 0;
+                 --right) {
+                const uint32_t *pairs = b.data + right * b.part + step * 16 * b.row;
+                load_tile<6>(pairs, b_bytes);
+                multiply_tiles<0, 4, 6>();
+                if (ROWS > 1) multiply_tiles<2, 5, 6>();
+                if (COLUMNS == 1) continue;
+                load_tile<7>(pairs + b.panel, b_bytes);
+                multiply_tiles<1, 4, 7>();
+                if (ROWS > 1) multiply_tiles<3, 5, 7>();
+            }
+        }
+    store_tile<0>(c, c_bytes);
+    if (COLUMNS > 1) store_tile<1>(c + 16, c_bytes);
+    if (ROWS > 1) store_tile<2>(below, c_bytes);
+    if (ROWS > 1 && COLUMNS > 1) store_tile<3>(below + 16, c_bytes);
+}
+
+// C = A B, or C += A B: counts of rows, columns and depth are filled up to whole tiles.
+template <int PARTS, int REACH>
+inline void multiply_by_tiles(int64_t rows, int64_t columns, int64_t depth, TileLeft a,
+                              TileRight b, float *c, int64_t c_row, bool adds) {
+    const int64_t steps = (depth + TILE_DEPTH - 1) / TILE_DEPTH;
+    for (int64_t column = 0; column < columns; column += 32) {
+        const TileRight right{b.data + column / 16 * b.panel, b.row, b.panel, b.part};
+        const bool is_wide = column + 16 < columns;
+        for (int64_t row = 0; row < rows; row += 32) {
+            const TileLeft left{a.data + row * a.row, a.row, a.part};
+            float *to = c + row * c_row + column;
+            const bool is_tall = row + 16 < rows;
+            const auto block = is_wide ? is_tall ? multiply_tile_block<2, 2, PARTS, REACH>
+                                                 : multiply_tile_block<1, 2, PARTS, REACH>
+                               : is_tall ? multiply_tile_block<2, 1, PARTS, REACH>
+                                         : multiply_tile_block<1, 1, PARTS, REACH>;
+            block(steps, left, right, to, c_row, adds);
+        }
+    }
+}

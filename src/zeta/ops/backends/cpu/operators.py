@@ -1,0 +1,248 @@
+"""The passes as operators of ``torch.library``, which torch.compile, export and ``torch.func`` see,
+and as ``torch.autograd`` functions, which eager code runs for a hundredth of an operator's cost.
+
+An operator cannot take a tuple of many kinds: everything without a gradient comes as one list of
+tensors, in the order of `Lowered.fixed`, and plain numbers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from zeta.ops.backends.cpu import passes
+from zeta.ops.backends.cpu.description import Fixed
+from zeta.ops.backends.cpu.passes import Gradients, empty_rows
+
+
+@torch.library.custom_op("zeta::cpu_attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    softcap_first: bool,
+    dropout_p: float,
+    high: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output ``(B, H, T, Dv)`` and lse ``(B, H, T)`` in float32."""
+    fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p, high)
+    return passes.forward(query, key, value, offsets, dense, fixed)
+
+
+@attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return empty_rows(query, value.shape[-1]), _lse(query)
+
+
+@torch.library.custom_op("zeta::cpu_attention_backward", mutates_args=())
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    softcap_first: bool,
+    dropout_p: float,
+    high: bool,
+    needs_offsets: bool,
+    needs_dense: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value, offsets, dense; an empty one for those not needed."""
+    fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p, high)
+    inputs, needed = (query, key, value, out, lse), (needs_offsets, needs_dense)
+    found = passes.backward(grad_out, grad_lse, inputs, offsets, dense, fixed, needed)
+    assert found.value is not None
+    return found.query, found.key, found.value, *_or_empty(found, lse)
+
+
+@attention_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    *fixed: Any,
+) -> tuple[Tensor, ...]:
+    *_, needs_offsets, needs_dense = fixed
+    return (
+        *(empty_rows(tensor, tensor.shape[-1]) for tensor in (query, key, value)),
+        _like(offsets if needs_offsets else None, lse),
+        _like(dense if needs_dense else None, lse),
+    )
+
+
+@torch.library.custom_op("zeta::cpu_weights", mutates_args=())
+def weights(
+    query: Tensor,
+    key: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    mean: bool,
+    tensors: Sequence[Tensor | None],
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    softcap_first: bool,
+    dropout_p: float,
+    high: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weights ``(B, H, T, S)`` or their mean ``(B, T, S)``; and lse."""
+    fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p, high)
+    return passes.weights(query, key, offsets, dense, mean, fixed)
+
+
+@weights.register_fake
+def _(
+    query: Tensor, key: Tensor, offsets: Tensor | None, dense: Tensor | None, mean: bool, *_: Any
+) -> tuple[Tensor, Tensor]:
+    batch, heads, target = query.shape[:3]
+    planes = (batch,) if mean else (batch, heads)
+    return query.new_empty((*planes, target, key.shape[2])), _lse(query)
+
+
+@torch.library.custom_op("zeta::cpu_weights_backward", mutates_args=())
+def weights_backward(
+    grad_weights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    softcap_first: bool,
+    dropout_p: float,
+    high: bool,
+    needs_offsets: bool,
+    needs_dense: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, offsets, dense; an empty one for those not needed."""
+    fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p, high)
+    needed = (needs_offsets, needs_dense)
+    found = passes.weights_backward(grad_weights, query, key, lse, offsets, dense, fixed, needed)
+    return found.query, found.key, *_or_empty(found, lse)
+
+
+@weights_backward.register_fake
+def _(
+    grad_weights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    *fixed: Any,
+) -> tuple[Tensor, ...]:
+    *_, needs_offsets, needs_dense = fixed
+    return (
+        *(empty_rows(tensor, tensor.shape[-1]) for tensor in (query, key)),
+        _like(offsets if needs_offsets else None, lse),
+        _like(dense if needs_dense else None, lse),
+    )
+
+
+def _lse(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+def _or_empty(found: Gradients, other: Tensor) -> tuple[Tensor, Tensor]:
+    offsets, dense = found.offsets, found.dense
+    return (
+        other.new_empty(0) if offsets is None else offsets,
+        other.new_empty(0) if dense is None else dense,
+    )
+
+
+def _like(tensor: Tensor | None, other: Tensor) -> Tensor:
+    if tensor is None:
+        return other.new_empty(0)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, offsets, dense, tensors, *numbers = inputs
+    ctx.save_for_backward(query, key, value, *output, offsets, dense, *tensors)
+    ctx.numbers = numbers
+    ctx.set_materialize_grads(False)
+
+
+def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+    query, key, value, out, lse, offsets, dense, *tensors = ctx.saved_tensors
+    nothing = [None] * len(ctx.numbers)
+    if grad_out is None and grad_lse is None:
+        return None, None, None, None, None, _no_gradients(tensors), *nothing
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    needs_offsets, needs_dense = ctx.needs_input_grad[3:5]
+    *found, grad_offsets, grad_dense = attention_backward(
+        grad_out, grad_lse, query, key, value, out, lse, offsets, dense, tensors, *ctx.numbers,
+        needs_offsets, needs_dense,
+    )  # fmt: skip
+    return (
+        *found, grad_offsets if needs_offsets else None, grad_dense if needs_dense else None,
+        _no_gradients(tensors), *nothing,
+    )  # fmt: skip
+
+
+def _save_weights(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, offsets, dense, _, tensors, *numbers = inputs
+    ctx.save_for_backward(query, key, output[1], offsets, dense, *tensors)
+    ctx.numbers = numbers
+    ctx.set_materialize_grads(False)
+
+
+def _weights_gradient(ctx: Any, grad_weights: Tensor | None, _: Tensor | None) -> Any:
+    query, key, lse, offsets, dense, *tensors = ctx.saved_tensors
+    nothing = [None] * len(ctx.numbers)
+    if grad_weights is None:
+        return None, None, None, None, None, _no_gradients(tensors), *nothing
+    needs_offsets, needs_dense = ctx.needs_input_grad[2:4]
+    *found, grad_offsets, grad_dense = weights_backward(
+        grad_weights, query, key, lse, offsets, dense, tensors, *ctx.numbers, needs_offsets,
+        needs_dense,
+    )  # fmt: skip
+    return (
+        *found, grad_offsets if needs_offsets else None, grad_dense if needs_dense else None,
+        None, _no_gradients(tensors), *nothing,
+    )  # fmt: skip
+
+
+def _no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
+    """To torch.library, a list with an absent tensor in it is one argument; else it is many."""
+    return None if any(tensor is None for tensor in tensors) else [None] * len(tensors)
+
+
+def _refuse(ctx: Any, *gradients: Any) -> NoReturn:
+    raise RuntimeError(passes.ONCE)
+
+
+attention.register_autograd(_attention_gradient, setup_context=_save_attention)
+weights.register_autograd(_weights_gradient, setup_context=_save_weights)
+attention_backward.register_autograd(_refuse)
+weights_backward.register_autograd(_refuse)

@@ -1,0 +1,186 @@
+"""Forward and backward passes: outputs are allocated, a record is filled in, the library runs.
+
+Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, R offsets.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from zeta.ops.backends.cpu import library
+from zeta.ops.backends.cpu.description import (
+    Filled,
+    Fixed,
+    describe,
+    describe_plane,
+    describe_scores,
+    rows,
+)
+from zeta.ops.backends.cpu.layout import Part
+
+DECODED_ROWS = 16
+"""Up to so many queries that share a key head, keys are read once for all of them."""
+
+ONCE = "the backend 'cpu' differentiates once; for second derivatives use backend='reference'"
+
+_OUT = Part("out", "lse")
+_LSE = Part("lse")
+_GRAD_OUT = Part("grad_out", "grad_lse")
+_GRADIENTS = Part("grad_query", "grad_value")
+_GRAD_OFFSETS = Part("grad_offsets")
+_GRAD_DENSE = Part("grad_dense")
+_WEIGHTS = Part("mean_weights", "weights")
+_GRAD_WEIGHTS = Part("grad_weights")
+_MEAN = Part("mean_weights")
+
+
+def empty_rows(like: Tensor, width: int) -> Tensor:
+    """An unwritten ``(B, H, T, width)`` tensor, its heads inside or outside of the length as in
+    ``like``.
+    """
+    batch, heads, length, features = like.shape
+    if width == features and like.is_contiguous():
+        return torch.empty_like(like)
+    if like.stride(1) < like.stride(2):
+        return like.new_empty((batch, length, heads, width)).transpose(1, 2)
+    return like.new_empty((batch, heads, length, width))
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    fixed: Fixed,
+) -> tuple[Tensor, Tensor]:
+    """The output ``(B, H, T, Dv)`` and its log-sum-exp ``(B, H, T)`` in float32."""
+    out = empty_rows(query, value.shape[3])
+    batch, heads, target, _ = query.shape
+    lse = query.new_empty((batch, heads, target), dtype=torch.float32)
+    query, key, value = rows(query), rows(key), rows(value)
+    native = library.load()
+    record = describe(query, key, value, fixed, native.instruction_set)
+    kept = describe_scores(record, offsets, dense, fixed)
+    _OUT.write(record, out.data_ptr(), *out.stride()[:3], lse.data_ptr())
+    answer = library.CANNOT
+    if target * heads <= DECODED_ROWS * key.shape[1]:
+        answer = native.decode(record)
+    if answer in (library.CANNOT, library.NOT_BUILT):
+        answer = native.forward(record)
+    del kept
+    library.check(answer)
+    return out, lse
+
+
+class Gradients(NamedTuple):
+    """Of the operands; None where none was asked for."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    offsets: Tensor | None
+    dense: Tensor | None
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    fixed: Fixed,
+    needed: tuple[bool, bool],
+) -> Gradients:
+    """Gradients of `forward`; ``inputs`` are query, key, value, out and lse."""
+    *operands, lse = inputs
+    query, key, value, out, grad_out = map(rows, (*operands, grad_out))
+    record = describe(query, key, value, fixed, library.load().instruction_set)
+    _OUT.write(record, out.data_ptr(), *out.stride()[:3], lse.data_ptr())
+    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
+    incoming_lse = 0 if grad_lse is None else grad_lse.data_ptr()
+    _GRAD_OUT.write(record, grad_out.data_ptr(), *grad_out.stride()[:3], incoming_lse)
+    return _gradients(record, (query, key, value), offsets, dense, fixed, needed)
+
+
+def weights(
+    query: Tensor,
+    key: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    mean: bool,
+    fixed: Fixed,
+) -> tuple[Tensor, Tensor]:
+    """Weights ``(B, H, T, S)`` or their mean ``(B, T, S)``, and the log-sum-exp."""
+    batch, heads, target, _ = query.shape
+    planes = (batch,) if mean else (batch, heads)
+    found = query.new_empty((*planes, target, key.shape[2]))
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    query, key = rows(query), rows(key)
+    native = library.load()
+    record = describe(query, key, None, fixed, native.instruction_set)
+    kept = describe_scores(record, offsets, dense, fixed)
+    _WEIGHTS.write(record, mean, found.data_ptr())
+    _LSE.write(record, lse.data_ptr())
+    answer = native.weights(record)
+    del kept
+    library.check(answer)
+    return found, lse
+
+
+def weights_backward(
+    grad_weights: Tensor,
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    fixed: Fixed,
+    needed: tuple[bool, bool],
+) -> Gradients:
+    """Gradients of `weights`."""
+    query, key, grad_weights = rows(query), rows(key), grad_weights.contiguous()
+    record = describe(query, key, None, fixed, library.load().instruction_set)
+    _MEAN.write(record, grad_weights.dim() == 3)
+    _GRAD_WEIGHTS.write(record, grad_weights.data_ptr())
+    _LSE.write(record, lse.data_ptr())
+    return _gradients(record, (query, key), offsets, dense, fixed, needed)
+
+
+def _gradients(
+    record: Filled,
+    operands: tuple[Tensor, ...],
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    fixed: Fixed,
+    needed: tuple[bool, bool],
+) -> Gradients:
+    """Run the backward pass of a record that has what arrives; the caller keeps those tensors."""
+    kept = describe_scores(record, offsets, dense, fixed)
+    found: list[Tensor | None] = []
+    places: list[int] = []
+    for operand in operands:
+        gradient = empty_rows(operand, operand.shape[3])
+        found.append(gradient)
+        places += (gradient.data_ptr(), *gradient.stride()[:3])
+    if len(operands) == 2:
+        found.append(None)
+        places += (0, 0, 0, 0)
+    _GRADIENTS.write(record, *places)
+    grad_offsets = grad_dense = None
+    if offsets is not None and needed[0]:
+        grad_offsets = offsets.new_empty(offsets.shape, dtype=torch.float32)
+        _GRAD_OFFSETS.write(record, grad_offsets.data_ptr())
+    if dense is not None and needed[1]:
+        grad_dense = dense.new_empty(dense.shape, dtype=torch.float32)
+        describe_plane(record, _GRAD_DENSE, grad_dense)
+    answer = library.load().backward(record)
+    del kept
+    library.check(answer)
+    if dense is not None and grad_dense is not None:
+        grad_dense = grad_dense.to(dense.dtype)
+    query, key, value = found
+    assert query is not None
+    assert key is not None
+    return Gradients(query, key, value, grad_offsets, grad_dense)

@@ -1,0 +1,166 @@
+"""Runs the native kernels on guarded memory, for test_guard_pages.py, in a process of its own.
+
+A read or write outside of a buffer ends the process; the last line that it printed names the call.
+Outputs must be, bit for bit, what the same call makes in ordinary memory.
+
+    python -m tests.ops.cpu.guarded_calls bfloat16 [--spoil PASS FIELD CHANGE] [--library FILE]
+"""
+
+import argparse
+import ctypes
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.ops.cases import CASES, Case, reasons
+from tests.ops.cpu.caches import CACHES, Cache
+from tests.ops.cpu.guards import Guards, guarded
+from zeta import biases, masks
+from zeta.ops.backends.cpu import layout, library
+
+Results = dict[str, Tensor]
+
+
+def _odd(*sizes: int, layout: str = "BHTD", **more: Any) -> Case:
+    batch, heads, key_heads, target, source, head_dim, value_dim = sizes
+    return Case(
+        "odd sizes " + " ".join(map(str, sizes)),
+        batch,
+        heads,
+        key_heads,
+        target,
+        source,
+        head_dim,
+        value_dim,
+        layout=layout,
+        **more,
+    )
+
+
+ODD = [
+    _odd(1, 1, 1, 1, 1, 1, 1),
+    _odd(2, 4, 2, 3, 301, 17, 5, layout="BTHD"),
+    _odd(1, 4, 1, 1, 1033, 33, 31),
+    _odd(1, 2, 1, 5, 513, 64, 96, layout="BTHD"),
+    _odd(1, 2, 2, 131, 261, 65, 63),
+    _odd(1, 2, 1, 97, 67, 128, 80, layout="BHDT"),
+    _odd(
+        *(1, 4, 2, 35, 530, 40, 24),
+        learned={"table": (32, 4), "bias": (1, 4, 1, 530)},
+        bias=lambda m: biases.Bucketed(m["table"], max_distance=20) + biases.Dense(m["bias"]),
+        mask=lambda: masks.Causal() & masks.Padding(torch.tensor([517])),
+        dropout_p=0.2,
+    ),
+]
+
+
+def calls(dtype: torch.dtype, only: str) -> Iterator[tuple[str, Callable[[bool | None], Results]]]:
+    """Names of calls, and what makes one: in ordinary memory, or at an end of guarded memory."""
+    for name, run in _all_calls(dtype):
+        if only in name:
+            yield name, run
+
+
+def _all_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[bool | None], Results]]]:
+    # The dtype changes how rows are read and written, not what is asked for.
+    for case in CASES[:: 1 if dtype == torch.float32 else 4] + ODD:
+        if not reasons(case, "cpu"):
+            yield case.name, lambda at_end, case=case: _attention(case, dtype, at_end)
+            for reduce in (None, "mean"):
+                yield (
+                    f"{case.name}, weights {reduce or 'each'}",
+                    lambda at_end, case=case, reduce=reduce: _weights(case, dtype, reduce, at_end),
+                )
+    for cache in CACHES:
+        yield cache.name, lambda at_end, cache=cache: _decode(cache, dtype, at_end)
+
+
+def _leaves(case: Case, dtype: torch.dtype, at_end: bool | None) -> Results:
+    made = case.tensors(dtype)
+    if at_end is None:
+        return made
+    return {k: guarded(v.detach(), at_end).requires_grad_() for k, v in made.items()}
+
+
+def _attention(case: Case, dtype: torch.dtype, at_end: bool | None) -> Results:
+    made = _leaves(case, dtype, at_end)
+    if at_end is None:
+        return case.run(made, "cpu")
+    with Guards(at_end):
+        return case.run(made, "cpu")
+
+
+def _weights(case: Case, dtype: torch.dtype, reduce: str | None, at_end: bool | None) -> Results:
+    made = _leaves(case, dtype, at_end)
+    if at_end is None:
+        return case.run_weights(made, "cpu", reduce)
+    with Guards(at_end):
+        return case.run_weights(made, "cpu", reduce)
+
+
+def _decode(cache: Cache, dtype: torch.dtype, at_end: bool | None) -> Results:
+    tensors = cache.tensors(dtype)
+    if at_end is None:
+        return cache.run(tensors)
+    with Guards(at_end):
+        return cache.run({name: guarded(tensor, at_end) for name, tensor in tensors.items()})
+
+
+def spoil(name: str, field: str, change: int) -> None:
+    """Make a pass believe that a field of its calls is ``change`` more than it is."""
+    native = library.load()
+    run = getattr(native, name)
+    part = layout.Part(field)
+
+    def spoilt(record: ctypes.Array[ctypes.c_char]) -> int:
+        first, *others = part.read(record)
+        part.write(record, first + change, *others)
+        answer: int = run(record)
+        return answer
+
+    setattr(native, name, spoilt)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--spoil", nargs=3, metavar=("PASS", "FIELD", "CHANGE"))
+    parser.add_argument("--only", default="", help="a part of the names of the calls to make")
+    parser.add_argument("--library", type=Path, help="another library than the installed one")
+    parser.add_argument("--ordinary", action="store_true", help="in ordinary memory alone")
+    arguments = parser.parse_args()
+    if arguments.library:
+        library.PATH = arguments.library.resolve()
+    native = library.load()
+    torch.set_num_threads(2)
+    # A process that ends as it should leaves nothing behind.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if arguments.spoil:
+        spoil(*arguments.spoil[:2], int(arguments.spoil[2]))
+    for number, instructions in enumerate(library.INSTRUCTION_SETS, 1):
+        if instructions not in native.usable:
+            continue
+        native.instruction_set = number
+        for name, run in calls(getattr(torch, arguments.dtype), arguments.only):
+            print(f"{instructions}: {name}", flush=True)
+            if arguments.ordinary:
+                run(None)
+                continue
+            expected = None if arguments.spoil else run(None)
+            for at_end in (True, False):
+                compare(run(at_end), expected)
+    print("done")
+
+
+def compare(actual: Results, expected: Results | None) -> None:
+    """Fail where results are not the same bits."""
+    for name, tensor in (expected or {}).items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0, msg=name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The kernels for AMX with software for the tile instructions: the grid again, in any processor.
+
+``make test`` builds that library, in ``build/emulated``.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.ops.cases import CASES, Case, assert_within_bound, reasons, widened
+from zeta import attention, set_float32_precision
+from zeta.ops.backends.cpu import library
+
+PATH = Path(__file__).parents[3] / "build" / "emulated" / "libzeta_cpu.so"
+COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+AMX = library.INSTRUCTION_SETS.index("AMX") + 1
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler to build it with"),
+]
+TAKEN = [case for case in CASES if not reasons(case, "cpu")]
+# Rows of a key head that share its keys, past those that are decoded; several tiles of each side.
+TILED = Case("tiled", target=150, source=170, head_dim=40, value_dim=72, key_heads=2, batch=1)
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PATH.exists(), "run `make test`, or `make .venv/.ready-emulated`"
+    found = library.Library(PATH)
+    found.instruction_set = AMX
+    monkeypatch.setattr(library, "load", lambda: found)
+
+
+def _id(value: object) -> str:
+    return value.name if isinstance(value, Case) else str(value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [*TAKEN, TILED], ids=_id)
+def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    made = case.tensors(dtype)
+    torch.use_deterministic_algorithms(True)  # What is allocated is full of NaN.
+    try:
+        actual = case.run(made, "cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    low, oracle = case.run(made, "reference"), case.run(widened(made), "reference")
+    assert_within_bound(actual, low, oracle)
+
+
+@pytest.mark.parametrize("reduce", [None, "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["plain", "t5 causal long", "padding with an empty sequence"])
+def test_weights_and_gradients(name: str, dtype: torch.dtype, reduce: str | None) -> None:
+    (case,) = (case for case in TAKEN if case.name == name)
+    made = case.tensors(dtype)
+    actual = case.run_weights(made, "cpu", reduce)
+    low = case.run_weights(made, "reference", reduce)
+    assert_within_bound(actual, low, case.run_weights(widened(made), "reference", reduce))
+
+
+def test_float32_is_as_exact_as_is_asked_for() -> None:
+    made = TILED.tensors(torch.float32)
+    operands = [made[name].detach() for name in ("query", "key", "value")]
+    exact = attention(*(tensor.double() for tensor in operands), backend="reference")
+
+    def error(**options: object) -> float:
+        found = attention(*operands, backend="cpu", **options)  # type: ignore[arg-type]
+        return ((found.double() - exact).norm() / exact.norm()).item()
+
+    highest, high = error(precision="highest"), error(precision="high")
+    assert highest < 1e-6
+    assert 1e-6 < high < 3e-5
+    assert error() == highest
+    set_float32_precision("high")
+    try:
+        assert error() == high
+        assert error(precision="highest") == highest
+    finally:
+        set_float32_precision(None)

@@ -1,0 +1,181 @@
+"""The native backend compiled, exported, transformed; differentiated twice, which it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zeta import BackendUnsupported, attention, attention_weights, attention_with_lse, biases, masks
+from zeta.ops.backends import cpu
+from zeta.ops.backends.cpu import functions, operators
+from zeta.ops.call import AttentionCall
+from zeta.ops.lowering import lower
+
+Made = dict[str, Tensor]
+
+
+def make(target: int = 9, source: int = 9, dtype: torch.dtype = torch.float32) -> Made:
+    shapes = {
+        "query": (2, 4, target, 16), "key": (2, 2, source, 16), "value": (2, 2, source, 24),
+        "table": (16, 4), "bias": (1, 4, 1, source),
+    }  # fmt: skip
+    return {name: torch.randn(s, dtype=dtype, requires_grad=True) for name, s in shapes.items()}
+
+
+def options(made: Made) -> dict[str, Any]:
+    bias = biases.Bucketed(made["table"], max_distance=20) + biases.Dense(made["bias"])
+    return {"mask": masks.Causal(), "bias": bias + biases.Softcap(4.0), "backend": "cpu"}
+
+
+def several(query: Tensor, key: Tensor, value: Tensor, table: Tensor, bias: Tensor) -> list[Tensor]:
+    """Everything the backend can be asked for."""
+    arguments = options({"table": table, "bias": bias})
+    out, lse = attention_with_lse(query, key, value, dropout_p=0.1, seed=3, **arguments)
+    weights = attention_weights(query, key, **arguments)
+    mean = attention_weights(query, key, reduce="mean", **arguments)
+    return [out, lse, weights, mean]
+
+
+def gradients(found: list[Tensor], made: Made) -> tuple[Tensor, ...]:
+    loss = sum(tensor.float().square().sum() for tensor in found)
+    assert isinstance(loss, Tensor)
+    return torch.autograd.grad(loss, list(made.values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_calls_give_the_same(dtype: torch.dtype) -> None:
+    made = make(30, 33, dtype)
+    compiled = torch.compile(several, fullgraph=True, backend="aot_eager")
+    expected, actual = several(*made.values()), compiled(*made.values())
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got, wanted)
+    for got, wanted in zip(gradients(actual, made), gradients(expected, made), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_one_graph_for_all_lengths() -> None:
+    compiled = torch.compile(several, fullgraph=True, backend="aot_eager", dynamic=True)
+    for length in (7, 12, 40):
+        made = make(length, length)
+        for got, wanted in zip(compiled(*made.values()), several(*made.values()), strict=True):
+            assert torch.equal(got, wanted)
+
+
+def test_exported_calls_give_the_same() -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> list[Tensor]:
+            return several(*tensors)
+
+    made = tuple(tensor.detach() for tensor in make().values())
+    program = torch.export.export(Attend(), made).module()
+    for got, wanted in zip(program(*made), several(*made), strict=True):
+        assert torch.equal(got, wanted)
+
+
+def test_operators_are_declared_as_they_are() -> None:
+    made = make()
+    query, key, value = made["query"], made["key"], made["value"]
+    arguments = options(made)
+    del arguments["backend"]
+    call = AttentionCall.checked(query, key, value, dropout_p=0.1, seed=3, **arguments)
+    lowered = lower(call)
+    assert lowered.offsets is not None
+    offsets = lowered.offsets.detach().requires_grad_()
+    operands = (query, key, value, offsets, lowered.dense)
+    torch.library.opcheck(operators.attention, (*operands, *lowered.fixed(), False))
+    for mean in (False, True):
+        given = (query, key, offsets, lowered.dense, mean, *lowered.fixed(), False)
+        torch.library.opcheck(operators.weights, given)
+
+
+def _loss(query: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    key = torch.linspace(-1, 1, 80, dtype=dtype).view(1, 1, 5, 16)
+    return attention(query, key, key, mask=masks.Causal(), backend="cpu").square().sum()
+
+
+def test_functional_gradients() -> None:
+    query = torch.randn(1, 1, 5, 16, requires_grad=True)
+    (expected,) = torch.autograd.grad(_loss(query), query)
+    torch.testing.assert_close(torch.func.grad(_loss)(query), expected)
+
+
+# torch.func.jvp uses it itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_transforms_that_cannot_pass_are_refused() -> None:
+    query = torch.randn(3, 1, 1, 5, 16)
+    with pytest.raises(BackendUnsupported, match=r"torch\.func\.vmap cannot map over it"):
+        torch.func.vmap(_loss)(query)
+    with pytest.raises(BackendUnsupported, match="no forward-mode derivative"):
+        torch.func.jvp(_loss, (query[0],), (query[0],))
+
+
+def test_mapping_over_something_else_is_none_of_its_business() -> None:
+    query = torch.randn(1, 1, 5, 16)
+    mapped = torch.func.vmap(lambda scale: _loss(query) * scale)(torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(mapped[1], _loss(query) * 2)
+
+
+def _weigh(query: Tensor) -> Tensor:
+    return attention_weights(query, query, backend="cpu").square().sum()
+
+
+@pytest.mark.parametrize("function", [_loss, _weigh])
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_second_derivatives_are_refused_with_a_way_out(function: Any, backend: str | None) -> None:
+    query = torch.randn(1, 1, 5, 16, requires_grad=True)
+    if backend is not None:
+        function = torch.compile(function, fullgraph=True, backend=backend)
+    (grad,) = torch.autograd.grad(function(query), query, create_graph=True)
+    message = r"'cpu' differentiates once; .* backend='reference'"
+    if backend is not None:
+        message = "torch.compile with aot_autograd does not currently support double backward"
+    with pytest.raises(RuntimeError, match=message):
+        grad.sum().backward()
+
+
+def test_a_second_derivative_inside_a_transform_is_refused() -> None:
+    query = torch.randn(1, 1, 5, 16)
+    with pytest.raises(RuntimeError, match=r"'cpu' differentiates once; .* backend='reference'"):
+        torch.func.grad(lambda x: torch.func.grad(_loss)(x).square().sum())(query)
+
+
+def test_results_that_are_not_used_cost_no_gradient() -> None:
+    made = make()
+    out, lse = attention_with_lse(made["query"], made["key"], made["value"], backend="cpu")
+    of_query, of_value = torch.autograd.grad(
+        lse.sum(), (made["query"], made["value"]), materialize_grads=True, retain_graph=True
+    )
+    wide = {name: tensor.detach().double().requires_grad_() for name, tensor in made.items()}
+    _, wanted = attention_with_lse(wide["query"], wide["key"], wide["value"], backend="reference")
+    (expected,) = torch.autograd.grad(wanted.sum(), wide["query"])
+    torch.testing.assert_close(of_query.double(), expected, rtol=1e-5, atol=1e-5)
+    assert not of_value.any()
+    # Nothing that was asked for depends on the bias.
+    assert torch.autograd.grad(out.sum(), made["table"], allow_unused=True) == (None,)
+
+
+def test_eager_calls_run_no_operator() -> None:
+    made = make()
+    out = attention(made["query"], made["key"], made["value"], backend="cpu")
+    assert isinstance(out.grad_fn, functions.Attention._backward_cls)  # type: ignore[attr-defined]
+
+
+def test_autocast_leaves_the_inside_alone() -> None:
+    made = make(dtype=torch.bfloat16)
+    operands = (made["query"], made["key"], made["value"])
+    expected, expected_lse = cpu.run(AttentionCall.checked(*operands))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, lse = cpu.run(AttentionCall.checked(*operands))
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_inference_mode_and_views(requires_grad: bool) -> None:
+    joined = torch.randn(2, 9, 3, 4, 16, requires_grad=requires_grad)
+    query, key, value = joined.permute(2, 0, 3, 1, 4).unbind()
+    expected = attention(query, key, value, backend="reference")
+    torch.testing.assert_close(attention(query, key, value, backend="cpu"), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(attention(query, key, value, backend="cpu"), expected)

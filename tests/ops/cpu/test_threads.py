@@ -1,0 +1,148 @@
+"""The native kernels on several threads, beside each other, and in forked processes."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import zeta
+from zeta import biases, masks
+
+Results = list[Tensor]
+
+
+def results(seed: int, dtype: torch.dtype = torch.float32) -> Results:
+    """Output and gradients of a call with every kind of sum in it.
+
+    The tensors are too small for torch to use threads itself: in a forked process it would hang.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "query": (2, 4, 100, 32), "key": (2, 2, 100, 32), "value": (2, 2, 100, 32),
+        "table": (16, 4), "bias": (1, 4, 1, 100),
+    }  # fmt: skip
+    made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in made.items()}
+    bias = biases.Bucketed(leaves["table"], max_distance=40) + biases.Dense(leaves["bias"])
+    out = zeta.attention(
+        leaves["query"], leaves["key"], leaves["value"], mask=masks.Causal(), bias=bias,
+        dropout_p=0.1, seed=7, backend="cpu",
+    )  # fmt: skip
+    return [out.detach(), *torch.autograd.grad(out.float().square().sum(), list(leaves.values()))]
+
+
+def assert_equal(actual: Results, expected: Results) -> None:
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("two_threads")
+def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:
+    expected = results(1, dtype)
+    for num_threads in (1, 2, 3, 5):
+        torch.set_num_threads(num_threads)
+        assert_equal(results(1, dtype), expected)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_two_python_threads_do_not_meet() -> None:
+    seeds = (1, 2, 3)
+    expected = {seed: results(seed) for seed in seeds}
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for _ in range(5):
+                assert_equal(results(seed), expected[seed])
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in seeds]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert failures == []
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints; its children that hang are ended with it."""
+    preamble = (
+        "import torch\nfrom tests.ops.cpu.test_threads import results, assert_equal\n"
+        "torch.set_num_threads(2)\nexpected = results(1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", preamble + code],
+        capture_output=True, text=True, check=False, timeout=120,
+        cwd=os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(__file__)))),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_forked_process_computes_the_same() -> None:
+    code = """
+import os
+child = os.fork()
+if child == 0:
+    assert_equal(results(1), expected)
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+assert_equal(results(1), expected)
+print(os.waitstatus_to_exitcode(status))
+"""
+    assert run(code) == "0\n"
+
+
+def test_workers_of_a_loader_compute_the_same() -> None:
+    code = """
+from torch.utils.data import DataLoader, Dataset
+class Calls(Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        return results(1)[0]
+for batch in DataLoader(Calls(), num_workers=2, multiprocessing_context="fork"):
+    assert_equal([batch[0]], expected[:1])
+    print("equal")
+"""
+    assert run(code) == "equal\n" * 4
+
+
+def test_python_runs_on_meanwhile() -> None:
+    """The interpreter's lock is free while the library computes."""
+    query = torch.randn(1, 4, 2000, 64)
+    started, counted = threading.Event(), []
+
+    def compute() -> None:
+        started.set()
+        for _ in range(4):
+            zeta.attention(query, query, query, backend="cpu")
+
+    worker = threading.Thread(target=compute)
+    interval = sys.getswitchinterval()
+    # Without the lock released in C, the other thread would wait for the whole of a call.
+    sys.setswitchinterval(1e-4)
+    try:
+        worker.start()
+        started.wait()
+        while worker.is_alive():
+            counted.append(None)
+    finally:
+        sys.setswitchinterval(interval)
+        worker.join()
+    assert len(counted) > 1000
