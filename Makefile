@@ -15,7 +15,7 @@ WORKERS ?= auto
 NONE_IS_FINE := || test $$? -eq 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast histories lint format types wheel clean
+.PHONY: help demo native sanitize test test-fast histories lint format site pictures wheel clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,19 +32,49 @@ $(VENV)/.ready-demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.ready-dev: pyproject.toml constraints.txt requirements-dev.txt | $(BIN)/python
 	@echo "Setting up .venv for development (the first time only) ..."
 	$(PIP) --requirement requirements-dev.txt --editable ".[demo]"
+# Its attention needs torch alone; what the package asks for no longer installs.
+	$(PIP) --no-deps torchscale
+	@touch $@ $(VENV)/.ready-native
+
+NATIVE := CMakeLists.txt $(wildcard src/zeta/ops/backends/cpu/native/*)
+BUILD_NATIVE = PATH="$(CURDIR)/$(BIN):$$PATH" && \
+    cmake --fresh -S . -B build/$(1) -G Ninja --log-level=NOTICE -D $(2)=ON && cmake --build build/$(1)
+
+# The installation above has built the native CPU kernel; this builds it again when it changes.
+$(VENV)/.ready-native: $(NATIVE) | $(VENV)/.ready-dev
+	@$(call BUILD_NATIVE,native,ZETA_IN_SOURCE)
 	@touch $@
+
+# What runs on AMX, with software for the tile instructions: for tests.
+$(VENV)/.ready-emulated: $(NATIVE) | $(VENV)/.ready-dev
+	@$(call BUILD_NATIVE,emulated,ZETA_EMULATE_TILES)
+	@touch $@
+
+native: $(VENV)/.ready-native ## Build the native CPU kernel, if its sources changed.
+
+# Python itself knows nothing of the sanitizers, which therefore come first.
+sanitize: $(VENV)/.ready-dev ## Run the native CPU kernel under AddressSanitizer and UBSan.
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -D ZETA_SANITIZE=ON \
+	    --log-level=NOTICE
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
+	for dtype in float32 bfloat16 float16; do \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	    $(BIN)/python -m tests.ops.cpu.guarded_calls $$dtype --ordinary \
+	        --library build/sanitize/libzeta_cpu.so || exit; \
+	done
 
 demo: $(VENV)/.ready-demo ## Train, generate, translate and time: `zeta demo`.
 	$(BIN)/zeta demo $(ARGS)
 
-test: $(VENV)/.ready-dev ## Run every test this machine can run.
+test: $(VENV)/.ready-dev $(VENV)/.ready-native $(VENV)/.ready-emulated ## Run every test this machine can run.
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not serial" $(ARGS) $(NONE_IS_FINE)
 	$(PYTEST) -m serial $(ARGS) $(NONE_IS_FINE)
 
-test-fast: $(VENV)/.ready-dev ## Run the tests that take less than five seconds each.
+test-fast: $(VENV)/.ready-dev $(VENV)/.ready-native ## Run the tests that take less than five seconds each.
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not slow and not serial" $(ARGS)
 
-histories: $(VENV)/.ready-dev ## Run 100,000 random histories of caches: a quarter of an hour.
+histories: $(VENV)/.ready-dev $(VENV)/.ready-native ## Run 100,000 random histories of caches: a quarter of an hour.
 	$(PYTEST) --numprocesses $(WORKERS) --histories 100000 -k full_forward tests/caches $(ARGS)
 
 lint: $(VENV)/.ready-dev ## Check style, formatting and types.
@@ -55,6 +85,12 @@ lint: $(VENV)/.ready-dev ## Check style, formatting and types.
 format: $(VENV)/.ready-dev ## Mend what the linter and the formatter can mend.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+site: $(VENV)/.ready-dev ## Build the documentation in build/site; a broken link is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+pictures: $(VENV)/.ready-dev ## Draw the pictures of the documentation anew.
+	$(BIN)/python docs/pictures.py
 
 wheel: $(VENV)/.ready-dev ## Build the wheel in dist/.
 	rm -rf dist

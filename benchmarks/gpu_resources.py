@@ -24,8 +24,8 @@ from triton.runtime import driver
 
 from zeta import biases, masks
 from zeta.ops.backends.triton import arguments, passes
-from zeta.ops.backends.triton.lowering import lower
 from zeta.ops.call import AttentionCall
+from zeta.ops.lowering import lower
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
 """Shared memory that one block may have."""

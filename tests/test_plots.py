@@ -29,6 +29,31 @@ def test_labels_must_fit() -> None:
         plots.attention_map(torch.ones(2, 2), ["a"], ["b", "c"], title="")
 
 
+def test_growth_has_a_panel_for_each_quantity_and_one_colour_for_each_line() -> None:
+    lines = {
+        "seconds": {"ours": [(128, 0.5), (256, 1.0)], "theirs": [(128, 1.0)]},
+        "MiB": {"theirs": [(128, 4.0)], "ours": [(128, 2.0), (256, 4.0)]},
+    }
+    figure = plots.growth(lines, axis="tokens", title="a title")
+    colours = []
+    for axes, (panel, of_panel) in zip(figure.axes, lines.items(), strict=True):
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("tokens", panel)
+        drawn = {line.get_label(): line for line in axes.lines}
+        assert {name: line.get_xydata().tolist() for name, line in drawn.items()} == {
+            name: [list(point) for point in points] for name, points in of_panel.items()
+        }
+        colours.append({name: line.get_color() for name, line in drawn.items()})
+    assert colours[0] == colours[1]
+    assert colours[0]["ours"] != colours[0]["theirs"]
+    assert figure.get_suptitle() == "a title"
+
+
+def test_growth_refuses_what_has_no_logarithm() -> None:
+    message = "MiB, ours: (128, 0.0) must be positive"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plots.growth({"MiB": {"ours": [(128, 0.0)]}}, axis="tokens", title="")
+
+
 def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'zeta-attention\[demo\]'"):

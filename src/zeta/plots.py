@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,15 +43,8 @@ def attention_map(
             f"weights must be (target, source) = ({len(target_labels)}, {len(source_labels)}) "
             f"like the labels; got {tuple(weights.shape)}"
         )
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'zeta-attention[demo]'") from error
-
     rows, columns = weights.shape
-    figure = Figure(figsize=(2.6 + 0.5 * columns, 1.7 + 0.42 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(2.6 + 0.5 * columns, 1.7 + 0.42 * rows)
     axes = figure.add_subplot()
     values = weights.detach().float().cpu().numpy()
     image = axes.imshow(values, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
@@ -80,6 +73,61 @@ def attention_map(
     bar.set_ticks([0.0, 0.5, 1.0], labels=["0", "50", "100"])
     bar.outline.set_visible(False)
     figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def growth(
+    lines: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    *,
+    axis: str,
+    title: str,
+) -> "Figure":
+    """Draw how quantities grow with a size, each in a panel, both axes in powers of two.
+
+    Args:
+        lines: For each panel, named by what it measures, the points ``(size, value)`` of each line,
+            by the line's name. A line has one colour in all panels.
+        axis: What the size is.
+        title: Of the figure.
+
+    Returns:
+        A figure; see `save`.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: A size or a value is not positive, so that it has no logarithm.
+    """
+    for panel, of_panel in lines.items():
+        for name, points in of_panel.items():
+            for point in points:
+                if min(point) <= 0:
+                    raise ValueError(f"{panel}, {name}: {point} must be positive")
+    figure = _figure(5.2 * max(1, len(lines)), 4.4)
+    names = sorted({name for of_panel in lines.values() for name in of_panel})
+    for column, (panel, of_panel) in enumerate(lines.items()):
+        axes = figure.add_subplot(1, len(lines), column + 1)
+        for name, points in of_panel.items():
+            sizes, values = zip(*points, strict=True) if points else ((), ())
+            axes.plot(sizes, values, marker="o", label=name, color=f"C{names.index(name)}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xlabel(axis)
+        axes.set_ylabel(panel)
+        axes.grid(color="0.9")
+        axes.legend(fontsize=9)
+    figure.suptitle(title, fontsize=12)
+    return figure
+
+
+def _figure(width: float, height: float) -> "Figure":
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install 'zeta-attention[demo]'") from error
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
     return figure
 
 

@@ -1,6 +1,7 @@
 """`zeta doctor`: what it says, and that it notices a backend that is wrong or broken."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import zeta
 from zeta.cli import main
 from zeta.ops import backends
 from zeta.ops.backends import chunked
+from zeta.ops.backends.cpu import library
 
 
 def test_every_backend_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,6 +27,7 @@ def test_every_backend_is_judged(capsys: pytest.CaptureFixture[str]) -> None:
             assert f"\n  {name} " in part
         assert part.count(", chosen") == 1
     assert "\n  sdpa         no: its dropout is not drawn from" in parts[2]
+    assert "\n  cpu          right to " in parts[0]
     assert "\n  reference    right to " in parts[0]
     assert "WRONG" not in printed
 
@@ -58,3 +61,42 @@ def test_wrong_backend_is_noticed(
     assert f"  chunked      {verdict}" in printed
     # The others are still judged.
     assert printed.count("\n  reference    right to ") == 3 * (1 + torch.cuda.device_count())
+
+
+def test_the_native_kernel_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor"])
+    part = capsys.readouterr().out.split("Native CPU kernel\n")[1].split("\n\n")[0]
+    found = library.load()
+    assert f"  library      {found.path}\n" in part
+    assert f"  built for    {', '.join(found.built)}\n" in part
+    assert f"  runs         {found.usable[-1]}, on {torch.get_num_threads()} threads" in part
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "  library      none: the native library is not built: that takes Linux"),
+        (b"text", "  library      broken: "),
+    ],
+)
+def test_a_native_kernel_that_is_not_there_is_described(
+    content: bytes | None,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "library.so"
+    if content is not None:
+        path.write_bytes(content)
+    monkeypatch.setattr(library, "PATH", path)
+    for cached in (library.load, library._find_obstacle):
+        cached.cache_clear()
+    try:
+        main(["doctor"])
+    finally:
+        for cached in (library.load, library._find_obstacle):
+            cached.cache_clear()
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert "\n  cpu          no: the native library " in printed

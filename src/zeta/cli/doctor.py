@@ -12,6 +12,8 @@ import zeta
 from zeta import biases, masks
 from zeta.bench.machine import describe_machine
 from zeta.cli.terminal import heading, row
+from zeta.ops.backends.cpu import library
+from zeta.ops.precision import float32_precision
 
 OPTIONAL = ("triton", "matplotlib", "tqdm", "numpy")
 TOLERANCE = 1e-4
@@ -48,9 +50,33 @@ def run(arguments: argparse.Namespace) -> int:
             row(name, str(value))
     if not torch.cuda.is_available():
         row("gpu", "none that torch can use")
+    _describe_native()
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     verdicts = [_examine(device) for device in devices]
     return 0 if all(verdicts) else 1
+
+
+def _describe_native() -> None:
+    """What the native CPU kernel was built for, what the processor has, and what will run."""
+    heading("Native CPU kernel")
+    if not library.PATH.exists():
+        row("library", f"none: {library.obstacle()}")
+        return
+    try:
+        found = library.load()
+    except OSError as error:
+        row("library", f"broken: {error}")
+        return
+    row("library", str(found.path))
+    row("built for", ", ".join(found.built) or "nothing")
+    row("processor", ", ".join(found.processor) or "none of " + ", ".join(library.INSTRUCTION_SETS))
+    runs = found.usable[-1] if found.usable else f"nothing: {library.obstacle()}"
+    row("runs", f"{runs}, on {torch.get_num_threads()} threads" if found.usable else runs)
+    for name in found.processor:
+        if name not in found.built:
+            row("", f"the compiler that built it knew no {name}")
+    if "AMX" in found.usable:
+        row("float32", f"precision {float32_precision()!r}")
 
 
 def _version(package: str) -> str:

@@ -8,6 +8,7 @@ from zeta.ops.attention import (
     explain,
 )
 from zeta.ops.call import BackendUnsupported
+from zeta.ops.precision import set_float32_precision
 from zeta.ops.weights import LazyWeights
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "attention_weights",
     "attention_with_lse",
     "explain",
+    "set_float32_precision",
 ]
