@@ -152,7 +152,8 @@ def test_a_long_mask_is_never_made_into_a_tensor_for_torch() -> None:
     [{}, {"bias": T5_LEARNED}, {"dropout_p": 0.1}, {"with_lse": True}, {"mask": masks.Causal()}],
 )
 def test_auto_takes_the_native_kernels_first(arguments: dict[str, Any]) -> None:
-    explanation = zeta.explain(**tensors(), **arguments)
+    large = torch.randn(1, 4, 200, 64)
+    explanation = zeta.explain(large, large, large, **arguments)
     assert next(iter(explanation.reasons)) == "cpu"
     assert (explanation.backend == "cpu") == (cpu.library.obstacle() is None)
 
@@ -206,3 +207,16 @@ def test_a_few_grouped_queries_on_a_gpu_s_long_cache_go_to_triton_first() -> Non
     assert first(target=33, heads=16, source=8192) == "sdpa"
     assert first(target=1, heads=16, source=1023) == "sdpa"
     assert first(target=1, heads=4, source=8192) == "sdpa"
+
+
+def test_small_plain_calls_on_the_cpu_go_to_torch_first() -> None:
+    def first(target: int, source: int, dtype: torch.dtype) -> str:
+        query = torch.empty(1, 8, target, 64, dtype=dtype)
+        key = torch.empty(1, 8, source, 64, dtype=dtype)
+        return backends.order(AttentionCall(query, key, key))[0]
+
+    assert first(1, 1024, torch.float32) == "sdpa"
+    assert first(64, 64, torch.bfloat16) == "sdpa"
+    assert first(128, 128, torch.float32) == "cpu"
+    assert first(1, 1024, torch.bfloat16) == "cpu"
+    assert first(1, 16384, torch.float32) == "cpu"

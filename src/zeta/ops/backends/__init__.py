@@ -15,10 +15,14 @@ from zeta.ops.call import AttentionCall
 
 ORDER = ("sdpa", "triton", "chunked", "reference", "cpu")
 ORDER_ON_CPU = ("cpu", "sdpa", "chunked", "reference", "triton")
+ORDER_OF_SMALL = ("sdpa", *(name for name in ORDER_ON_CPU if name != "sdpa"))
 ORDER_OF_GROUPS = ("triton", *(name for name in ORDER if name != "triton"))
 _PLAIN = ("sdpa", "reference")
 ORDER_OF_PROGRAMS = (*_PLAIN, *(name for name in ORDER_ON_CPU if name not in _PLAIN))
 
+SMALL = 1 << 24
+"""Floating-point operations, some 0.2 ms of one core: fewer are sooner done by torch's kernel,
+which takes less Python."""
 MOST_PACKED = 128
 """Queries of a group of heads that read their key head together, in one tile of a kernel."""
 LONG_CACHE = 1024
@@ -40,9 +44,10 @@ class Backend(Protocol):
 def order(call: AttentionCall) -> tuple[str, ...]:
     """The backends as ``"auto"`` asks them for this call.
 
-    On CPU tensors the native kernels come first; Triton's run in its interpreter only, slower than
-    the textbook: last. On a GPU Triton's come first where a few queries of grouped heads meet a
-    long cache, which they read once for a whole group.
+    On CPU tensors the native kernels come first, but for small calls that torch's kernel can do
+    too; Triton's run in its interpreter only, slower than the textbook: last. On a GPU Triton's
+    come first where a few queries of grouped heads meet a long cache, which they read once for a
+    whole group.
 
     A program that ``torch.export`` makes is to run where Zeta is not installed, and in other
     runtimes: first come those that are made of torch's own operators.
@@ -50,11 +55,22 @@ def order(call: AttentionCall) -> tuple[str, ...]:
     if torch.compiler.is_exporting():
         return ORDER_OF_PROGRAMS
     if call.query.device.type == "cpu":
-        return ORDER_ON_CPU
+        return ORDER_OF_SMALL if _is_small(call) else ORDER_ON_CPU
     packed = call.target * (call.heads // call.key_heads)
     if call.key_heads < call.heads and packed <= MOST_PACKED and call.source >= LONG_CACHE:
         return ORDER_OF_GROUPS
     return ORDER
+
+
+def _is_small(call: AttentionCall) -> bool:
+    # Sizes would bind a compiled program to themselves.
+    if torch.compiler.is_compiling():
+        return False
+    if call.target == 1 and call.query.element_size() == 2:
+        # torch reads a cache in half precision at a fraction of the memory's speed.
+        return False
+    batch, heads, target, head_dim = call.query.shape
+    return 4 * batch * heads * target * call.source * head_dim < SMALL
 
 
 def load(name: str) -> Backend:
