@@ -2,9 +2,15 @@
 
 From one fixed anchor the scale of xPos overflows some tens of thousands of positions on. So tokens
 are numbered in the order in which they come, a block of numbers shares an anchor, and a key is kept
-about the anchor of its block, for ever. Before an attention its keys and queries are brought to one
-anchor, that of the last query. The scales of two anchors differ by powers of two, so that this
-changes no digit; what becomes too small to be represented has decayed to nothing.
+about the anchor of its block, for ever. Queries meet keys about one anchor. The scales of two
+anchors differ by powers of two, so that to bring tokens from one to another changes no digit; what
+becomes too small to be represented has decayed to nothing.
+
+Queries of one block, those of a decoding step, are brought to the anchor of each block of keys in
+turn, and what they find there is merged by the log-sum-exp: the keys are read where they are. For
+that the blocks must be slices of the keys, at places known to the host. Keys with positions of
+their own (a rolling window, pages of sequences that differ in length, a recorded `StaticCache`) and
+those of queries of several blocks, a chunk's, are copied to the anchor of the last query instead.
 
 Shapes: B batch, H heads, G key heads, T queries, S keys, L tokens, D head dimension.
 """
@@ -21,7 +27,7 @@ from zeta.caches.recording import is_recorded
 from zeta.nn.positions import Positions, XPos
 from zeta.ops.attention import run, run_weights
 from zeta.ops.call import AttentionCall
-from zeta.ops.parts import rows_of
+from zeta.ops.parts import Indivisible, keys_of, rows_of
 
 _SHARE = 4
 """Of the reach of xPos, a block extends over half of this part at each side of its anchor: room for
@@ -57,11 +63,52 @@ class Blocks(NamedTuple):
         Raises:
             ValueError: More queries than half a block see keys after them.
         """
-        return torch.cat([run(part)[0] for part in self._parts(call)], dim=2)
+        parts = self._key_blocks(call)
+        if parts is None:
+            return torch.cat([run(part)[0] for part in self._parts(call)], dim=2)
+        results = (
+            run(dataclasses.replace(part, query=_times(call.query, factor_D)))
+            for part, factor_D in parts
+        )
+        return next(results)[0] if len(parts) == 1 else _merged(results)
 
     def weights(self, call: AttentionCall) -> Tensor:
         """Of such an attention, what ``call.result`` asks for."""
         return torch.cat([run_weights(part) for part in self._parts(call)], dim=-2)
+
+    def _key_blocks(self, call: AttentionCall) -> list[tuple[AttentionCall, Tensor]] | None:
+        """The call over each block of keys, and the factors ``(D,)`` that bring the queries there.
+
+        None where the queries are of several blocks, or those of the keys are no slices. Blocks in
+        which no query sees a key are left out, but for one.
+        """
+        if call.query_positions is not None or call.key_positions is not None:
+            return None
+        first, last = max(call.source - call.target, 0), call.source - 1
+        own = self._block(last)
+        if self._block(first) != own:
+            return None
+        lowest, highest = (None, None) if call.mask is None else call.mask.key_bounds(first, last)
+        end = own if highest is None else self._block(max(0, min(highest, last)))
+        start = 0 if lowest is None else min(self._block(max(0, lowest)), end)
+        anchors = torch.arange(start, own + 1, device=call.query.device) * (2 * self.half)
+        exponents = self._exponents(anchors)
+        factors = _powers_of_two(exponents[-1] - exponents, call.query.dtype).unbind()
+        one = dataclasses.replace(call, result=call.result if start == end else "lse")
+        rest = one if call.sinks is None else dataclasses.replace(one, sinks=None)
+        parts = []
+        try:
+            for block in range(start, end + 1):
+                middle = block * 2 * self.half
+                keys = slice(max(middle - self.half, 0), min(middle + self.half, call.source))
+                part = keys_of(one if block == start else rest, keys)
+                parts.append((part, factors[block - start]))
+        except Indivisible:
+            return None
+        return parts
+
+    def _block(self, number: int) -> int:
+        return (number + self.half) // (2 * self.half)
 
     def _parts(self, call: AttentionCall) -> Iterator[AttentionCall]:
         # Of queries that see later keys none can be far from the anchor of those.
@@ -217,9 +264,34 @@ def _rotated(
     return Rotated(turned, rotation.keys(key, positions, anchor, origin), origin, None)
 
 
+def _merged(results: Iterator[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """``(B, H, T, Dv)``: the attention over all keys, of output and log-sum-exp over some each."""
+    total, total_lse = None, None
+    for out, lse in results:
+        assert lse is not None
+        wide = out.to(lse.dtype)
+        # Finite, so that a row without keys makes no inf - inf.
+        lse = lse.clamp(min=torch.finfo(lse.dtype).min)
+        if total is None or total_lse is None:
+            total, total_lse = wide, lse
+        else:
+            total = torch.lerp(total, wide, (lse - total_lse).sigmoid().unsqueeze(-1))
+            total_lse = torch.logaddexp(total_lse, lse)
+    assert total is not None
+    return total.to(out.dtype)
+
+
 def _times_two_to(x: Tensor, exponent: Tensor) -> Tensor:
     """``x`` ``(B, H, L, D)``, its pairs times powers of two ``(1 or B, L, D / 2)``."""
+    return _times(x, _powers_of_two(exponent, x.dtype).unsqueeze(-3))
+
+
+def _powers_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """``(..., D)``, one for each of a pair, for exponents ``(..., D / 2)``."""
     # Of float16 the powers themselves could be out of range.
-    wide = torch.promote_types(x.dtype, torch.float32) if x.dtype == torch.float16 else x.dtype
-    factor = exponent.exp2().to(wide).repeat_interleave(2, dim=-1)
-    return (x.to(wide) * factor.unsqueeze(-3)).to(x.dtype)
+    wide = torch.promote_types(dtype, torch.float32) if dtype == torch.float16 else dtype
+    return exponent.exp2().to(wide).repeat_interleave(2, dim=-1)
+
+
+def _times(x: Tensor, factor: Tensor) -> Tensor:
+    return (x.to(factor.dtype) * factor).to(x.dtype)

@@ -207,7 +207,7 @@ class XPos(Rotation):
             ``(..., D / 2)`` float64 integers for anchors ``(...)``.
         """
         rates_P = xpos_rates(self.head_dim, scale_base=self.scale_base, device=device)
-        return ((anchor[..., None] if isinstance(anchor, Tensor) else anchor) * rates_P).round_()
+        return _exponents(anchor, rates_P)
 
     def _check_reach(self, x: Tensor, first: int, anchor: int) -> None:
         if torch.compiler.is_compiling():
@@ -260,7 +260,7 @@ class XPos(Rotation):
         power = counted[..., None] * rates_P
         if isinstance(anchor, Tensor) or anchor:
             anchor = _as_tensor(anchor, x) if isinstance(anchor, Tensor) else anchor
-            power = power - self.exponents(anchor, x.device)
+            power = power - _exponents(anchor, rates_P)
         # What stands nowhere, as padding does, must not overflow; nobody reads it.
         limit = math.log2(torch.finfo(x.dtype).max / 2.0)
         return cos, sin, power.clamp_(-limit, limit)
@@ -268,6 +268,10 @@ class XPos(Rotation):
 
 XPOS = XPos
 """TorchScale's spelling."""
+
+
+def _exponents(anchor: Positions, rates_P: Tensor) -> Tensor:
+    return ((anchor[..., None] if isinstance(anchor, Tensor) else anchor) * rates_P).round_()
 
 
 def _as_tensor(positions: Positions, x: Tensor) -> Tensor:

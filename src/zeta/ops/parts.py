@@ -1,4 +1,4 @@
-"""Some of the queries, or some of the heads, of a call, as a call of its own.
+"""Some of the queries, of the keys or of the heads of a call, as a call of its own.
 
 Shape suffixes: B batch, H heads, T target length, S source length.
 """
@@ -26,7 +26,7 @@ _BY_POSITION = (
     masks.Padding,
     biases.Softcap,
 )
-"""The same for every head, and for a query wherever it stands in the tensor."""
+"""The same for every head, and for a query or key wherever it stands in the tensor."""
 
 
 class Indivisible(TypeError):  # noqa: N818 - control flow: the caller computes the whole instead
@@ -39,16 +39,36 @@ def rows_of(call: AttentionCall, rows: Part) -> AttentionCall:
     Raises:
         Indivisible: A mask or bias is of an unknown kind.
     """
-    positions = call.query_positions
-    if positions is None:
-        last = call.source
-        positions = torch.arange(last - call.target, last, device=call.query.device)[None]
     return dataclasses.replace(
         call,
         query=call.query[:, :, rows],
-        query_positions=positions[:, rows],
-        mask=None if call.mask is None else _part(call.mask, ALL, rows),
-        bias=None if call.bias is None else _part(call.bias, ALL, rows),
+        query_positions=_query_positions(call)[:, rows],
+        mask=None if call.mask is None else _part(call.mask, ALL, rows, ALL),
+        bias=None if call.bias is None else _part(call.bias, ALL, rows, ALL),
+    )
+
+
+def keys_of(call: AttentionCall, keys: Part) -> AttentionCall:
+    """The call over the keys ``keys`` alone; all keep their positions, and dropout its draws.
+
+    Nothing of a slice is copied. The results over disjoint keys merge by their log-sum-exps, if
+    only one of the calls is left its sinks. Positions that nothing reads are not made.
+
+    Raises:
+        Indivisible: A mask or bias is of an unknown kind.
+    """
+    query_positions, key_positions = call.query_positions, call.key_positions
+    if _reads_positions(call):
+        query_positions, key_positions = _query_positions(call), _key_positions(call, keys)
+    key = call.key[:, :, keys]
+    return dataclasses.replace(
+        call,
+        key=key,
+        value=key if call.value is call.key else call.value[:, :, keys],
+        query_positions=query_positions,
+        key_positions=key_positions,
+        mask=None if call.mask is None else _part(call.mask, ALL, ALL, keys),
+        bias=None if call.bias is None else _part(call.bias, ALL, ALL, keys),
     )
 
 
@@ -68,20 +88,42 @@ def heads_of(call: AttentionCall, heads: Part) -> AttentionCall:
         query=call.query[:, heads],
         key=key,
         value=key,
-        mask=None if call.mask is None else _part(call.mask, heads, ALL),
-        bias=None if call.bias is None else _part(call.bias, heads, ALL),
+        mask=None if call.mask is None else _part(call.mask, heads, ALL, ALL),
+        bias=None if call.bias is None else _part(call.bias, heads, ALL, ALL),
         sinks=None if call.sinks is None else call.sinks[heads],
     )
 
 
-def _part(value: ValueT, heads: Part, rows: Part) -> ValueT:
+def _query_positions(call: AttentionCall) -> Tensor:
+    if call.query_positions is not None:
+        return call.query_positions
+    return torch.arange(call.source - call.target, call.source, device=call.query.device)[None]
+
+
+def _key_positions(call: AttentionCall, keys: Part) -> Tensor:
+    if call.key_positions is not None:
+        return call.key_positions[:, keys]
+    if isinstance(keys, slice) and not torch.compiler.is_compiling():
+        # Not those of all keys: many slices of many keys would be quadratic.
+        return torch.arange(*keys.indices(call.source), device=call.key.device)[None]
+    return torch.arange(call.source, device=call.key.device)[None, keys]
+
+
+def _reads_positions(call: AttentionCall) -> bool:
+    if call.dropout_p or call.query_positions is not None or call.key_positions is not None:
+        return True
+    values = (*masks.conjuncts(call.mask), *biases.summands(call.bias))
+    return not all(isinstance(v, masks.Dense | biases.Dense | biases.Softcap) for v in values)
+
+
+def _part(value: ValueT, heads: Part, rows: Part, keys: Part) -> ValueT:
     if isinstance(value, _BY_POSITION):
         return value
     if isinstance(value, masks.AllOf | masks.AnyOf | biases.Sum):
-        terms = tuple(_part(term, heads, rows) for term in value.terms)
+        terms = tuple(_part(term, heads, rows, keys) for term in value.terms)
         return dataclasses.replace(value, terms=terms)  # type: ignore[arg-type]  # of its own kind
     if isinstance(value, masks.Dense | biases.Dense):
-        return dataclasses.replace(value, tensor=_cut(value.tensor, heads, rows))
+        return dataclasses.replace(value, tensor=_cut(value.tensor, heads, rows, keys))
     if isinstance(value, biases.Bucketed):
         return dataclasses.replace(value, table=value.table[:, heads])
     if isinstance(value, biases.Alibi):
@@ -89,10 +131,12 @@ def _part(value: ValueT, heads: Part, rows: Part) -> ValueT:
     raise Indivisible(f"a {type(value).__name__} cannot be cut")
 
 
-def _cut(tensor_BHTS: Tensor, heads: Part, rows: Part) -> Tensor:
-    """Heads and rows of a dense tensor, where it has more than one."""
+def _cut(tensor_BHTS: Tensor, heads: Part, rows: Part, keys: Part) -> Tensor:
+    """Heads, rows and columns of a dense tensor, where it has more than one."""
     if tensor_BHTS.shape[1] > 1:
         tensor_BHTS = tensor_BHTS[:, heads]
     if tensor_BHTS.shape[2] > 1:
         tensor_BHTS = tensor_BHTS[:, :, rows]
+    if tensor_BHTS.shape[3] > 1:
+        tensor_BHTS = tensor_BHTS[..., keys]
     return tensor_BHTS
