@@ -36,12 +36,12 @@ def quick_run(output: Path, seed: int) -> str:
     return out
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo") / "new" / "folder"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def printed(output: Path) -> str:
     return quick_run(output, seed=3)
 

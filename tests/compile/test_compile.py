@@ -96,9 +96,12 @@ def outcome(run: Run, module: nn.Module, own: nn.Module) -> list[Tensor]:
 def test_the_module_compiles_whole(options: dict[str, Any], run: Run) -> None:
     module = module_of(**options)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(
-        outcome(run, compiled, module), outcome(run, module, module), rtol=1e-5, atol=1e-5
-    )
+    pairs = zip(outcome(run, compiled, module), outcome(run, module, module), strict=True)
+    for found, expected in pairs:
+        # Two kernels may have computed them, each with float32's error of its own: small beside
+        # the largest gradient, not beside each.
+        atol = 1e-5 * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=atol)
 
 
 @pytest.mark.parametrize("backend", ["chunked", "reference", "sdpa"])
