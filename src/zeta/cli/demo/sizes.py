@@ -1,4 +1,4 @@
-"""How much `zeta demo` does: all of it in a few minutes on two cores, or with ``--quick`` in one."""
+"""How much `zeta demo` does: all in a few minutes on two cores, or with ``--quick`` in one."""
 
 import dataclasses
 
