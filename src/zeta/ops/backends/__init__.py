@@ -52,10 +52,12 @@ def order(call: AttentionCall) -> tuple[str, ...]:
     A program that ``torch.export`` makes is to run where Zeta is not installed, and in other
     runtimes: first come those that are made of torch's own operators.
     """
-    if torch.compiler.is_exporting():
+    compiling = torch.compiler.is_compiling()
+    if compiling and torch.compiler.is_exporting():
         return ORDER_OF_PROGRAMS
-    if call.query.device.type == "cpu":
-        return ORDER_OF_SMALL if _is_small(call) else ORDER_ON_CPU
+    if call.query.is_cpu:
+        # Sizes would bind a compiled program to themselves.
+        return ORDER_ON_CPU if compiling or not _is_small(call) else ORDER_OF_SMALL
     packed = call.target * (call.heads // call.key_heads)
     if call.key_heads < call.heads and packed <= MOST_PACKED and call.source >= LONG_CACHE:
         return ORDER_OF_GROUPS
@@ -63,14 +65,11 @@ def order(call: AttentionCall) -> tuple[str, ...]:
 
 
 def _is_small(call: AttentionCall) -> bool:
-    # Sizes would bind a compiled program to themselves.
-    if torch.compiler.is_compiling():
-        return False
-    if call.target == 1 and call.query.element_size() == 2:
+    batch, heads, target, head_dim = call.query.shape
+    if target == 1 and call.query.itemsize == 2:
         # torch reads a cache in half precision at a fraction of the memory's speed.
         return False
-    batch, heads, target, head_dim = call.query.shape
-    return 4 * batch * heads * target * call.source * head_dim < SMALL
+    return 4 * batch * heads * target * call.key.shape[2] * head_dim < SMALL
 
 
 def load(name: str) -> Backend:
