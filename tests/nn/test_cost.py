@@ -35,7 +35,7 @@ def test_one_token_costs_little_more_than_by_hand() -> None:
     finally:
         torch.set_num_threads(threads)
     # Measured 1.25 on a processor with AVX-512 and 1.43 on an older one, where Python takes longer
-    # beside the same products; there as here since the module was first measured.
+    # beside the same products.
     most = 1.3 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1.5
     assert ours <= most * theirs, f"{ours * 1e6:.1f} us, by hand {theirs * 1e6:.1f} us"
 
