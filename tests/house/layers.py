@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("attention",),
         ("weights", "backends", "sinks"),
         ("deferred", "standin"),
-        ("parts", "dropout", "transforms", "lowering"),
+        ("parts", "dropout", "transforms", "lowering", "buffers"),
         ("call",),
         ("precision",),
     ),

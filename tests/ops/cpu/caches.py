@@ -85,7 +85,7 @@ class Cache:
         native = library.load()
         _SIZES.write(
             record, NUM_BYTES, DTYPES.index(query.dtype), 0, native.instruction_set,
-            torch.get_num_threads(), 0, self.batch, self.heads, self.key_heads, self.target,
+            torch.get_num_threads(), self.batch, self.heads, self.key_heads, self.target,
             self.source, self.head_dim, self.value_dim,
         )  # fmt: skip
         for part, tensor in ((_QUERY, query), (_KEY, key), (_VALUE, value)):

@@ -1,4 +1,4 @@
-"""``zeta demo``: train, generate, translate and time, in about two minutes."""
+"""``zeta demo``: train, generate, translate and time, in a few minutes."""
 
 import argparse
 import tempfile
@@ -20,7 +20,7 @@ Train two small models built from zeta.nn, and see what they do:
   2. its generation, byte by byte, with the cache and without;
   3. an encoder-decoder that writes numbers as English words, and a picture of its cross-attention;
   4. a training step's time and memory, beside attention as textbooks write it.
-It takes about two minutes on two CPU cores, and runs on the CPU alone."""
+It takes a few minutes on two CPU cores, and runs on the CPU alone."""
 EXAMPLES = """\
 examples:
   zeta demo
@@ -32,7 +32,7 @@ def add_to(commands: Any) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser(
         "demo",
-        help="train, generate, translate and time, in about two minutes",
+        help="train, generate, translate and time, in a few minutes",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,7 +48,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--seed", type=_seed, metavar="N", default=0, help="of all that is drawn (default: 0)"
     )
-    parser.add_argument("--quick", action="store_true", help="all of it, smaller: 20 seconds")
+    parser.add_argument("--quick", action="store_true", help="all of it, smaller: a minute or less")
     parser.set_defaults(run=run)
 
 

@@ -51,7 +51,7 @@ _HEAD = Part("bytes", "window")
 def describe(
     query: Tensor, key: Tensor, value: Tensor | None, fixed: Fixed, instruction_set: int
 ) -> Filled:
-    """A new record of these `rows`; of no values, for weights."""
+    """A new record of these tensors, made of dense `rows`; of no values, for weights."""
     record = Record()
     batch, heads, target, head_dim = query.shape
     *_, key_heads, source, _ = key.shape
@@ -62,17 +62,12 @@ def describe(
         value_dim, value_rows = value.shape[3], (value.data_ptr(), *value.stride()[:3])
     _HEAD.write(
         record,
-        NUM_BYTES, DTYPES[query.dtype], fixed.high, instruction_set, torch.get_num_threads(), 0,
+        NUM_BYTES, DTYPES[query.dtype], fixed.high, instruction_set, torch.get_num_threads(),
         batch, heads, key_heads, target, source, head_dim, value_dim,
         query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3], *value_rows,
         fixed.scale, fixed.causal, min(fixed.window, _BEYOND),
     )  # fmt: skip
     return record
-
-
-def rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied unless its last dimension is dense."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def describe_scores(

@@ -17,7 +17,7 @@ _MEMBERS = {
 }
 
 FIELDS = (
-    ("integer", "bytes dtype precision isa num_threads same_for_any_threads"),
+    ("integer", "bytes dtype precision isa num_threads"),
     ("integer", "batch heads key_heads target source head_dim value_dim"),
     ("rows", "query key value"),
     ("real", "scale"),

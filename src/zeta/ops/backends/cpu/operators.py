@@ -1,5 +1,4 @@
-"""The passes as operators of ``torch.library``, which torch.compile, export and ``torch.func`` see,
-and as ``torch.autograd`` functions, which eager code runs for a hundredth of an operator's cost.
+"""The passes as operators of ``torch.library``, which torch.compile and export see.
 
 An operator cannot take a tuple of many kinds: everything without a gradient comes as one list of
 tensors, in the order of `Lowered.fixed`, and plain numbers.
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from zeta.ops.backends.cpu import passes
 from zeta.ops.backends.cpu.description import Fixed
-from zeta.ops.backends.cpu.passes import Gradients, empty_rows
+from zeta.ops.backends.cpu.passes import Gradients
+from zeta.ops.buffers import empty_contiguous, empty_rows, no_gradients
 
 
 @torch.library.custom_op("zeta::cpu_attention", mutates_args=())
@@ -88,8 +88,8 @@ def _(
     *_, needs_offsets, needs_dense = fixed
     return (
         *(empty_rows(tensor, tensor.shape[-1]) for tensor in (query, key, value)),
-        _like(offsets if needs_offsets else None, lse),
-        _like(dense if needs_dense else None, lse),
+        empty_contiguous(offsets if needs_offsets else None, lse),
+        empty_contiguous(dense if needs_dense else None, lse),
     )
 
 
@@ -162,8 +162,8 @@ def _(
     *_, needs_offsets, needs_dense = fixed
     return (
         *(empty_rows(tensor, tensor.shape[-1]) for tensor in (query, key)),
-        _like(offsets if needs_offsets else None, lse),
-        _like(dense if needs_dense else None, lse),
+        empty_contiguous(offsets if needs_offsets else None, lse),
+        empty_contiguous(dense if needs_dense else None, lse),
     )
 
 
@@ -179,12 +179,6 @@ def _or_empty(found: Gradients, other: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _like(tensor: Tensor | None, other: Tensor) -> Tensor:
-    if tensor is None:
-        return other.new_empty(0)
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     query, key, value, offsets, dense, tensors, *numbers = inputs
     ctx.save_for_backward(query, key, value, *output, offsets, dense, *tensors)
@@ -196,7 +190,7 @@ def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | No
     query, key, value, out, lse, offsets, dense, *tensors = ctx.saved_tensors
     nothing = [None] * len(ctx.numbers)
     if grad_out is None and grad_lse is None:
-        return None, None, None, None, None, _no_gradients(tensors), *nothing
+        return None, None, None, None, None, no_gradients(tensors), *nothing
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     needs_offsets, needs_dense = ctx.needs_input_grad[3:5]
@@ -206,7 +200,7 @@ def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | No
     )  # fmt: skip
     return (
         *found, grad_offsets if needs_offsets else None, grad_dense if needs_dense else None,
-        _no_gradients(tensors), *nothing,
+        no_gradients(tensors), *nothing,
     )  # fmt: skip
 
 
@@ -221,7 +215,7 @@ def _weights_gradient(ctx: Any, grad_weights: Tensor | None, _: Tensor | None) -
     query, key, lse, offsets, dense, *tensors = ctx.saved_tensors
     nothing = [None] * len(ctx.numbers)
     if grad_weights is None:
-        return None, None, None, None, None, _no_gradients(tensors), *nothing
+        return None, None, None, None, None, no_gradients(tensors), *nothing
     needs_offsets, needs_dense = ctx.needs_input_grad[2:4]
     *found, grad_offsets, grad_dense = weights_backward(
         grad_weights, query, key, lse, offsets, dense, tensors, *ctx.numbers, needs_offsets,
@@ -229,13 +223,8 @@ def _weights_gradient(ctx: Any, grad_weights: Tensor | None, _: Tensor | None) -
     )  # fmt: skip
     return (
         *found, grad_offsets if needs_offsets else None, grad_dense if needs_dense else None,
-        None, _no_gradients(tensors), *nothing,
+        None, no_gradients(tensors), *nothing,
     )  # fmt: skip
-
-
-def _no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
-    """To torch.library, a list with an absent tensor in it is one argument; else it is many."""
-    return None if any(tensor is None for tensor in tensors) else [None] * len(tensors)
 
 
 def _refuse(ctx: Any, *gradients: Any) -> NoReturn:

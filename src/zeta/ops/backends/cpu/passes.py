@@ -15,9 +15,9 @@ from zeta.ops.backends.cpu.description import (
     describe,
     describe_plane,
     describe_scores,
-    rows,
 )
 from zeta.ops.backends.cpu.layout import Part
+from zeta.ops.buffers import empty_rows, rows
 
 DECODED_ROWS = 16
 """Up to so many queries that share a key head, keys are read once for all of them."""
@@ -33,18 +33,6 @@ _GRAD_DENSE = Part("grad_dense")
 _WEIGHTS = Part("mean_weights", "weights")
 _GRAD_WEIGHTS = Part("grad_weights")
 _MEAN = Part("mean_weights")
-
-
-def empty_rows(like: Tensor, width: int) -> Tensor:
-    """An unwritten ``(B, H, T, width)`` tensor, its heads inside or outside of the length as in
-    ``like``.
-    """
-    batch, heads, length, features = like.shape
-    if width == features and like.is_contiguous():
-        return torch.empty_like(like)
-    if like.stride(1) < like.stride(2):
-        return like.new_empty((batch, length, heads, width)).transpose(1, 2)
-    return like.new_empty((batch, heads, length, width))
 
 
 def forward(

@@ -47,11 +47,6 @@ class Fixed:
     dropout_p: float
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied unless its last dimension is dense."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def rows_operand(tensor: Tensor) -> Rows:
     return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
 
@@ -62,16 +57,6 @@ def plane_operand(tensor: Tensor) -> Plane:
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
     return Plane(tensor, *strides)
-
-
-def empty_rows(like: Tensor, width: int) -> Tensor:
-    """An unwritten ``(B, H, T, width)`` tensor, its heads inside or outside of the length as in
-    ``like``.
-    """
-    batch, heads, length, _ = like.shape
-    if like.stride(1) < like.stride(2):
-        return like.new_empty((batch, length, heads, width)).transpose(1, 2)
-    return like.new_empty((batch, heads, length, width))
 
 
 def sizes_of(query: Tensor, key: Tensor) -> Sizes:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zeta.ops.backends.triton import passes
-from zeta.ops.backends.triton.arguments import Fixed, empty_rows, rows, statistics_shape
+from zeta.ops.backends.triton.arguments import Fixed, statistics_shape
+from zeta.ops.buffers import empty_contiguous, empty_rows, no_gradients, rows
 
 
 @torch.library.custom_op("zeta::triton_attention", mutates_args=())
@@ -92,19 +93,13 @@ def _(
     *_, needs_offsets, needs_dense = fixed
     return (
         *(empty_rows(rows(tensor), tensor.shape[-1]) for tensor in (query, key, value)),
-        _like(offsets if needs_offsets else None, statistics),
-        _like(dense if needs_dense else None, statistics),
+        empty_contiguous(offsets if needs_offsets else None, statistics),
+        empty_contiguous(dense if needs_dense else None, statistics),
     )
 
 
 def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32) if tensor is None else tensor
-
-
-def _like(tensor: Tensor | None, other: Tensor) -> Tensor:
-    if tensor is None:
-        return other.new_empty(0)
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _save_attention(
@@ -130,13 +125,8 @@ def _attention_gradient(
     )  # fmt: skip
     return (
         dquery, dkey, dvalue, doffsets if needs_offsets else None,
-        ddense if needs_dense else None, _no_gradients(tensors), *[None] * len(ctx.numbers),
+        ddense if needs_dense else None, no_gradients(tensors), *[None] * len(ctx.numbers),
     )  # fmt: skip
-
-
-def _no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
-    """To torch.library, a list with an absent tensor in it is one argument; else it is many."""
-    return None if any(tensor is None for tensor in tensors) else [None] * len(tensors)
 
 
 attention.register_autograd(_attention_gradient, setup_context=_save_attention)
@@ -212,8 +202,8 @@ def _(
     *_, needs_offsets, needs_dense = fixed
     return (
         *(empty_rows(rows(tensor), tensor.shape[-1]) for tensor in (query, key)),
-        _like(offsets if needs_offsets else None, statistics),
-        _like(dense if needs_dense else None, statistics),
+        empty_contiguous(offsets if needs_offsets else None, statistics),
+        empty_contiguous(dense if needs_dense else None, statistics),
     )
 
 
@@ -228,7 +218,7 @@ def _weights_gradient(ctx: Any, dweights: Tensor | None, _: Tensor | None) -> tu
     query, key, statistics, offsets, dense, *tensors = ctx.saved_tensors
     nothing = [None] * len(ctx.numbers)
     if dweights is None:
-        return None, None, None, None, None, _no_gradients(tensors), *nothing
+        return None, None, None, None, None, no_gradients(tensors), *nothing
     needs_offsets, needs_dense = ctx.needs_input_grad[2:4]
     dquery, dkey, doffsets, ddense = weights_backward(
         dweights, query, key, statistics, offsets, dense, tensors, *ctx.numbers, needs_offsets,
@@ -236,7 +226,7 @@ def _weights_gradient(ctx: Any, dweights: Tensor | None, _: Tensor | None) -> tu
     )  # fmt: skip
     return (
         dquery, dkey, doffsets if needs_offsets else None, ddense if needs_dense else None, None,
-        _no_gradients(tensors), *nothing,
+        no_gradients(tensors), *nothing,
     )  # fmt: skip
 
 

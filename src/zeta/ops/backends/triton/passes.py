@@ -12,11 +12,9 @@ from torch import Tensor
 
 from zeta.ops.backends.triton.arguments import (
     Fixed,
-    empty_rows,
     is_exact,
     launch,
     plane_operand,
-    rows,
     rows_operand,
     score_operand,
     shape_of_tiles,
@@ -34,6 +32,7 @@ from zeta.ops.backends.triton.kernels.forward import forward_kernel
 from zeta.ops.backends.triton.kernels.gradients import delta_kernel, row_sums_kernel
 from zeta.ops.backends.triton.kernels.operands import Plane, Rows, Score, Sizes
 from zeta.ops.backends.triton.kernels.weights import weights_kernel
+from zeta.ops.buffers import empty_rows, rows
 
 BAND_PROGRAMS = 1024
 """About how many programs share the band: a constant, so that the order of a sum is one too."""

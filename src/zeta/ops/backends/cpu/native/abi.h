@@ -44,7 +44,6 @@ typedef struct {
 typedef struct {
     int64_t bytes;  // sizeof(ZetaCall)
     int64_t dtype, precision, isa, num_threads;
-    int64_t same_for_any_threads;  // not read: sums are always made in one order
     int64_t batch, heads, key_heads, target, source, head_dim, value_dim;
 
     ZetaRows query, key, value;

@@ -1,0 +1,38 @@
+"""What compiled kernels read and write, as tensors: dense rows, unwritten results, no gradients.
+
+Shape suffixes: B batch, H heads, T length.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless its last dimension is dense."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def empty_rows(like: Tensor, width: int) -> Tensor:
+    """An unwritten ``(B, H, T, width)`` tensor, its heads inside or outside of the length as in
+    ``like``.
+    """
+    batch, heads, length, features = like.shape
+    if width == features and like.is_contiguous():
+        return torch.empty_like(like)
+    if like.stride(1) < like.stride(2):
+        return like.new_empty((batch, length, heads, width)).transpose(1, 2)
+    return like.new_empty((batch, heads, length, width))
+
+
+def empty_contiguous(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """An unwritten tensor like the first; an empty one, of the other's kind, in place of None."""
+    if tensor is None:
+        return other.new_empty(0)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
+    """To torch.library, a list with an absent tensor in it is one argument; else it is many."""
+    return None if any(tensor is None for tensor in tensors) else [None] * len(tensors)
