@@ -87,10 +87,11 @@ inline void ask_for(const T *from, int64_t count) {
         _mm_prefetch(bytes + line, _MM_HINT_T0);
 }
 
-// ROWS rows of queries times LANES / ROWS keys. ODD: `features` is no multiple of PAIR.
+// ROWS rows of queries times LANES / ROWS keys, `step` apart: the products of the first row with
+// all keys, then those of the next. ODD: `features` is no multiple of PAIR.
 template <int ROWS, bool ODD, class T>
-inline void multiply_keys(const float *queries, int64_t query_stride, const T *const *keys,
-                          int64_t features, float *lanes) {
+inline Floats multiply_keys(const float *queries, int64_t query_stride, const T *keys,
+                            int64_t step, int64_t features) {
     constexpr int KEYS = LANES / ROWS;
     Floats sums[LANES];
     unrolled<LANES>([&](auto i) { sums[i] = zeros(); });
@@ -107,8 +108,11 @@ inline void multiply_keys(const float *queries, int64_t query_stride, const T *c
     };
     int64_t feature = 0;
     for (; feature <= features - PAIR; feature += PAIR) {
-        decltype(pair(keys[0])) both[KEYS];
-        unrolled<KEYS>([&](auto k) { both[k] = pair(keys[k] + feature); });
+        decltype(pair(keys)) both[KEYS];
+        unrolled<KEYS>([&](auto k) {
+            const T *from = keys + k * step + feature;
+            both[k] = pair(from);
+        });
         unrolled<2>([&](auto half) {
             Floats key[KEYS];
             unrolled<KEYS>([&](auto k) { key[k] = half_of(both[k], half); });
@@ -118,38 +122,45 @@ inline void multiply_keys(const float *queries, int64_t query_stride, const T *c
     if (ODD)
         for (; feature < features; feature += LANES) {
             Floats key[KEYS];
-            unrolled<KEYS>(
-                [&](auto k) { key[k] = load_first(keys[k] + feature, features - feature); });
+            unrolled<KEYS>([&](auto k) {
+                key[k] = load_first(keys + k * step + feature, features - feature);
+            });
             add_products(feature, key);
         }
-    store(lanes, sums_of_lanes(sums));
+    return sums_of_lanes(sums);
 }
 
 // scores[row][key] of ROWS rows.
-template <int ROWS, class T>
+template <int ROWS, bool ODD, class T>
 inline void score_block(const float *queries, int64_t query_stride, const Stream<T> &keys,
                         int64_t features, float *scores, int64_t score_stride) {
     constexpr int KEYS = LANES / ROWS;
-    for (int64_t first = 0; first < keys.count; first += KEYS) {
-        const int64_t some = smaller(KEYS, keys.count - first);
-        const T *rows[KEYS];
-        for (int k = 0; k < KEYS; ++k) {
-            rows[k] = keys.data + (first + (k < some ? k : 0)) * keys.stride;
-            ask_for(rows[k] + AHEAD * keys.stride, features);
-        }
-        float lanes[LANES];
-        if (features % PAIR)
-            multiply_keys<ROWS, true>(queries, query_stride, rows, features, lanes);
-        else
-            multiply_keys<ROWS, false>(queries, query_stride, rows, features, lanes);
-        for (int r = 0; r < ROWS; ++r) {
-            float *to = scores + r * score_stride + first;
-            if (some == KEYS)
-                memcpy(to, lanes + r * KEYS, sizeof(float) * KEYS);
-            else
-                for (int64_t k = 0; k < some; ++k) to[k] = lanes[r * KEYS + k];
-        }
+    float lanes[LANES];
+    int64_t first = 0;
+    for (; first <= keys.count - KEYS; first += KEYS) {
+        const T *from = keys.data + first * keys.stride;
+        // In the order in which they lie, from which the processor learns.
+        unrolled<KEYS>([&](auto k) { ask_for(from + (AHEAD + k) * keys.stride, features); });
+        store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride, from, keys.stride, features));
+        unrolled<ROWS>([&](auto r) {
+            memcpy(scores + r * score_stride + first, lanes + r * KEYS, sizeof(float) * KEYS);
+        });
     }
+    // The last few one by one.
+    for (; first < keys.count; ++first) {
+        const T *from = keys.data + first * keys.stride;
+        store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride, from, 0, features));
+        unrolled<ROWS>([&](auto r) { scores[r * score_stride + first] = lanes[r * KEYS]; });
+    }
+}
+
+template <int ROWS, class T>
+inline void score_block(const float *queries, int64_t query_stride, const Stream<T> &keys,
+                        int64_t features, float *scores, int64_t score_stride) {
+    if (features % PAIR)
+        score_block<ROWS, true>(queries, query_stride, keys, features, scores, score_stride);
+    else
+        score_block<ROWS, false>(queries, query_stride, keys, features, scores, score_stride);
 }
 
 // to[row][feature] += weights[row][key] * values[key][feature] of ROWS rows and PAIRS pairs of
@@ -161,24 +172,26 @@ inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<
     const int64_t next = values.count * values.stride;
     constexpr int VECTORS = 2 * PAIRS;
     Floats sums[ROWS][VECTORS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) sums[r][v] = load(to + r * to_stride + v * LANES);
-    for (int64_t key = 0; key < values.count; ++key) {
-        const T *from = values.data + key * values.stride;
-        ask_for(from + next, PAIRS * PAIR);
+    unrolled<ROWS>([&](auto r) {
+        unrolled<VECTORS>([&](auto v) { sums[r][v] = load(to + r * to_stride + v * LANES); });
+    });
+    const T *from = values.data;
+    for (int64_t key = 0; key < values.count; ++key, from += values.stride) {
         Floats value[VECTORS];
         unrolled<PAIRS>([&](auto p) {
+            _mm_prefetch(reinterpret_cast<const char *>(from + next + p * PAIR), _MM_HINT_T0);
             const auto both = pair(from + p * PAIR);
             value[2 * p] = half_of(both, Index<0>());
             value[2 * p + 1] = half_of(both, Index<1>());
         });
-        for (int r = 0; r < ROWS; ++r) {
+        unrolled<ROWS>([&](auto r) {
             const Floats weight = splat(weights[r * weight_stride + key]);
-            for (int v = 0; v < VECTORS; ++v) sums[r][v] = fma(weight, value[v], sums[r][v]);
-        }
+            unrolled<VECTORS>([&](auto v) { sums[r][v] = fma(weight, value[v], sums[r][v]); });
+        });
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int v = 0; v < VECTORS; ++v) store(to + r * to_stride + v * LANES, sums[r][v]);
+    unrolled<ROWS>([&](auto r) {
+        unrolled<VECTORS>([&](auto v) { store(to + r * to_stride + v * LANES, sums[r][v]); });
+    });
 }
 
 // The same of up to LANES features.
@@ -186,13 +199,14 @@ template <int ROWS, class T>
 inline void add_rest(const float *weights, int64_t weight_stride, const Stream<T> &values,
                      int64_t features, float *to, int64_t to_stride) {
     Floats sums[ROWS];
-    for (int r = 0; r < ROWS; ++r) sums[r] = load(to + r * to_stride);
+    unrolled<ROWS>([&](auto r) { sums[r] = load(to + r * to_stride); });
     for (int64_t key = 0; key < values.count; ++key) {
         const Floats value = load_first(values.data + key * values.stride, features);
-        for (int r = 0; r < ROWS; ++r)
+        unrolled<ROWS>([&](auto r) {
             sums[r] = fma(splat(weights[r * weight_stride + key]), value, sums[r]);
+        });
     }
-    for (int r = 0; r < ROWS; ++r) store(to + r * to_stride, sums[r]);
+    unrolled<ROWS>([&](auto r) { store(to + r * to_stride, sums[r]); });
 }
 
 template <int ROWS, class T>
