@@ -19,6 +19,7 @@ from torch import Tensor
 from tests.ops.cases import CASES, Case, reasons
 from tests.ops.cpu.caches import CACHES, Cache
 from tests.ops.cpu.guards import Guards, guarded
+from tests.ops.cpu.layers import PROJECTIONS, Projection
 from zeta import biases, masks
 from zeta.ops.backends.cpu import layout, library
 
@@ -77,6 +78,8 @@ def _all_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[bool | None]
                 )
     for cache in CACHES:
         yield cache.name, lambda at_end, cache=cache: _decode(cache, dtype, at_end)
+    for case in PROJECTIONS:
+        yield case.name, lambda at_end, case=case: _project(case, dtype, at_end)
 
 
 def _leaves(case: Case, dtype: torch.dtype, at_end: bool | None) -> Results:
@@ -108,6 +111,18 @@ def _decode(cache: Cache, dtype: torch.dtype, at_end: bool | None) -> Results:
         return cache.run(tensors)
     with Guards(at_end):
         return cache.run({name: guarded(tensor, at_end) for name, tensor in tensors.items()})
+
+
+def _project(case: Projection, dtype: torch.dtype, at_end: bool | None) -> Results:
+    x, layers = case.tensors(dtype)
+    if at_end is None:
+        return case.run(x, layers)
+    moved = [
+        (guarded(weight, at_end), None if bias is None else guarded(bias, at_end))
+        for weight, bias in layers
+    ]
+    with Guards(at_end):
+        return case.run(guarded(x, at_end), moved)
 
 
 def spoil(name: str, field: str, change: int) -> None:

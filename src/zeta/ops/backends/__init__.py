@@ -23,6 +23,8 @@ ORDER_OF_PROGRAMS = (*_PLAIN, *(name for name in ORDER_ON_CPU if name not in _PL
 SMALL = 1 << 24
 """Floating-point operations, some 0.2 ms of one core: fewer are sooner done by torch's kernel,
 which takes less Python."""
+SMALL_STEP = 1 << 19
+"""The same for a single query: torch's kernel reads a cache more slowly."""
 MOST_PACKED = 128
 """Queries of a group of heads that read their key head together, in one tile of a kernel."""
 LONG_CACHE = 1024
@@ -69,7 +71,8 @@ def _is_small(call: AttentionCall) -> bool:
     if target == 1 and call.query.itemsize == 2:
         # torch reads a cache in half precision at a fraction of the memory's speed.
         return False
-    return 4 * batch * heads * target * call.key.shape[2] * head_dim < SMALL
+    operations = 4 * batch * heads * target * call.key.shape[2] * head_dim
+    return operations < (SMALL_STEP if target == 1 else SMALL)
 
 
 def load(name: str) -> Backend:

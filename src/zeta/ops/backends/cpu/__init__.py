@@ -53,8 +53,10 @@ def _far_positions(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
-    """Attention ``(B, H, T, Dv)`` and its log-sum-exp ``(B, H, T)`` in float32."""
+def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    """Attention ``(B, H, T, Dv)`` and its log-sum-exp ``(B, H, T)`` in float32; a step of
+    decoding that does not ask for it gets None.
+    """
     lowered = lower(call)
     operands = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
     fixed = (*lowered.fixed(), _is_high(call))
@@ -64,6 +66,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
         out, lse = operators.attention(*operands, *fixed)
         return out, lse
     if not _is_learned(operands) and not _is_transforming():
+        if call.result == "output" and passes.is_step(call.query, call.key):
+            return passes.step(*operands, Fixed(*fixed)), None
         return passes.forward(*operands, Fixed(*fixed))
     found: tuple[Tensor, Tensor] = functions.Attention.apply(*operands, Fixed(*fixed))  # type: ignore[no-untyped-call]
     return found

@@ -24,7 +24,7 @@ _ANSWERS = {
     CANNOT: "the pass cannot do this call",
 }
 
-Pass = Callable[[ctypes.Array[ctypes.c_char]], int]
+Pass = Callable[[ctypes.Array[ctypes.c_char] | bytes], int]
 
 
 class Library:
@@ -32,6 +32,7 @@ class Library:
 
     Attributes:
         forward, backward, weights, decode: Take a `layout.Record`; return an answer, see `check`.
+        project: The same with the record that `projection` packs.
         built, processor, usable: Instruction sets that it has code for, that the processor has,
             and both.
         instruction_set: The number of the one that runs; 0 for the best. Tests set it.
@@ -56,6 +57,7 @@ class Library:
         self.backward = _pass(functions, "zeta_backward")
         self.weights = _pass(functions, "zeta_weights")
         self.decode = _pass(functions, "zeta_decode")
+        self.project = _pass(functions, "zeta_project")
         self.built = _sets(functions, "zeta_built")
         self.processor = _sets(functions, "zeta_processor")
         self.usable = _sets(functions, "zeta_instruction_sets")

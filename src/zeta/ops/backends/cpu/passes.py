@@ -44,22 +44,47 @@ def forward(
     fixed: Fixed,
 ) -> tuple[Tensor, Tensor]:
     """The output ``(B, H, T, Dv)`` and its log-sum-exp ``(B, H, T)`` in float32."""
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return _forward(query, key, value, offsets, dense, fixed, lse), lse
+
+
+def is_step(query: Tensor, key: Tensor) -> bool:
+    """Whether there are so few queries that each key is read once for all that share it."""
+    return query.shape[2] * query.shape[1] <= DECODED_ROWS * key.shape[1]
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    fixed: Fixed,
+) -> Tensor:
+    """The output alone, of what `is_step`."""
+    return _forward(query, key, value, offsets, dense, fixed, None)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    fixed: Fixed,
+    lse: Tensor | None,
+) -> Tensor:
     out = empty_rows(query, value.shape[3])
-    batch, heads, target, _ = query.shape
-    lse = query.new_empty((batch, heads, target), dtype=torch.float32)
     query, key, value = rows(query), rows(key), rows(value)
     native = library.load()
     record = describe(query, key, value, fixed, native.instruction_set)
     kept = describe_scores(record, offsets, dense, fixed)
-    _OUT.write(record, out.data_ptr(), *out.stride()[:3], lse.data_ptr())
-    answer = library.CANNOT
-    if target * heads <= DECODED_ROWS * key.shape[1]:
-        answer = native.decode(record)
-    if answer in (library.CANNOT, library.NOT_BUILT):
-        answer = native.forward(record)
+    to_lse = 0 if lse is None else lse.data_ptr()
+    _OUT.write(record, out.data_ptr(), *out.stride()[:3], to_lse)
+    answer = native.decode(record) if is_step(query, key) else native.forward(record)
     del kept
     library.check(answer)
-    return out, lse
+    return out
 
 
 class Gradients(NamedTuple):

@@ -22,4 +22,5 @@ extern "C" const ZetaPasses zeta_passes_amx = {
     zeta_amx::backward,
     zeta_amx::weights,
     zeta_amx::decode,
+    zeta_amx::project,
 };

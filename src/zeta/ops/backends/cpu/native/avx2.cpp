@@ -18,4 +18,5 @@ extern "C" const ZetaPasses zeta_passes_avx2 = {
     zeta_avx2::backward,
     zeta_avx2::weights,
     zeta_avx2::decode,
+    zeta_avx2::project,
 };

@@ -248,7 +248,8 @@ inline int64_t forward_with(const ZetaCall &call) {
         if (!table.data()) return ZETA_NO_MEMORY;
         offsets = make_offsets(call, reinterpret_cast<float *>(table.data()));
     }
-    const bool has_few_heads = call.num_threads > 1 && call.target > BLOCK_QUERIES &&
+    const bool has_more_tasks = call.target > BLOCK_QUERIES || call.heads > call.key_heads;
+    const bool has_few_heads = call.num_threads > 1 && has_more_tasks &&
                                call.batch * call.key_heads < 4 * call.num_threads;
     return has_few_heads ? forward_by_blocks<Operands>(call, offsets)
                          : forward_by_heads<Operands>(call, offsets);

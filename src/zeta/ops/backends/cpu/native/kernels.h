@@ -22,4 +22,5 @@
 #include "backward.h"
 #include "short_rows.h"
 #include "decode.h"
+#include "projection.h"
 #include "weights.h"

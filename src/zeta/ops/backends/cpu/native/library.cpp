@@ -92,8 +92,10 @@ int64_t find_instruction_sets() {
 const ZetaPasses *const tables[] = {
     nullptr, &zeta_passes_avx2, &zeta_passes_avx512, &zeta_passes_amx};
 
-int64_t run(const ZetaCall *call, ZetaPass ZetaPasses::*pass) {
-    if (call->bytes != sizeof(ZetaCall)) return ZETA_OTHER_VERSION;
+// A call of a pass, with the record that it takes.
+template <class Call>
+int64_t run(const Call *call, int64_t (*ZetaPasses::*pass)(const Call *)) {
+    if (call->bytes != sizeof(Call)) return ZETA_OTHER_VERSION;
     const int64_t usable = zeta_instruction_sets();
     int64_t isa = call->isa;
     if (isa == ZETA_BEST) {
@@ -101,7 +103,7 @@ int64_t run(const ZetaCall *call, ZetaPass ZetaPasses::*pass) {
         while (isa > ZETA_BEST && !(usable >> isa & 1)) --isa;
     }
     if (isa <= ZETA_BEST || isa > ZETA_AMX || !(usable >> isa & 1)) return ZETA_NO_PROCESSOR;
-    const ZetaPass function = tables[isa]->*pass;
+    const auto function = tables[isa]->*pass;
     return function ? function(call) : static_cast<int64_t>(ZETA_NOT_BUILT);
 }
 
@@ -143,5 +145,9 @@ ZETA_EXPORT int64_t zeta_backward(const ZetaCall *call) { return run(call, &Zeta
 ZETA_EXPORT int64_t zeta_weights(const ZetaCall *call) { return run(call, &ZetaPasses::weights); }
 
 ZETA_EXPORT int64_t zeta_decode(const ZetaCall *call) { return run(call, &ZetaPasses::decode); }
+
+ZETA_EXPORT int64_t zeta_project(const ZetaProjection *call) {
+    return run(call, &ZetaPasses::project);
+}
 
 }  // extern "C"

@@ -77,8 +77,10 @@ struct Stream {
     }
 };
 
-// Rows are asked for so many rows before they are read.
+// Rows are asked for so many rows before they are read, unless they are long: of those the
+// processor learns by itself.
 constexpr int64_t AHEAD = 16;
+constexpr int64_t LONG_ROW = 512;
 
 template <class T>
 inline void ask_for(const T *from, int64_t count) {
@@ -140,7 +142,8 @@ inline void score_block(const float *queries, int64_t query_stride, const Stream
     for (; first <= keys.count - KEYS; first += KEYS) {
         const T *from = keys.data + first * keys.stride;
         // In the order in which they lie, from which the processor learns.
-        unrolled<KEYS>([&](auto k) { ask_for(from + (AHEAD + k) * keys.stride, features); });
+        if (features < LONG_ROW)
+            unrolled<KEYS>([&](auto k) { ask_for(from + (AHEAD + k) * keys.stride, features); });
         store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride, from, keys.stride, features));
         unrolled<ROWS>([&](auto r) {
             memcpy(scores + r * score_stride + first, lanes + r * KEYS, sizeof(float) * KEYS);

@@ -2,7 +2,7 @@
 //
 // A unit defines its table as
 //
-//     extern "C" const ZetaPasses zeta_passes_avx2 = {forward, backward, weights, decode};
+//     extern "C" const ZetaPasses zeta_passes_avx2 = {forward, backward, weights, decode, project};
 //
 // with null for a pass it lacks. The tables are weak here: a unit whose instructions the compiler
 // does not know is left out of the library.
@@ -22,8 +22,11 @@ extern "C" {
 
 typedef int64_t (*ZetaPass)(const ZetaCall *call);  // answers with a ZetaAnswer
 
+typedef int64_t (*ZetaProject)(const ZetaProjection *call);
+
 typedef struct {
     ZetaPass forward, backward, weights, decode;
+    ZetaProject project;
 } ZetaPasses;
 
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx2;

@@ -1,0 +1,48 @@
+"""Several linear layers of a module at once, for the few tokens of a decoding step."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from zeta.ops.projection import FEW, Layer, project_few
+
+
+def project_together(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...] | None:
+    """``module(x)`` of each; None where each has to be called, as it mostly has.
+
+    Args:
+        x: ``(B, T, E)``.
+        *modules: Any; only plain linear layers, which nobody hooks into, go together.
+    """
+    # First of all: a traced size must not be compared.
+    if torch.compiler.is_compiling() or x.shape[0] * x.shape[1] > FEW:
+        return None
+    layers: list[Layer] = []
+    for module in modules:
+        layer = _plain_linear(module)
+        if layer is None:
+            return None
+        layers.append(layer)
+    if torch_module._has_any_global_hook():
+        return None
+    return project_few(x, layers)
+
+
+def _plain_linear(module: nn.Module) -> Layer | None:
+    """Weight and bias of a module that does nothing but multiply and add."""
+    if type(module) is not nn.Linear:
+        return None
+    own = module.__dict__
+    if (
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+    ):
+        return None
+    parameters = own["_parameters"]
+    # Whoever takes a parameter out of the module computes it by other means.
+    if "weight" not in parameters or "bias" not in parameters:
+        return None
+    return parameters["weight"], parameters["bias"]

@@ -1,0 +1,57 @@
+"""Linear layers of a few rows for the native projection, of odd and even sizes."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from zeta.ops.backends.cpu import projection
+
+Layers = list[tuple[Tensor, Tensor | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """Rows, and the layers that they go through.
+
+    Attributes:
+        features: Of each layer.
+        spacing: Elements between two rows of a weight, beyond the row itself.
+    """
+
+    name: str
+    rows: int = 1
+    width: int = 64
+    features: tuple[int, ...] = (64, 64, 64)
+    biased: bool = True
+    spacing: int = 0
+
+    def tensors(self, dtype: torch.dtype) -> tuple[Tensor, Layers]:
+        generator = torch.Generator().manual_seed(self.rows + self.width)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        x = normal(1, self.rows, self.width)
+        layers: Layers = []
+        for features in self.features:
+            weight = normal(features, self.width + self.spacing)[:, : self.width]
+            layers.append((weight, normal(features) if self.biased else None))
+        return x, layers
+
+    def run(self, x: Tensor, layers: Layers) -> dict[str, Tensor]:
+        """The outputs by their number."""
+        found = projection.project(x, layers)
+        assert found is not None
+        return {str(number): out for number, out in enumerate(found)}
+
+
+PROJECTIONS = [
+    Projection("projection"),
+    Projection("projection of the smallest", width=1, features=(1,)),
+    Projection("projection of odd sizes", rows=3, width=37, features=(65, 3, 130)),
+    Projection("projection without biases", rows=2, width=96, features=(96, 24, 24), biased=False),
+    Projection("projection of rows apart", rows=5, width=40, features=(33, 7), spacing=9),
+    Projection("projection of all rows", rows=16, width=80, features=(72,)),
+    Projection("projection of long rows", rows=4, width=1100, features=(70, 20, 20)),
+]
