@@ -1,13 +1,17 @@
 """Appending: like `torch.cat`, without the copies; and a plain dict on top of it."""
 
 import io
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.caches.histories import same
 from tests.caches.test_interface import tokens
-from zeta.caches import DictCache, DynamicCache
+from zeta.caches import DictCache, DynamicCache, QuantizedCache, growth
 from zeta.caches.growth import append, nbytes, reclaim, take
 
 
@@ -145,3 +149,116 @@ def test_nbytes_counts_the_room() -> None:
     assert cache.nbytes == 2 * 2 * 128 * (6 + 5) * 8
     cache.reset()
     assert (cache.nbytes, cache.length, cache.key, cache.value) == (0, 0, None, None)
+
+
+def buffers_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of all buffers that are there when one has just been made, each time."""
+    alive: list[weakref.ref[Tensor]] = []
+    held: list[int] = []
+    make = growth._with_room
+
+    def counting(*arguments: Any) -> Any:
+        shown, tail = make(*arguments)
+        alive.append(weakref.ref(shown))
+        held.append(sum(tensor.nbytes for ref in alive if (tensor := ref()) is not None))
+        return shown, tail
+
+    monkeypatch.setattr(growth, "_with_room", counting)
+    return held
+
+
+@pytest.mark.parametrize("make", [DynamicCache, QuantizedCache])
+def test_a_part_leaves_its_old_memory_before_the_next_one_moves(
+    make: Callable[[], DynamicCache], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = buffers_of(monkeypatch)
+    cache = make()
+    key = torch.randn(1, 2, 127, 6)
+    cache.update(key, key)
+    cache.update(key[:, :, :2], key[:, :, :2])
+    assert cache.nbytes < max(held) <= 1.25 * cache.nbytes
+
+
+@pytest.mark.parametrize("forked", [False, True])
+@pytest.mark.parametrize(
+    ("make", "fails_at"),
+    [(DynamicCache, number) for number in (1, 2)]
+    + [(QuantizedCache, number) for number in (1, 2, 3, 4)],
+)
+@pytest.mark.parametrize("length", [64, 127])
+def test_a_cache_that_gets_no_memory_for_the_second_half_is_whole(
+    length: int,
+    fails_at: int,
+    forked: bool,
+    make: Callable[[], DynamicCache],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, other = make(), make()
+    key, value = tokens(length)
+    for one in (cache, other):
+        one.update(key, value)
+        if forked:
+            one.fork()
+    was = cache.state_dict()
+    make_room, calls = growth._with_room, []
+
+    def failing(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == fails_at:
+            raise MemoryError("no room")
+        return make_room(*arguments)
+
+    new = tokens(65)
+    with monkeypatch.context() as patch:
+        patch.setattr(growth, "_with_room", failing)
+        with pytest.raises(MemoryError, match="no room"):
+            cache.update(*new)
+    assert same(cache.state_dict(), was)
+    cache.take_back()
+    assert same(cache.state_dict(), was)
+    for one in (cache, other):
+        one.update(*new)
+    assert same(cache.state_dict(), other.state_dict())
+    cache.take_back()
+    assert same(cache.state_dict(), was)
+    cache.update(*new)
+    if forked:
+        cache.rollback()
+        assert same(cache.state_dict(), was)
+        cache.update(*new)
+    assert same(cache.state_dict(), other.state_dict())
+
+
+def test_room_that_was_made_before_an_error_is_used_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = DynamicCache()
+    cache.update(*tokens(127))
+    make_room, sizes = growth._with_room, []
+
+    def failing(like: Tensor, length: int) -> Any:
+        sizes.append(like.shape[3])
+        if len(sizes) == 2:
+            raise MemoryError("no room")
+        return make_room(like, length)
+
+    monkeypatch.setattr(growth, "_with_room", failing)
+    with pytest.raises(MemoryError, match="no room"):
+        cache.update(*tokens(2))
+    cache.update(*tokens(2))
+    # The keys found theirs; only the values asked again.
+    assert sizes == [6, 5, 5]
+
+
+def test_keys_that_were_given_back_outlive_the_move() -> None:
+    cache = DynamicCache()
+    key, value = tokens(127)
+    seen = cache.update(key, value)
+    cache.update(*tokens(2))
+    assert torch.equal(seen.key, key)
+    assert torch.equal(seen.value, value)
+    cache.take_back()
+    new = tokens(2)
+    again = cache.update(*new)
+    assert torch.equal(again.key, torch.cat((key, new[0]), dim=2))
+    assert torch.equal(seen.value, value)

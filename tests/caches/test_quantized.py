@@ -15,10 +15,13 @@ from zeta.caches.quantized import dequantize, quantize
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_feature_is_within_half_a_step(bits: int, size: int, dtype: torch.dtype) -> None:
-    x = (torch.randn(3, 2, 50, size) * torch.logspace(-3, 3, 50)[:, None]).to(dtype)
-    codes, ranges = quantize(x, bits)
-    assert codes.shape[-1] == math.ceil(size * bits / 8)
-    error = (dequantize(codes, ranges, bits, size, dtype) - x).double().abs()
+    x = torch.randn(3, 2, 50, size) * torch.logspace(-3, 3, 50)[:, None]
+    # Far from 0 too, and with the strides of heads that lie inside of the length.
+    x = (x + torch.tensor([0.0, 1.0, -1e3, 3e4] * 12 + [3.0] * 2)[:, None]).to(dtype)
+    x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    codes, steps = quantize(x, bits)
+    assert codes.shape[-1] == math.ceil(size * bits / 8) + steps.itemsize
+    error = (dequantize(codes, steps, bits, size, dtype) - x).double().abs()
     spread = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)).double()
     rounding = torch.finfo(dtype).eps * x.double().abs().amax(-1, keepdim=True)
     half_a_step = spread / (2**bits - 1) / 2

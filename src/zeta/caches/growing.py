@@ -29,6 +29,14 @@ class _State(NamedTuple):
     def length(self) -> int:
         return self.parts[0].shape[2]
 
+    def moved(self, number: int, grown: Tensor) -> "_State":
+        """The same tokens, a part of them at the beginning of a tensor to which it was copied."""
+        if not growth.is_copy(self.parts[number], grown):
+            return self
+        parts = list(self.parts)
+        parts[number] = grown.narrow(2, 0, self.length)
+        return self._replace(parts=tuple(parts))
+
 
 class GrowingCache(abc.ABC):
     """Every token, encoded as tensors ``(B, G, L, ...)``, the parts."""
@@ -75,22 +83,40 @@ class GrowingCache(abc.ABC):
     ) -> Cached:
         """See `Cache`."""
         form = Form.of(key, value)
-        before: tuple[Tensor, ...] | tuple[None, ...]
-        if self._state is None:
-            remembered, before, length = None, (None,) * len(self._part_names), 0
-        else:
+        remembered, length = None, 0
+        if self._state is not None:
             self._state.form.check(form)
-            remembered, before, length = self._state.padding, self._state.parts, self._state.length
+            remembered, length = self._state.padding, self._state.length
         added = key.shape[2]
         padding = extend_padding(
             remembered, key_padding_mask, batch=form.batch, length=length + added, added=added
         )
-        new = self._encode(key, value)
-        parts = tuple(growth.append(old, part) for old, part in zip(before, new, strict=True))
         origin = None if origin is None else origin.expand(form.batch)
+        parts = self._appended(self._encode(key, value))
         self._before = self._state
         self._state = _State(form, parts, padding, origin)
         return Cached(*self._decode(form, parts), None, padding)
+
+    def _appended(self, new: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The parts of all tokens.
+
+        Where they move to more room, a part has left its old memory before the next one moves.
+        """
+        if self._state is None:
+            return tuple(growth.append(None, part) for part in new)
+        # What was there earlier would keep the old memory.
+        self._before = None
+        parts = []
+        try:
+            for number, part in enumerate(new):
+                parts.append(growth.append(self._state.parts[number], part))
+                self._state = self._state.moved(number, parts[number])
+        except BaseException:
+            for part, _ in zip(self._state.parts, parts, strict=False):
+                growth.reclaim(part, self.length)
+            self._before = self._state
+            raise
+        return tuple(parts)
 
     def take_back(self) -> None:
         """See `Cache`."""

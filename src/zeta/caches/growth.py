@@ -60,6 +60,13 @@ def append(before: Tensor | None, new: Tensor) -> Tensor:
     return shown.narrow(2, 0, total)
 
 
+def is_copy(before: Tensor, grown: Tensor) -> bool:
+    """Whether `append` has copied ``before`` to other memory, where it could as well be read."""
+    if torch.compiler.is_compiling() or before.requires_grad:
+        return False
+    return grown._base is not None and grown._base is not before._base
+
+
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """``tensor.index_select(0, index)``, with room behind it."""
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and tensor.requires_grad):

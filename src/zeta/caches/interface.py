@@ -20,6 +20,8 @@ class Cached(NamedTuple):
 
     They are valid until the cache is next written to: read them at once, or copy them. A cache that
     writes over what it gave back marks the tensors as changed, as any operation in place does.
+    Where a cache keeps its tokens in another form, keys and values are made when they are first
+    read: see `zeta.stored.StoredTensor`. After they were written over that is an error.
 
     Attributes:
         key: ``(B, G, L, D)``.

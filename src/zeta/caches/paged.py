@@ -5,6 +5,7 @@ dimension.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -16,7 +17,9 @@ from zeta.caches.form import Form
 from zeta.caches.interface import Cached
 from zeta.caches.pool import PagePool
 from zeta.caches.rows import Rows
+from zeta.caches.sequences import Sequences
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
+from zeta.stored import can_defer
 
 _NAMES = STATE_NAMES | {"lengths"}
 
@@ -33,7 +36,8 @@ class PagedCache:
     N)``, is not stored, and the next token follows the last real one. Each sequence is then what it
     would be alone. Padding elsewhere keeps its place and is hidden.
 
-    The pages are gathered into one tensor at every step, into memory that is free again after it.
+    The CPU kernel reads a step of decoding from the pages. Otherwise they are gathered into one
+    tensor when it is looked at, into memory that is free again after it.
 
     Args:
         pool: Where the pages are.
@@ -101,12 +105,20 @@ class PagedCache:
         self._write(tables, rows.lengths, counts, key, value)
         origin = None if origin is None else origin.expand(form.batch)
         self._rows = Rows(tables, lengths, padding, origin)
-        keys, values = self._gathered()
-        if len(set(lengths)) == 1 and set(counts) == {added}:
+        sequences = self._sequences()
+        are_alike = len(set(lengths)) == 1 and set(counts) == {added}
+        positions = None if are_alike else sequences.positions()
+        keys: Tensor
+        values: Tensor
+        if can_defer(key):
+            keys, values = sequences.deferred(positions)
+        else:
+            keys, values = (sequences.gathered(values=values) for values in (False, True))
+        if are_alike:
             return Cached(keys, values, None, padding)
         if not self.length:
             padding = None  # One empty slot stands for the keys that there are not.
-        return Cached(keys, values, self._positions(form.device), padding, query_positions)
+        return Cached(keys, values, positions, padding, query_positions)
 
     def take_back(self) -> None:
         """See `Cache`. A page that was copied to be written to stays a copy."""
@@ -118,7 +130,7 @@ class PagedCache:
             return
         size = self.pool.page_size
         pairs = zip(made.tables, before.lengths, strict=True)
-        self._replace(before._replace(tables=tuple(t[: -(-n // size)] for t, n in pairs)))
+        self._shorten(before._replace(tables=tuple(t[: -(-n // size)] for t, n in pairs)))
 
     def _make_room(self, rows: Rows, counts: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """The tables with pages for more tokens, and a page that is written to used once."""
@@ -140,7 +152,7 @@ class PagedCache:
         tables = []
         for table, page, count in zip(rows.tables, copied, missing, strict=True):
             begun = table if page is None else (*table[:-1], next(targets))
-            tables.append((*begun, *(next(fresh) for _ in range(count))))
+            tables.append((*begun, *islice(fresh, count)) if count else begun)
         return tuple(tables)
 
     def _write(
@@ -166,27 +178,14 @@ class PagedCache:
         if at:
             self.pool.write(at_M, key_MGD, value_MGD)
 
-    def _gathered(self) -> tuple[Tensor, Tensor]:
-        """Keys ``(B, G, L, D)`` and values; 0 behind the end of a sequence."""
+    def _sequences(self) -> Sequences:
         assert self._rows is not None
-        device = self.pool.form(1).device
         if self._table is None:
+            device = self.pool.form(1).device
             width = max(1, *map(len, self._rows.tables))
             rows = [table + (0,) * (width - len(table)) for table in self._rows.tables]
-            self._table = torch.tensor(rows, device=device)
-        length = max(1, self.length)
-        found = tuple(tokens[:, :length] for tokens in self.pool.read(self._table))
-        if min(self.lengths) < length:
-            # What others left there could be NaN.
-            empty = self._positions(device) < 0
-            found = tuple(tokens.masked_fill_(empty[:, :, None, None], 0) for tokens in found)
-        key, value = (tokens.transpose(1, 2) for tokens in found)
-        return key, value
-
-    def _positions(self, device: torch.device) -> Tensor:
-        """``(B, L)``: the position of each token, -1 behind the end of a sequence."""
-        slot_L = torch.arange(max(1, self.length), device=device)
-        return torch.where(slot_L < torch.tensor(self.lengths, device=device)[:, None], slot_L, -1)
+            self._table = torch.tensor(rows, dtype=torch.int32, device=device)
+        return Sequences(self.pool, self._rows, self._table, self.pool.now)
 
     def reorder(self, index: Tensor) -> None:
         """See `DecodingCache`. Sequences share their pages."""
@@ -213,11 +212,19 @@ class PagedCache:
         if before is not None:
             self.pool.give_back(before.pages)
 
+    def _shorten(self, rows: Rows) -> None:
+        """Go over to these sequences less some of their last tokens."""
+        assert self._rows is not None
+        before, size = self._rows.lengths, self.pool.page_size
+        triples = zip(rows.tables, rows.lengths, before, strict=True)
+        self.pool.give_up([table[-1] for table, n, old in triples if n < old and n % size])
+        self._replace(rows)
+
     def crop(self, length: int) -> None:
         """See `DecodingCache`. Sequences that are shorter stay as they are."""
         checks.check_crop(length, self.length)
         if self._rows is not None:
-            self._replace(self._rows.crop(length, self.pool.page_size))
+            self._shorten(self._rows.crop(length, self.pool.page_size))
 
     def fork(self) -> None:
         """See `DecodingCache`. All pages are shared with the fork until they are written to."""
@@ -266,7 +273,9 @@ class PagedCache:
         tokens = None
         if self._rows is not None and self.length:
             form = self.pool.form(len(self.lengths))
-            tokens = Tokens(form, *self._gathered(), self._rows.padding, self._rows.origin)
+            sequences = self._sequences()
+            key, value = (sequences.gathered(values=values) for values in (False, True))
+            tokens = Tokens(form, key, value, self._rows.padding, self._rows.origin)
         return dict_of("PagedCache", tokens) | {"lengths": list(self.lengths)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zeta.caches.form import Form
 from zeta.caches.interface import CacheFullError
+from zeta.stored import Pages
 
 
 class PagePool:
@@ -62,6 +63,8 @@ class PagePool:
             self._value_PSGD = torch.zeros(*shape, value_dim, dtype=dtype, device=device)
         self._form = Form(1, num_kv_heads, head_dim, value_dim, dtype, self._key_PSGD.device)
         self._uses = [0] * num_pages
+        self._now = 0
+        self._given_up = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._lock = threading.Lock()
 
@@ -105,7 +108,8 @@ class PagePool:
             pages = [self._free.pop() for _ in range(count)]
             for page in pages:
                 self._uses[page] = 1
-            return pages
+        self.give_up(pages)
+        return pages
 
     def share(self, pages: Iterable[int]) -> None:
         """Count one more use of pages that are in use."""
@@ -121,6 +125,23 @@ class PagePool:
                 if self._uses[page] == 0:
                     self._free.append(page)
 
+    @property
+    def now(self) -> int:
+        """The moment, for `keeps`."""
+        return self._now
+
+    def give_up(self, pages: Sequence[int]) -> None:
+        """From now on what these pages hold may be written over."""
+        if pages:
+            with self._lock:
+                self._now += 1
+                for page in pages:
+                    self._given_up[page] = self._now
+
+    def keeps(self, pages: Iterable[int], since: int) -> bool:
+        """Whether these pages still have all that they had at a moment."""
+        return self._now == since or all(self._given_up[page] <= since for page in pages)
+
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy the contents of pages."""
         device = self._form.device
@@ -133,11 +154,14 @@ class PagePool:
         self._key_PSGD.flatten(0, 1).index_copy_(0, at_M, key_MGD)
         self._value_PSGD.flatten(0, 1).index_copy_(0, at_M, value_MGD)
 
-    def read(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values ``(B, num * S, G, D)`` of the pages ``(B, num)``."""
+    def read(self, table: Tensor, *, values: bool) -> Tensor:
+        """Keys or values ``(B, num * S, G, D)`` of the pages ``(B, num)``."""
         batch, num_pages = table.shape
-        found = []
-        for pages in (self._key_PSGD, self._value_PSGD):
-            tokens = pages.index_select(0, table.flatten())
-            found.append(tokens.view(batch, num_pages * self.page_size, *pages.shape[2:]))
-        return found[0], found[1]
+        pages = self._value_PSGD if values else self._key_PSGD
+        tokens = pages.index_select(0, table.flatten())
+        return tokens.view(batch, num_pages * self.page_size, *pages.shape[2:])
+
+    def store(self, table: Tensor, lengths: tuple[int, ...], positions: Tensor | None) -> Pages:
+        """Sequences as a backend reads them where they lie; see `Pages`."""
+        key_PGSD, value_PGSD = self._key_PSGD.transpose(1, 2), self._value_PSGD.transpose(1, 2)
+        return Pages(key_PGSD, value_PGSD, table, lengths, positions)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zeta.biases import Bias
 from zeta.masks import Mask
-from zeta.ops import backends
+from zeta.ops import backends, stored
 from zeta.ops.backends import Backend
 from zeta.ops.call import AttentionCall, BackendUnsupported
 from zeta.ops.precision import Precision
@@ -183,15 +183,25 @@ def attention_weights(
 def run(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
     """Run a checked call on the named backend, or on the first that can."""
     if call.sinks is None:
-        return _choose(call, backend).run(call)
-    plain = without_sinks(call)
-    out, lse = _choose(plain, backend).run(plain)
+        return _run(call, backend)
+    out, lse = _run(without_sinks(call), backend)
     assert lse is not None
     return attenuate(out, lse, call.sinks)
 
 
+def _run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
+    if stored.is_stored(call):
+        found = stored.run(call, backend)
+        if found is not None:
+            return found
+        call = stored.gathered(call)
+    return _choose(call, backend).run(call)
+
+
 def run_weights(call: AttentionCall, backend: str = "auto") -> Tensor:
     """The attention weights of a checked call whose ``result`` asks for them."""
+    if stored.is_stored(call):
+        call = stored.gathered(call)
     if call.sinks is None:
         return _choose(call, backend).weights(call)
     return attenuated_weights(
@@ -225,14 +235,18 @@ class Explanation:
         reasons: For each backend, in the order in which they are asked, why it cannot do the call;
             an empty tuple if it can.
         call: The call in one line.
+        gathered: Why the keys and values that a cache gave back are made into tensors before the
+            call runs; empty if they are read where they lie, or are tensors.
     """
 
     backend: str
     reasons: dict[str, tuple[str, ...]]
     call: str
+    gathered: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.backend} runs: {self.call}"]
+        lines += [f"  keys and values are gathered first: {reason}" for reason in self.gathered]
         for name, reasons in self.reasons.items():
             can = "chosen" if name == self.backend else "can, but is asked later"
             lines += [f"  {name}: {reason}" for reason in reasons or (can,)]
@@ -283,7 +297,10 @@ def explain(
         result="lse" if with_lse else "output",
     )
     plain = call if call.sinks is None else without_sinks(call)
-    chosen = _choose(plain, backend)
+    is_stored = stored.is_stored(plain)
+    gathered = tuple(stored.unreadable(plain, backend)) if is_stored else ()
+    in_place = is_stored and not gathered
+    chosen = backends.load(stored.READER) if in_place else _choose(plain, backend)
     order = backends.order(plain)
     reasons = {name: tuple(backends.load(name).unsupported(plain)) for name in order}
-    return Explanation(chosen.NAME, reasons, call.describe())
+    return Explanation(chosen.NAME, reasons, call.describe(), gathered)

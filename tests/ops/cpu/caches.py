@@ -24,6 +24,7 @@ class Cache:
     Attributes:
         page_size: Tokens of a page; 0 for a cache in one piece.
         is_int8: Keys and values are int8, with a factor for each token of each head.
+        heads_inside: The heads of a token lie side by side.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Cache:
     value_dim: int = 24
     page_size: int = 0
     is_int8: bool = False
+    heads_inside: bool = False
     causal: bool = False
     lengths: tuple[int, ...] = ()
 
@@ -58,6 +60,8 @@ class Cache:
             made["page_table"] = order.view(self.batch, self.pages_per_row)
         for name, width in (("key", self.head_dim), ("value", self.value_dim)):
             tensor = normal(rows, self.key_heads, length, width)
+            if self.heads_inside:
+                tensor = tensor.transpose(1, 2).contiguous().transpose(1, 2)
             made[name] = (tensor * 40).round().char() if self.is_int8 else tensor.to(dtype)
             if self.is_int8:
                 factor = torch.rand(self.batch, self.key_heads, self.source, generator=generator)
@@ -113,8 +117,11 @@ CACHES = [
     Cache("pages of odd size", page_size=7, target=3, causal=True),
     Cache("long pages", page_size=300, source=650, head_dim=64, value_dim=64),
     Cache("pages and lengths", page_size=16, lengths=(301, 33)),
+    Cache("pages of whole tokens", page_size=16, heads_inside=True),
+    Cache("short pages of whole tokens", page_size=3, heads_inside=True, lengths=(300, 1)),
     Cache("int8", is_int8=True),
     Cache("int8, many queries", is_int8=True, target=5, key_heads=1, causal=True),
+    Cache("int8, a vector and a few more", is_int8=True, head_dim=68, value_dim=36),
     Cache("int8, wide", is_int8=True, source=1030, head_dim=128, value_dim=65),
     Cache("int8 in pages", is_int8=True, page_size=32, lengths=(0, 300)),
 ]

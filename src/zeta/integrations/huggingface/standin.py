@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zeta.masks import Mask
-from zeta.ops.standin import StandIn
+from zeta.standin import StandIn
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,172 @@
+"""A step of decoding over keys and values as a cache stores them: in pages, or in codes of 8 bits.
+
+Each is read once, where it lies; nothing as large as they are is made.
+
+Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, D head
+dimension.
+"""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zeta import biases, masks
+from zeta.ops.backends import cpu
+from zeta.ops.backends.cpu import library
+from zeta.ops.backends.cpu.description import Filled, Fixed, describe, describe_scores
+from zeta.ops.backends.cpu.layout import Part
+from zeta.ops.backends.cpu.passes import DECODED_ROWS
+from zeta.ops.buffers import empty_rows, rows
+from zeta.ops.call import AttentionCall
+from zeta.ops.lowering import Lowered, lower
+from zeta.stored import Codes, Pages, Store, StoredTensor
+
+_SOURCE = Part("source")
+_PAGES = Part("page_table", "pages_per_row")
+_FACTORS = Part("key_factor", "factor_head")
+_OUT = Part("out", "lse")
+
+
+def unreadable(call: AttentionCall) -> list[str]:
+    """Why the keys and values of a call cannot be read from their store; empty if they can."""
+    store = _store(call)
+    if store is None:
+        return ["its keys and values do not lie in one store, or were read before"]
+    reasons = cpu.unsupported(call)
+    packed = call.target * (call.heads // call.key_heads)
+    if packed > DECODED_ROWS:
+        reasons.append(f"it takes up to {DECODED_ROWS} queries of a key head; got {packed}")
+    if type(call.query) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+        reasons.append("what traces a call sees tensors only")
+    if torch._C._are_functorch_transforms_active():
+        reasons.append("torch.func sees tensors only")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors()):
+        reasons.append("it has no gradient")
+    if isinstance(store, Pages):
+        if store.positions is not None and call.key_positions is not store.positions:
+            reasons.append("its sequences differ in length, which the key positions do not say")
+    elif store.key_steps.stride() != store.value_steps.stride() or store.key_steps.stride(2) != 1:
+        reasons.append("the steps of its keys and values lie differently")
+    return reasons
+
+
+def _store(call: AttentionCall) -> Store | None:
+    """What the keys and the values of a call stand for."""
+    key, value = call.key, call.value
+    if not (isinstance(key, StoredTensor) and isinstance(value, StoredTensor)):
+        return None
+    if key.is_value or not value.is_value or key.materialized or value.materialized:
+        return None
+    is_one = key.store is value.store and key.first == value.first
+    return key.store if is_one else None
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
+    """Attention ``(B, H, T, Dv)`` and its log-sum-exp ``(B, H, T)`` in float32.
+
+    `unreadable` must be empty. None if the library was built without the pass.
+
+    Raises:
+        RuntimeError: What is stored was written over.
+    """
+    assert isinstance(call.key, StoredTensor)
+    store, first = call.key.store, call.key.first
+    call.key.check()
+    if isinstance(store, Pages):
+        found = _over_pages(call, store, first)
+    else:
+        keys = slice(first, first + call.source)
+        found = _over_codes(call, Codes(*(part[:, :, keys] for part in store)))
+    call.key.check()
+    return found
+
+
+def _over_pages(call: AttentionCall, store: Pages, first: int) -> tuple[Tensor, Tensor] | None:
+    padding_B = None
+    if store.positions is not None and not _reads_positions(call):
+        call = dataclasses.replace(call, query_positions=None, key_positions=None)
+        padding_B = torch.tensor(store.lengths)
+    lowered = lower(call)
+    if padding_B is not None:
+        if lowered.padding_B is not None:
+            padding_B = torch.minimum(padding_B, lowered.padding_B)
+        lowered = lowered._replace(padding_B=padding_B)
+    page_size = store.key.shape[2]
+    page, before = divmod(first, page_size)
+    if before:
+        lowered = _after_others(lowered, call, before)
+    query, fixed = rows(call.query), _fixed(lowered)
+    record = describe(query, store.key, store.value, fixed, library.load().instruction_set)
+    _SOURCE.write(record, before + call.source)
+    table = store.table.data_ptr() + page * store.table.itemsize
+    _PAGES.write(record, table, page_size, store.table.shape[1])
+    return _decoded(record, query, store.value.shape[3], lowered, fixed)
+
+
+def _after_others(lowered: Lowered, call: AttentionCall, before: int) -> Lowered:
+    """The same where the first page begins with other tokens, which count as empty slots."""
+    queries, keys = lowered.query_positions, lowered.key_positions
+    if queries is None or keys is None:
+        first = call.source - call.target
+        queries = torch.arange(first, call.source, dtype=torch.int32)[None]
+        keys = torch.arange(call.source, dtype=torch.int32)[None]
+    return lowered._replace(
+        query_positions=queries,
+        key_positions=F.pad(keys, (before, 0), value=-1),
+        document_columns_BS=_padded(lowered.document_columns_BS, before),
+        keep=_padded(lowered.keep, before),
+        dense=_padded(lowered.dense, before),
+    )
+
+
+def _padded(tensor: Tensor | None, before: int) -> Tensor | None:
+    """With so many columns more in front, unless it is the same for all."""
+    return tensor if tensor is None or tensor.shape[-1] == 1 else F.pad(tensor, (before, 0))
+
+
+def _reads_positions(call: AttentionCall) -> bool:
+    """Whether anything depends on where a query stands, or on more of a key than that it exists."""
+    values = (*masks.conjuncts(call.mask), *biases.summands(call.bias))
+    plain = (masks.Dense, masks.Padding, biases.Dense, biases.Softcap)
+    return bool(call.dropout_p) or not all(isinstance(value, plain) for value in values)
+
+
+def _over_codes(call: AttentionCall, store: Codes) -> tuple[Tensor, Tensor] | None:
+    """A product with ``step * (codes + middle)`` is one with codes and digits, times the step."""
+    digits = store.key.shape[3] - call.head_dim
+    powers = torch.tensor([256.0**place for place in range(digits)])
+    wide = call.query.float()
+    query = torch.cat((wide, wide.sum(-1, keepdim=True) * powers), dim=-1)
+    lowered = lower(call)
+    fixed = _fixed(lowered)
+    record = describe(query, store.key, store.value, fixed, library.load().instruction_set)
+    steps = store.key_steps, store.value_steps
+    _FACTORS.write(record, *(step.data_ptr() for step in steps), *store.key_steps.stride()[:2])
+    found = _decoded(record, query, store.value.shape[3], lowered, fixed)
+    if found is None:
+        return None
+    out, lse = found
+    codes, middle = out.split((store.value.shape[3] - digits, digits), dim=-1)
+    return (codes + (middle * powers).sum(-1, keepdim=True)).to(call.query.dtype), lse
+
+
+def _fixed(lowered: Lowered) -> Fixed:
+    return Fixed(*lowered.fixed(), False)
+
+
+def _decoded(
+    record: Filled, query: Tensor, width: int, lowered: Lowered, fixed: Fixed
+) -> tuple[Tensor, Tensor] | None:
+    """Output ``(B, H, T, width)`` and log-sum-exp of a record that has its operands."""
+    kept = describe_scores(record, lowered.offsets, lowered.dense, fixed)
+    out = empty_rows(query, width)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    _OUT.write(record, out.data_ptr(), *out.stride()[:3], lse.data_ptr())
+    answer = library.load().decode(record)
+    del kept
+    if answer in (library.CANNOT, library.NOT_BUILT):
+        return None
+    library.check(answer)
+    return out, lse
