@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from zeta.positions import alibi_slopes, rotary_tables, rotate, t5_buckets, xpos_scale
+from zeta.positions import (
+    alibi_slopes,
+    angle_tables,
+    rotary_frequencies,
+    rotary_tables,
+    rotate,
+    t5_buckets,
+    xpos_scale,
+)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -35,6 +43,28 @@ def test_only_the_difference_of_positions_reaches_a_score() -> None:
         return turned_q @ turned_k
 
     torch.testing.assert_close(score(9, 4), score(105, 100))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tables_of_any_frequencies(dtype: torch.dtype) -> None:
+    positions, frequencies = (
+        torch.tensor([0, 3, 9000]),
+        torch.tensor([2.0, 0.125, 0.0], dtype=dtype),
+    )
+    cos, sin = angle_tables(positions, frequencies, dtype=torch.float64)
+    angles = torch.tensor([[0.0] * 3, [6.0, 0.375, 0.0], [18000.0, 1125.0, 0.0]]).double()
+    torch.testing.assert_close(cos, angles.cos(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(sin, angles.sin(), rtol=0, atol=1e-10)
+
+
+def test_frequencies_are_powers_of_the_base() -> None:
+    found = rotary_frequencies(8, base=81.0)
+    torch.testing.assert_close(found, torch.tensor([1.0, 1 / 3, 1 / 9, 1 / 27]).double())
+    assert rotary_frequencies(8, dtype=torch.float32).dtype == torch.float32
+    for of_angles in (torch.float64, torch.float32):
+        tables = rotary_tables(torch.arange(9), 8, base=81.0, angle_dtype=of_angles)
+        same = angle_tables(torch.arange(9), rotary_frequencies(8, base=81.0, dtype=of_angles))
+        assert all(torch.equal(one, other) for one, other in zip(tables, same, strict=True))
 
 
 def test_tables_keep_their_precision_at_far_positions() -> None:

@@ -4,12 +4,42 @@ Shape suffixes: B batch, H heads, T target length, S source length, D head dimen
 2).
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 _ROUNDED_FROM = 8192
+
+
+def rotary_frequencies(
+    head_dim: int,
+    *,
+    base: float = 10000.0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Angles of rotary position embeddings at position 1, ``base ** (-2p / head_dim)`` of pair p.
+
+    Args:
+        head_dim: Even number of features that are rotated.
+        base: The longest wavelength is ``2 * pi * base`` positions.
+        dtype: In which they are computed.
+        device: Of the result.
+
+    Returns:
+        ``(head_dim / 2,)``.
+
+    Raises:
+        ValueError: If ``head_dim`` is odd or not positive.
+    """
+    if head_dim <= 0 or head_dim % 2:
+        raise ValueError(
+            f"head_dim must be even and positive to be rotated in pairs; got {head_dim}"
+        )
+    exponent_P = torch.arange(0, head_dim, 2, dtype=dtype, device=device)
+    return 1.0 / base ** (exponent_P / head_dim)
 
 
 def rotary_tables(
@@ -22,17 +52,15 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of rotary position embeddings (Su et al., RoFormer, 2021, section 3.2.2).
 
-    The angle of pair ``p`` at position ``n`` is ``n * base ** (-2p / head_dim)``. Angles are taken
-    in ``angle_dtype``, so that far positions keep their fraction of a turn, and only their cosines
-    and sines are rounded to ``dtype``. Narrower angles than float64 are rounded as if they counted
-    from the last multiple of 8192: a distance means the same at any position.
+    The angle of pair ``p`` at position ``n`` is ``n * base ** (-2p / head_dim)``.
 
     Args:
         positions: Any shape ``(...)``, integers or floats.
         head_dim: Even number of features that are rotated.
         base: The longest wavelength is ``2 * pi * base`` positions.
         dtype: Of the tables; float32, or float64 for a float64 model.
-        angle_dtype: Of the angles. float32 gives those of models that were trained so.
+        angle_dtype: Of the angles: see `angle_tables`. float32 gives those of models that were
+            trained so.
 
     Returns:
         ``(cos, sin)``, each ``(..., head_dim / 2)``.
@@ -40,17 +68,65 @@ def rotary_tables(
     Raises:
         ValueError: If ``head_dim`` is odd or not positive.
     """
-    if head_dim <= 0 or head_dim % 2:
-        raise ValueError(
-            f"head_dim must be even and positive to be rotated in pairs; got {head_dim}"
+    if _can_keep(positions.device):
+        frequency_P = _kept_frequencies(head_dim, base, angle_dtype)
+    else:
+        frequency_P = rotary_frequencies(
+            head_dim, base=base, dtype=angle_dtype, device=positions.device
         )
-    exponent_P = torch.arange(0, head_dim, 2, dtype=angle_dtype, device=positions.device)
-    frequency_P = 1.0 / base ** (exponent_P / head_dim)
-    if angle_dtype == torch.float64:
-        angle = positions.to(angle_dtype).unsqueeze(-1) * frequency_P
+    return angle_tables(positions, frequency_P, dtype=dtype)
+
+
+def _can_keep(device: torch.device) -> bool:
+    """Whether what a decoding step would make anew, for longer than it uses it, can be kept: on the
+    CPU, and where nothing records or replaces tensors.
+    """
+    return (
+        device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_frequencies(head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+    # One of inference mode could not be used outside of it.
+    with torch.inference_mode(False):
+        return rotary_frequencies(head_dim, base=base, dtype=dtype, device="cpu")
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_rates(head_dim: int, scale_base: float) -> Tensor:
+    with torch.inference_mode(False):
+        return _xpos_factors(head_dim, "cpu").log2_().div_(scale_base)
+
+
+def angle_tables(
+    positions: Tensor, frequency_P: Tensor, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of angles that grow with the position.
+
+    Angles are taken in the dtype of ``frequency_P``, so that in float64 far positions keep their
+    fraction of a turn, and only cosines and sines are rounded to ``dtype``. Narrower angles than
+    float64 are rounded as if they counted from the last multiple of 8192: a distance means the same
+    at any position.
+
+    Args:
+        positions: Any shape ``(...)``, integers or floats.
+        frequency_P: Angles at position 1.
+        dtype: Of the tables.
+
+    Returns:
+        ``(cos, sin)``, each ``(..., P)``.
+    """
+    if frequency_P.dtype == torch.float64:
+        angle = positions.to(torch.float64).unsqueeze(-1) * frequency_P
     else:
         rest = positions.fmod(_ROUNDED_FROM)
-        angle = (rest.to(angle_dtype).unsqueeze(-1) * frequency_P).to(torch.float64)
+        angle = (rest.to(frequency_P.dtype).unsqueeze(-1) * frequency_P).to(torch.float64)
         whole = (positions - rest).to(torch.float64)
         angle = angle + whole.unsqueeze(-1) * frequency_P.to(torch.float64)
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -85,7 +161,12 @@ def xpos_scale(
 def xpos_rates(
     head_dim: int, *, scale_base: float = 512.0, device: torch.device | str | None = None
 ) -> Tensor:
-    """Of `xpos_scale`, the binary logarithm at position 1: ``(head_dim / 2,)`` float64."""
+    """Of `xpos_scale`, the binary logarithm at position 1: ``(head_dim / 2,)`` float64.
+
+    Not to be written to: it may be kept for later calls.
+    """
+    if device is not None and _can_keep(torch.device(device)):
+        return _kept_rates(head_dim, scale_base)
     return _xpos_factors(head_dim, device).log2_().div_(scale_base)
 
 

@@ -18,6 +18,7 @@ from zeta.convert.huggingface import (
     rotary_tables,
     run_with,
 )
+from zeta.convert.rope import read_rotary, rope_options
 from zeta.convert.source import Source
 from zeta.convert.tables import Table, linear
 
@@ -25,26 +26,6 @@ _TABLE: Table = (
     *(entry for name in PROJECTIONS[:3] for entry in linear(name, name)),
     *linear("o_proj", "out_proj"),
 )
-
-
-def _rotary(config: Any) -> Rotary:
-    """The rotation of a model of this configuration.
-
-    Raises:
-        ConversionError: Its frequencies are not the powers of one base.
-    """
-    parameters = config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind != "default":
-        raise ConversionError(
-            f"rope_type={kind!r} cannot be converted: zeta.nn.RotaryEmbedding has frequencies that "
-            "are powers of one base, rope_type='default'"
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConversionError(
-            f"partial_rotary_factor={parameters['partial_rotary_factor']} cannot be converted"
-        )
-    return Rotary(float(parameters["rope_theta"]), interleaved=False)
 
 
 def _read(module: Any) -> Form:
@@ -56,7 +37,7 @@ def _read(module: Any) -> Form:
         head_dim=module.head_dim,
         dropout=module.attention_dropout,
         self_attention=True,
-        rotary=_rotary(module.config),
+        rotary=read_rotary(module.config.rope_parameters),
     )
 
 
@@ -85,7 +66,7 @@ def _builder(model: str, config_name: str, attention_name: str) -> Callable[[For
             num_key_value_heads=form.num_kv_heads,
             head_dim=form.head_dim,
             attention_dropout=form.dropout,
-            rope_parameters={"rope_type": "default", "rope_theta": rotary.base},
+            **rope_options(rotary),
             **options,
         )
         built: nn.Module = attention_class(model, attention_name)(config, layer_idx=0)

@@ -141,12 +141,15 @@ class Placement(NamedTuple):
         if isinstance(rotation, XPos):
             at = self.first if self.positions is None else self.positions
             return rotate_xpos(rotation, query, key, cache, at, given=self.given)
-        if self.positions is None:
-            query_at: Positions = self.first + key.shape[2] - query.shape[2]
-            turned = rotation.queries(query, query_at), rotation.keys(key, self.first)
+        key_at: Positions = self.first
+        query_at: Positions = self.first + key.shape[2] - query.shape[2]
+        if self.positions is not None:
+            query_at = self.positions
+            key_at = self.positions if keys_too else self.first
+        if query_at is key_at or (self.positions is None and query.shape[2] == key.shape[2]):
+            turned = rotation.pair(query, key, key_at)
         else:
-            key_at: Positions = self.positions if keys_too else self.first
-            turned = rotation.queries(query, self.positions), rotation.keys(key, key_at)
+            turned = rotation.queries(query, query_at), rotation.keys(key, key_at)
         return Rotated(*turned, None, None)
 
 

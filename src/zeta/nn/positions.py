@@ -13,7 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from zeta.positions import rotary_tables, rotate, xpos_rates, xpos_scale
+from zeta.nn.scalings import Scaling
+from zeta.positions import angle_tables, rotary_tables, rotate, xpos_rates, xpos_scale
 
 Positions: TypeAlias = int | Tensor
 """Position of the first of consecutive tokens, or of each: ``(L,)`` or ``(1 or B, L)``."""
@@ -35,6 +36,10 @@ class Rotation(nn.Module):
         """Rotated keys, the shape and dtype of ``x``, ``(B, H, L, D)``."""
         raise NotImplementedError
 
+    def pair(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """`queries` and `keys` of the same tokens."""
+        return self.queries(query, positions), self.keys(key, positions)
+
 
 class RotaryEmbedding(Rotation):
     """Rotary position embeddings (Su et al., RoFormer, 2021, section 3.2.2).
@@ -46,9 +51,14 @@ class RotaryEmbedding(Rotation):
             pairs ``(p, p + rotary_dim / 2)``, as the checkpoints of GPT-NeoX and Llama in
             Transformers do.
         rotary_dim: Rotate the first ``rotary_dim`` features only; all by default.
+        scaling: A `LinearScaling`, `Llama3Scaling` or `YarnScaling`, for models that were taken to
+            longer sequences than they first were trained on. None: frequencies are powers of
+            ``base``.
 
     Raises:
-        ValueError: ``rotary_dim`` is odd, not positive, or more than ``head_dim``.
+        TypeError: ``scaling`` is something else.
+        ValueError: ``rotary_dim`` is odd, not positive, or more than ``head_dim``; ``base`` is not
+            positive.
     """
 
     def __init__(
@@ -58,6 +68,7 @@ class RotaryEmbedding(Rotation):
         base: float = 10000.0,
         interleaved: bool = True,
         rotary_dim: int | None = None,
+        scaling: Scaling | None = None,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
@@ -65,8 +76,16 @@ class RotaryEmbedding(Rotation):
         _check_pairs(self.rotary_dim)
         if self.rotary_dim > head_dim:
             raise ValueError(f"rotary_dim must be at most head_dim = {head_dim}; got {rotary_dim}")
+        if not base > 0.0:
+            raise ValueError(f"base must be positive; got {base}")
+        if scaling is not None and not isinstance(scaling, Scaling):
+            raise TypeError(
+                "scaling must be a LinearScaling, a Llama3Scaling or a YarnScaling; "
+                f"got {type(scaling).__name__}"
+            )
         self.base = base
         self.interleaved = interleaved
+        self.scaling = scaling
 
     def forward(self, x: Tensor, offset: int = 0, *, positions: Tensor | None = None) -> Tensor:
         """Rotate queries or keys.
@@ -89,14 +108,30 @@ class RotaryEmbedding(Rotation):
         """See `Rotation`."""
         return self._turn(x, positions)
 
+    def pair(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """See `Rotation`: both by one table."""
+        cos, sin = self._tables(key, positions)
+        return self._rotated(query, cos, sin), self._rotated(key, cos, sin)
+
     def _turn(self, x: Tensor, positions: Positions) -> Tensor:
-        position_L = _as_tensor(positions, x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        cos, sin = rotary_tables(position_L, self.rotary_dim, base=self.base, dtype=dtype)
+        return self._rotated(x, *self._tables(x, positions))
+
+    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         if self.rotary_dim == self.head_dim:
             return rotate(x, cos, sin, interleaved=self.interleaved)
         turned, kept = x.split((self.rotary_dim, self.head_dim - self.rotary_dim), dim=-1)
         return torch.cat((rotate(turned, cos, sin, interleaved=self.interleaved), kept), dim=-1)
+
+    def _tables(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        position_L = _as_tensor(positions, x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if self.scaling is None:
+            return rotary_tables(position_L, self.rotary_dim, base=self.base, dtype=dtype)
+        frequency_P = self.scaling.frequencies(
+            self.rotary_dim, base=self.base, device=position_L.device
+        )
+        cos, sin = angle_tables(position_L, frequency_P, dtype=dtype)
+        return cos * self.scaling.magnitude, sin * self.scaling.magnitude
 
 
 class XPos(Rotation):
