@@ -1,6 +1,7 @@
 """Beam search against the enumeration of every continuation."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -103,7 +104,9 @@ def test_few_beams_find_what_a_plain_search_finds(width: int) -> None:
     [
         ({"num_beams": 0}, "num_beams must be at least 1; got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
-        ({"length_penalty": -1.0}, "length_penalty must not be negative; got -1.0"),
+        ({"length_penalty": -1.0}, "length_penalty must be finite and not negative; got -1.0"),
+        ({"length_penalty": math.nan}, "length_penalty must be finite and not negative; got nan"),
+        ({"length_penalty": math.inf}, "length_penalty must be finite and not negative; got inf"),
     ],
 )
 def test_wrong_arguments_are_refused(options: dict[str, float], words: str) -> None:
@@ -111,3 +114,19 @@ def test_wrong_arguments_are_refused(options: dict[str, float], words: str) -> N
     arguments = {"num_beams": 2, "max_new_tokens": 2} | options
     with pytest.raises(ValueError, match=words):
         beam_search(model, PROMPT, model.caches(), **arguments)
+
+
+def test_whole_numbers_are_ints() -> None:
+    model = Toy()
+    with pytest.raises(TypeError, match=r"num_beams must be an int; got 2\.5"):
+        beam_search(model, PROMPT, model.caches(), num_beams=2.5, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("stop_tokens", [[4, 4], [4, -1], [4, 99], torch.tensor([4])])
+def test_stop_tokens_are_a_set_of_tokens(stop_tokens: object) -> None:
+    model = Toy()
+    options = {"num_beams": 3, "max_new_tokens": 5, "padding": PADDING}
+    plain = beam_search(model, PROMPT, model.caches(), stop_tokens=[4], **options)
+    found = beam_search(model, PROMPT, model.caches(), stop_tokens=stop_tokens, **options)
+    assert torch.equal(found.tokens, plain.tokens)
+    assert torch.equal(found.scores, plain.scores)

@@ -234,8 +234,18 @@ def test_a_repetition_penalty_is_each_sequences_own() -> None:
             "at the left or at the right",
         ),
         ({"padding": torch.ones(1, 4).bool()}, ValueError, "at least one token"),
+        ({"prompt": [[1, 2]]}, TypeError, "prompt must be a tensor; got list"),
+        ({"padding": [[False] * 4]}, TypeError, "padding must be a tensor; got list"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1; got 0"),
+        ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int; got 2.0"),
         ({"prefill_chunk": 0}, ValueError, "prefill_chunk must be at least 1; got 0"),
+        ({"prefill_chunk": 2.0}, TypeError, "prefill_chunk must be an int; got 2.0"),
+        ({"stop_tokens": 3}, TypeError, "stop_tokens must be a collection of ints; got 3"),
+        ({"stop_tokens": [3.5]}, TypeError, r"a collection of ints; got \[3.5\]"),
+        ({"stop_tokens": "ab"}, TypeError, "a collection of ints; got 'ab'"),
+        ({"fill": 1.5}, TypeError, "fill must be an int; got 1.5"),
+        ({"choose": "greedy"}, TypeError, r"choose must be Greedy\(\) or Sampling\(\).*'greedy'"),
+        ({"choose": Greedy}, TypeError, r"choose must be Greedy\(\) or Sampling\(\)"),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -255,11 +265,41 @@ def test_wrong_arguments_are_refused(
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\]; got 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive; got 0.0"),
+        ({"seed": 2**64}, r"seed must be in \[-2\*\*63, 2\*\*64\); got 18446744073709551616"),
     ],
 )
 def test_wrong_numbers_are_refused(options: dict[str, float], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("name", ["top_k", "seed"])
+def test_whole_numbers_are_ints(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an int; got 2.5"):
+        Sampling(**{name: 2.5})
+
+
+def test_a_stop_token_that_no_token_can_be_changes_nothing() -> None:
+    model, prompt = Toy(), torch.tensor([[1, 2, 3]])
+    plain = generate(model, prompt, model.caches(), max_new_tokens=6)
+    found = generate(model, prompt, model.caches(), max_new_tokens=6, stop_tokens=[-1, 99])
+    assert torch.equal(found.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize(
+    ("caches", "error", "words"),
+    [
+        (DynamicCache(), TypeError, "caches must be a sequence of caches.* got DynamicCache"),
+        ((cache for cache in [DynamicCache()] * 2), TypeError, "a sequence.* got generator"),
+        ([{}, {}], TypeError, r"must hold caches of zeta.caches.* got dict"),
+        ([DynamicCache()] * 2, ValueError, "caches must be different objects, one for each"),
+    ],
+)
+def test_caches_must_be_different_caches(
+    caches: object, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        generate(Toy(), torch.tensor([[1, 2]]), caches, max_new_tokens=2)
 
 
 def test_caches_must_be_empty_and_logits_of_the_right_shape() -> None:
@@ -271,6 +311,8 @@ def test_caches_must_be_empty_and_logits_of_the_right_shape() -> None:
         generate(model, prompt, caches, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"must return logits \(1, 2, vocabulary\); got \(1, 7\)"):
         generate(lambda *_: torch.zeros(1, 7), prompt, [], max_new_tokens=1)
+    with pytest.raises(TypeError, match=r"must return logits \(1, 2, vocabulary\); got tuple"):
+        generate(lambda *_: (torch.zeros(1, 2, 7),), prompt, [], max_new_tokens=1)
 
 
 def test_a_bar_is_drawn_only_when_asked_for(

@@ -1,6 +1,7 @@
 """Speculative decoding changes how often the model is called, and nothing else."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from tests.generation.models import Toy
 from tests.generation.test_generate import CACHES, padded
 from zeta.caches import DynamicCache, RollingCache
-from zeta.generation import Draft, Sampling, generate
+from zeta.generation import Draft, Sampling, generate, stream
 
 VOCABULARY = 3
 
@@ -117,3 +118,58 @@ def test_wrong_drafts_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="num_tokens must be at least 1; got 0"):
         Draft(model, [], 0)
+
+
+def test_a_draft_needs_caches_that_grow() -> None:
+    model, prompt = Toy(), torch.tensor([[1, 2]])
+    for caches, drafted, words in (
+        (model.caches(), [], "draft.caches must hold at least one cache that grows"),
+        ([], model.caches(), "caches must hold at least one cache that grows"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate(model, prompt, caches, max_new_tokens=2, draft=Draft(model, drafted))
+    with pytest.raises(TypeError, match="draft must be a Draft; got Toy"):
+        generate(model, prompt, model.caches(), max_new_tokens=2, draft=model)
+
+
+def test_a_window_must_be_longer_than_the_draft() -> None:
+    model, prompt = Toy(), torch.tensor([[1, 2, 3, 4, 5, 6, 1, 2]])
+    plain = generate(model, prompt, [RollingCache(4), RollingCache(4)], max_new_tokens=15)
+    for num_tokens in (3, 4):
+        draft = Draft(similar(model, 1.0), [RollingCache(4), RollingCache(4)], num_tokens)
+        caches = [RollingCache(4), RollingCache(4)]
+        if num_tokens == 3:
+            found = generate(model, prompt, caches, max_new_tokens=15, draft=draft)
+            assert torch.equal(found.tokens, plain.tokens)
+            continue
+        with pytest.raises(ValueError, match=r"num_tokens must be below the window.* 4; got 4"):
+            generate(model, prompt, caches, max_new_tokens=15, draft=draft)
+
+
+@pytest.mark.parametrize("failing", ["model", "draft"])
+def test_a_failure_leaves_the_caches_as_they_were(failing: str) -> None:
+    model, prompt = Toy(), torch.tensor([[1, 2, 3]])
+    other = similar(model, 0.1)
+    calls = 0
+
+    def fails(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RuntimeError("no more")
+        return (model if failing == "model" else other)(*arguments)
+
+    caches, drafted = model.caches(), other.caches()
+    draft = Draft(fails if failing == "draft" else other, drafted)
+    steps = stream(
+        fails if failing == "model" else model, prompt, caches, max_new_tokens=20, draft=draft
+    )
+    tokens: list[int] = []
+    with pytest.raises(RuntimeError, match="no more"):
+        tokens.extend(int(step.tokens) for step in steps)
+    # The last token that came is in no cache yet.
+    assert {cache.length for cache in caches} == {len(prompt[0]) + len(tokens) - 1}
+    assert len({cache.length for cache in drafted}) == 1
+    for cache in (*caches, *drafted):
+        with pytest.raises(ValueError, match="needs an open fork"):
+            cache.rollback()

@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import zeta
 from tests.integrations.huggingface_families import (
+    ENDS,
     FAMILIES,
+    SIZES,
     Family,
     results,
     softmax_in_float64,
@@ -357,6 +359,61 @@ def test_a_flat_mask_is_refused() -> None:
     query = torch.randn(3, 2, 3, 4)
     with pytest.raises(ValueError, match=r"\(batch, 1 or heads, target, source\).*got \(3, 3\)"):
         attention(nn.Module(), query, query, query, torch.ones(3, 3) > 0)
+
+
+def test_a_mask_of_three_dimensions_is_refused() -> None:
+    model = FAMILIES["llama"].build(torch.float32, "zeta")
+    words = r"attention_mask must be \(batch, length\).*got \(2, 5, 5\)"
+    with pytest.raises(ValueError, match=words):
+        model(input_ids=torch.ones(2, 5, dtype=torch.int64), attention_mask=torch.ones(2, 5, 5))
+
+
+OWN_ATTENTION: dict[str, Callable[[], Any]] = {
+    # They add masks, and fill where masks are True: both misread a mask of what is seen.
+    "BloomForCausalLM": lambda: transformers.BloomConfig(
+        vocab_size=61, hidden_size=32, n_layer=1, n_head=4
+    ),
+    "MptForCausalLM": lambda: transformers.MptConfig(
+        vocab_size=61, d_model=32, n_layers=1, n_heads=4
+    ),
+    "RoFormerForMaskedLM": lambda: transformers.RoFormerConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_ATTENTION)
+def test_a_model_that_computes_its_attention_itself_is_refused(name: str) -> None:
+    config = OWN_ATTENTION[name]()
+    model = getattr(transformers, name)._from_config(config, attn_implementation="zeta").eval()
+    given = {"input_ids": torch.ones(2, 5, dtype=torch.int64)}
+    given["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    words = f"cannot run the model of {type(config).__name__}: it computes its attention itself"
+    with pytest.raises(ValueError, match=words):
+        model(**given)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="computes its attention itself"):
+        torch.compile(model, backend="eager", fullgraph=True)(**given)
+
+
+def test_a_model_made_of_others_that_call_by_name_runs() -> None:
+    text = transformers.GemmaConfig(**SIZES, **ENDS)
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        image_size=12, patch_size=6,
+    )  # fmt: skip
+    config = transformers.PaliGemmaConfig(
+        text_config=text, vision_config=vision, projection_dim=32, image_token_id=60
+    )
+    kind = transformers.PaliGemmaForConditionalGeneration
+    model = kind._from_config(config, attn_implementation="zeta").double().eval()
+    ids = FAMILIES["llama"].inputs("left", torch.float64)
+    ids["input_ids"] = ids["input_ids"].clamp(max=59)
+    found = model(**ids).logits
+    model.set_attn_implementation("eager")
+    with softmax_in_float64(pytest.MonkeyPatch()):
+        expected = model(**ids).logits
+    seen = ids["attention_mask"].bool()
+    torch.testing.assert_close(found[seen], expected[seen])
 
 
 def test_the_families_of_these_tests_can_fail() -> None:

@@ -173,6 +173,18 @@ def test_encoder_with_an_empty_sequence() -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_float_mask_is_added_where_torchs_fast_path_hides() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True).eval()
+    ours = copy.deepcopy(layer)
+    zeta.swap(ours)
+    x, mask = torch.randn(2, 5, 16), torch.zeros(5, 5)
+    mask[:, 3] = 0.5
+    added = layer(x, src_mask=mask)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x, src_mask=mask), layer(x, src_mask=mask != 0))
+        torch.testing.assert_close(ours(x, src_mask=mask), added)
+
+
 def test_encoder_with_a_hint_alone_is_causal() -> None:
     model = swapped(encoder(batch_first=True)).eval()
     x = tokens(SOURCE, True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
+from zeta.generation.checks import check_int, stops_of
 from zeta.generation.prompts import Model, Prompt, step
 
 
@@ -65,17 +66,19 @@ def beam_search(
 
     Raises:
         ValueError, TypeError: As `stream`; also if ``num_beams`` is below 1 or ``length_penalty``
-            below 0.
+            below 0 or infinite.
     """
-    if num_beams < 1:
-        raise ValueError(f"num_beams must be at least 1; got {num_beams}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-    if length_penalty < 0:
-        raise ValueError(f"length_penalty must not be negative; got {length_penalty}")
+    check_int("num_beams", num_beams, 1)
+    check_int("max_new_tokens", max_new_tokens, 1)
+    check_int("fill", fill)
+    if not 0 <= length_penalty < math.inf:
+        raise ValueError(f"length_penalty must be finite and not negative; got {length_penalty}")
+    stops = stops_of(stop_tokens)
     read = Prompt(prompt, padding)
     logits_BV = read.read(model, caches, prefill_chunk)
-    search = _Search(len(prompt), num_beams, max_new_tokens, length_penalty, sorted(stop_tokens))
+    # No token can be one outside of the vocabulary.
+    stops = [token for token in stops if 0 <= token < logits_BV.shape[-1]]
+    search = _Search(len(prompt), num_beams, max_new_tokens, length_penalty, stops)
     logits = logits_BV[:, None]
     position_B1 = read.positions_BT[:, -1:]
     while True:

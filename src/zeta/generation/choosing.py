@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from zeta.generation.checks import check_int
+
 
 class Choice(Protocol):
     """A way to choose, without a state."""
@@ -127,6 +129,7 @@ class Sampling:
 
     Raises:
         ValueError: A number is out of its range.
+        TypeError: ``top_k`` or ``seed`` is no int.
     """
 
     temperature: float = 1.0
@@ -141,12 +144,15 @@ class Sampling:
             raise ValueError(
                 f"temperature must be positive (Greedy() is its limit at 0); got {self.temperature}"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1; got {self.top_k}")
+        if self.top_k is not None:
+            check_int("top_k", self.top_k, 1)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must be in [0, 1]; got {self.min_p}")
+        check_int("seed", self.seed)
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [-2**63, 2**64); got {self.seed}")
         _check_penalty(self.repetition_penalty)
 
     def start(self, prompt_BT: Tensor, real_BT: Tensor) -> Choosing:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
+from zeta.generation.checks import check_caches, check_int, check_logits, check_tensor
 
 
 class Model(Protocol):
@@ -42,10 +43,11 @@ class Prompt:
 
     Raises:
         ValueError: A shape is wrong, padding is between tokens, or a sequence has no token.
-        TypeError: A dtype is wrong.
+        TypeError: One is no tensor, or a dtype is wrong.
     """
 
     def __init__(self, tokens: Tensor, padding: Tensor | None) -> None:
+        check_tensor("prompt", tokens)
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(
                 f"prompt must have shape (batch, length), not empty; got {tuple(tokens.shape)}"
@@ -54,6 +56,7 @@ class Prompt:
             raise TypeError(f"prompt must be int64; got {tokens.dtype}")
         if padding is None:
             padding = torch.zeros_like(tokens, dtype=torch.bool)
+        check_tensor("padding", padding)
         if padding.dtype != torch.bool:
             raise TypeError(f"padding must be bool, True for padding; got {padding.dtype}")
         if padding.shape != tokens.shape:
@@ -94,14 +97,17 @@ class Prompt:
             ``(B, V)``, the logits of the token after each sequence.
 
         Raises:
-            ValueError: A cache is not empty, ``chunk`` is below 1, or the logits have another
-                shape.
+            ValueError: A cache is not empty or there twice, ``chunk`` is below 1, or the logits
+                have another shape.
+            TypeError: ``caches`` are no sequence of caches, ``chunk`` is no int, or the logits are
+                no tensor.
         """
+        check_caches("caches", caches)
         held = [cache.length for cache in caches]
         if any(held):
             raise ValueError(f"caches must be empty; got some that hold {held} tokens")
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"prefill_chunk must be at least 1; got {chunk}")
+        if chunk is not None:
+            check_int("prefill_chunk", chunk, 1)
         size = chunk or self.tokens_BT.shape[1]
         logits_BV = self.tokens_BT.new_empty(0)
         parts = self.tokens_BT.split(size, dim=1), self.positions_BT.split(size, dim=1)
@@ -117,13 +123,8 @@ def step(
     """The logits ``(B, V)`` of the token after those given.
 
     Raises:
-        ValueError: What the model returns has another shape than ``(B, N, V)``.
+        ValueError, TypeError: What the model returns is not ``(B, N, V)``.
     """
     logits = model(tokens_BN, caches, positions_BN)
-    if logits.dim() != 3 or logits.shape[:2] != tokens_BN.shape:
-        batch, count = tokens_BN.shape
-        raise ValueError(
-            f"the model must return logits ({batch}, {count}, vocabulary); "
-            f"got {tuple(logits.shape)}"
-        )
+    check_logits(logits, tokens_BN)
     return logits[:, -1]

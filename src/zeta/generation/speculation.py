@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zeta.caches import DecodingCache
+from zeta.caches import DecodingCache, RollingCache
+from zeta.generation.checks import check_caches, check_int, check_logits
 from zeta.generation.choosing import draw
 from zeta.generation.prompts import Model
 
@@ -25,10 +26,12 @@ class Draft:
     Args:
         model: See `Model`.
         caches: Its own, empty; at least one, as for the model itself.
-        num_tokens: Tokens it proposes at a time.
+        num_tokens: Tokens it proposes at a time; fewer than the window of any `RollingCache`, of
+            the model's too, which must find what stood before those that are not accepted.
 
     Raises:
         ValueError: ``num_tokens`` is below 1.
+        TypeError: It is no int.
     """
 
     model: Model
@@ -36,8 +39,7 @@ class Draft:
     num_tokens: int = 4
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise ValueError(f"num_tokens must be at least 1; got {self.num_tokens}")
+        check_int("num_tokens", self.num_tokens, 1)
 
 
 class Speculation:
@@ -73,29 +75,43 @@ class Speculation:
             most: The greatest number of tokens to come back, at least 1.
 
         Returns:
-            ``(R, N)``, ``1 <= N <= most``.
+            ``(R, N)``, ``1 <= N <= most``. Whatever is raised, the caches are as they were.
         """
         length = _length(self._caches)
-        for cache in (*self._caches, *self._draft.caches):
+        every = (*self._caches, *self._draft.caches)
+        for cache in every:
             cache.fork()
-        count = min(self._draft.num_tokens, most - 1)
-        drafted_RK, draft_RKV = self._propose(recent, position_R, rows_R, count, length)
-        tokens = torch.cat((recent[:, -1:], drafted_RK), dim=1)
-        positions = position_R[:, None] + torch.arange(count + 1, device=recent.device)
-        logits = self._model(tokens, self._caches, positions)
-        wanted = self._probabilities(logits.flatten(0, 1)).unflatten(0, (-1, count + 1))
-        accepted_R = self._accepted(drafted_RK, draft_RKV, wanted, rows_R)
-        common = int(accepted_R.min())
-        last_R = self._drawn(_residual(wanted, draft_RKV, common), rows_R)
-        if common < count:
-            last_R = torch.where(accepted_R > common, drafted_RK[:, common], last_R)
-        kept = length + common + 1
+        try:
+            new = self._checked(recent, position_R, rows_R, most, length)
+        except BaseException:
+            for cache in every:
+                cache.rollback()
+            raise
+        kept = length + new.shape[1]
         # The draft has not seen the last token that it proposed.
         seen = min(kept, _length(self._draft.caches))
         for caches, remaining in ((self._caches, kept), (self._draft.caches, seen)):
             for cache in caches:
                 cache.crop(remaining)
                 cache.commit()
+        return new
+
+    def _checked(
+        self, recent: Tensor, position_R: Tensor, rows_R: Tensor, most: int, length: int
+    ) -> Tensor:
+        """What `advance` returns; the caches have all that was proposed."""
+        count = min(self._draft.num_tokens, most - 1)
+        drafted_RK, draft_RKV = self._propose(recent, position_R, rows_R, count, length)
+        tokens = torch.cat((recent[:, -1:], drafted_RK), dim=1)
+        positions = position_R[:, None] + torch.arange(count + 1, device=recent.device)
+        logits = self._model(tokens, self._caches, positions)
+        check_logits(logits, tokens)
+        wanted = self._probabilities(logits.flatten(0, 1)).unflatten(0, (-1, count + 1))
+        accepted_R = self._accepted(drafted_RK, draft_RKV, wanted, rows_R)
+        common = int(accepted_R.min())
+        last_R = self._drawn(_residual(wanted, draft_RKV, common), rows_R)
+        if common < count:
+            last_R = torch.where(accepted_R > common, drafted_RK[:, common], last_R)
         return torch.cat((drafted_RK[:, :common], last_R[:, None]), dim=1)
 
     def _propose(
@@ -131,6 +147,27 @@ class Speculation:
 
     def _drawn(self, probability_RV: Tensor, rows_R: Tensor) -> Tensor:
         return draw(probability_RV, self._uniforms(rows_R))
+
+
+def check_draft(draft: Draft, caches: Sequence[DecodingCache]) -> None:
+    """Check a draft against the caches of the model.
+
+    Raises:
+        TypeError: It is no `Draft`, or caches are none.
+        ValueError: There is no cache, or a window is too short for what is to be taken back.
+    """
+    if not isinstance(draft, Draft):
+        raise TypeError(f"draft must be a Draft; got {type(draft).__name__}")
+    for name, held in (("caches", caches), ("draft.caches", draft.caches)):
+        check_caches(name, held)
+        if not any(isinstance(cache, DecodingCache) for cache in held):
+            raise ValueError(f"{name} must hold at least one cache that grows, to use a draft")
+        for cache in held:
+            if isinstance(cache, RollingCache) and cache.window <= draft.num_tokens:
+                raise ValueError(
+                    f"draft.num_tokens must be below the window of a RollingCache, "
+                    f"{cache.window}; got {draft.num_tokens}"
+                )
 
 
 def _length(caches: Sequence[DecodingCache]) -> int:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
+from zeta.generation.checks import check_int, check_tensor, stops_of
 from zeta.generation.choosing import Choice, Greedy, Uniforms, draw
 from zeta.generation.prompts import Model, Prompt, step
-from zeta.generation.speculation import Draft, Speculation
+from zeta.generation.speculation import Draft, Speculation, check_draft
 
 
 class Step(NamedTuple):
@@ -78,16 +79,17 @@ def stream(
 
     Raises:
         ValueError: An argument has the wrong shape or range.
-        TypeError: An argument has the wrong dtype.
+        TypeError: An argument has the wrong type or dtype.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
-    if draft is not None and choose is not None and choose.repetition_penalty != 1.0:
-        raise ValueError("draft goes without a repetition penalty; got one")
+    check_int("max_new_tokens", max_new_tokens, 1)
+    choice = _choice(choose)
+    if draft is not None:
+        check_draft(draft, caches)
+        if choice.repetition_penalty != 1.0:
+            raise ValueError("draft goes without a repetition penalty; got one")
     read = Prompt(prompt, padding)
+    stops = torch.tensor(stops_of(stop_tokens), dtype=torch.int64, device=prompt.device)
     logits_RV = read.read(model, caches, prefill_chunk)
-    stops = torch.tensor(sorted(stop_tokens), dtype=torch.int64, device=prompt.device)
-    choice = Greedy() if choose is None else choose
     if draft is not None:
         draft_logits = read.read(draft.model, draft.caches, prefill_chunk)
         if draft_logits.shape != logits_RV.shape:
@@ -113,6 +115,14 @@ def stream(
             _keep(caches, going_R)
         position_R = position_R + 1
         logits_RV = step(model, token_R[:, None], caches, position_R[:, None])
+
+
+def _choice(choose: Choice | None) -> Choice:
+    if choose is None:
+        return Greedy()
+    if isinstance(choose, type) or not hasattr(choose, "start"):
+        raise TypeError(f"choose must be Greedy() or Sampling(), or be like them; got {choose!r}")
+    return choose
 
 
 def _speculate(
@@ -188,6 +198,8 @@ def generate(
         ValueError, TypeError: As `stream`.
         ImportError: ``progress`` was asked for, and tqdm is not installed.
     """
+    check_tensor("prompt", prompt)
+    check_int("fill", fill)
     batch = len(prompt)
     columns = []
     lengths_B = torch.zeros(batch, dtype=torch.int64, device=prompt.device)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zeta.biases import Bias, Dense, Softcap
+from zeta.integrations.huggingface.models import check_calls_by_name
 from zeta.integrations.huggingface.patterns import as_mask, padding_mask, recognise
 from zeta.integrations.huggingface.standin import MaskStandIn, Pattern
 from zeta.integrations.huggingface.t5 import TableBias, has_no_bias
@@ -52,9 +53,19 @@ def mask(
         A `MaskStandIn` wherever the mask is one that Zeta has a value for. Otherwise the dense bool
         tensor ``(B, 1, T, S)``: for an unknown mask function, inside ``torch.compile``, and for one
         query over a static cache, which compiled code may receive.
+
+    Raises:
+        ValueError: The model computes its attention itself, or ``attention_mask`` is not
+            ``(B, positions)``.
     """
     from transformers import masking_utils as masking
 
+    check_calls_by_name(kwargs.get("config"))
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(
+            "attention_mask must be (batch, length), or your own (batch, 1 or heads, target, "
+            f"source); got {tuple(attention_mask.shape)}"
+        )
     function = masking.causal_mask_function if mask_function is None else mask_function
     dense = functools.partial(
         masking.sdpa_mask,

@@ -1,0 +1,76 @@
+"""Checks of what a generation is given.
+
+Shapes: B sequences, N tokens of a call, V vocabulary.
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
+
+from torch import Tensor
+
+from zeta.caches import CrossCache, DecodingCache
+
+
+def check_int(name: str, value: object, least: int | None = None) -> None:
+    """Check a whole number.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: It is below ``least``.
+    """
+    if not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if least is not None and operator.index(value) < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+
+
+def check_caches(name: str, caches: object) -> None:
+    """Check the caches of a model.
+
+    Raises:
+        TypeError: They are no sequence, or one of them cannot be decoded with, as a dict.
+        ValueError: One is there twice: attentions would write into each other's.
+    """
+    if not isinstance(caches, Sequence):
+        raise TypeError(
+            f"{name} must be a sequence of caches, one for each attention; "
+            f"got {type(caches).__name__}"
+        )
+    for cache in caches:
+        if not isinstance(cache, DecodingCache | CrossCache):
+            raise TypeError(
+                f"{name} must hold caches of zeta.caches, such as DynamicCache(); "
+                f"got {type(cache).__name__}"
+            )
+    if len(set(map(id, caches))) < len(caches):
+        raise ValueError(f"{name} must be different objects, one for each attention")
+
+
+def check_logits(logits: object, tokens_BN: Tensor) -> None:
+    """Check what a model returns for tokens: ``(B, N, V)``.
+
+    Raises:
+        TypeError: It is no tensor.
+        ValueError: It has another shape.
+    """
+    batch, count = tokens_BN.shape
+    wanted = f"the model must return logits ({batch}, {count}, vocabulary)"
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{wanted}; got {type(logits).__name__}")
+    if logits.dim() != 3 or logits.shape[:2] != tokens_BN.shape:
+        raise ValueError(f"{wanted}; got {tuple(logits.shape)}")
+
+
+def stops_of(stop_tokens: Iterable[SupportsIndex]) -> list[int]:
+    """Stop tokens as different numbers, in order; TypeError unless they are ints."""
+    try:
+        return sorted({operator.index(token) for token in stop_tokens})
+    except TypeError as error:
+        raise TypeError(f"stop_tokens must be a collection of ints; got {stop_tokens!r}") from error
