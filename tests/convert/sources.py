@@ -41,8 +41,26 @@ BERT = {"hidden_size": 16, "num_attention_heads": 4}
 GPT2 = {"n_embd": 16, "n_head": 4}
 LLAMA = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
 ROPE = {"rope_type": "default", "rope_theta": 500.0}
+# Of four pairs of features some are fast, some slow and some between.
+LINEAR = {"rope_type": "linear", "rope_theta": 100.0, "factor": 2.5}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 48,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "beta_fast": 6.0, "beta_slow": 0.5,
+    "original_max_position_embeddings": 48,
+}  # fmt: skip
+UNTRUNCATED = {**YARN, "truncate": False, "attention_factor": 1.3}
 
 Make = Callable[[], nn.Module]
+
+
+def scaled(model: str, rope: dict[str, Any], **config: Any) -> nn.Module:
+    """A Llama's or Mistral's attention with these ``rope_parameters``."""
+    config = {**LLAMA, "max_position_embeddings": 384, "rope_parameters": dict(rope), **config}
+    return transformers(model, f"{model.title()}Attention", config, layer_idx=0)
+
 
 MODULES: dict[str, Make] = {
     "torch": lambda: nn.MultiheadAttention(16, 4, batch_first=True),
@@ -50,6 +68,13 @@ MODULES: dict[str, Make] = {
     "torch, separate": lambda: nn.MultiheadAttention(16, 4, kdim=12, vdim=10, batch_first=True),
     "torch, separate, no bias": lambda: nn.MultiheadAttention(16, 4, bias=False, kdim=12),
     "torch, no bias": lambda: nn.MultiheadAttention(16, 1, bias=False),
+    "torch, learned key": lambda: nn.MultiheadAttention(
+        16, 4, add_bias_kv=True, kdim=12, vdim=10, batch_first=True
+    ),
+    "torch, zero key": lambda: nn.MultiheadAttention(16, 4, bias=False, add_zero_attn=True),
+    "torch, extra keys": lambda: nn.MultiheadAttention(
+        16, 4, add_bias_kv=True, add_zero_attn=True
+    ),
     "torchscale": torchscale,
     "torchscale, cross": lambda: torchscale(encoder_decoder_attention=True),
     "torchscale, subln, xpos": lambda: torchscale(
@@ -59,6 +84,14 @@ MODULES: dict[str, Make] = {
     "torchscale, head": lambda: torchscale_head(subln=True),
     "fairseq": lambda: FairseqAttention(16, 4, dropout=0.1),
     "fairseq, self": lambda: FairseqAttention(16, 4, self_attention=True, bias=False),
+    "fairseq, learned key": lambda: FairseqAttention(
+        16, 4, self_attention=True, add_bias_kv=True
+    ),
+    "fairseq, zero key": lambda: FairseqAttention(16, 4, self_attention=True, add_zero_attn=True),
+    "fairseq, extra keys": lambda: FairseqAttention(
+        16, 4, kdim=12, vdim=12, encoder_decoder_attention=True, add_bias_kv=True,
+        add_zero_attn=True,
+    ),
     "fairseq, cross": lambda: FairseqAttention(
         16, 4, kdim=12, vdim=12, encoder_decoder_attention=True
     ),
@@ -98,12 +131,19 @@ MODULES: dict[str, Make] = {
         "llama", "LlamaAttention",
         {**LLAMA, "head_dim": 10, "attention_bias": True, "rope_parameters": ROPE}, layer_idx=0,
     ),
+    "llama, linear": lambda: scaled("llama", LINEAR),
+    "llama, llama3": lambda: scaled("llama", LLAMA3),
+    "llama, yarn": lambda: scaled("llama", YARN),
+    "llama, yarn, untruncated": lambda: scaled("llama", UNTRUNCATED),
     "mistral": lambda: transformers(
         "mistral", "MistralAttention", {**LLAMA, "sliding_window": 5}, layer_idx=0
     ),
     "mistral, no window": lambda: transformers(
         "mistral", "MistralAttention", {**LLAMA, "sliding_window": None}, layer_idx=0
     ),
+    "mistral, linear": lambda: scaled("mistral", LINEAR, sliding_window=5),
+    "mistral, llama3": lambda: scaled("mistral", LLAMA3, sliding_window=None),
+    "mistral, yarn": lambda: scaled("mistral", YARN, sliding_window=7),
 }  # fmt: skip
 
 

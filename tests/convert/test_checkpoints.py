@@ -84,8 +84,9 @@ def test_every_attention_of_a_model(kind: str) -> None:
         assert torch.equal(back.state[key], tensor)
 
 
-SINGLE = ["torch, separate", "torchscale, subln, xpos", "torchscale, multiway", "fairseq",
-          "zetascale, subln, xpos", "gpt2, cross"]  # fmt: skip
+SINGLE = ["torch, separate", "torch, learned key", "torchscale, subln, xpos",
+          "torchscale, multiway", "fairseq", "fairseq, learned key", "zetascale, subln, xpos",
+          "gpt2, cross"]  # fmt: skip
 
 
 @pytest.mark.parametrize("prefix", ["", "decoder.layers.0.attn."])
@@ -103,11 +104,27 @@ def test_a_single_attention(name: str, prefix: str) -> None:
     assert report.passed, str(report)
 
 
+@pytest.mark.parametrize(("source", "target"), [("torch", "fairseq"), ("fairseq", "torch")])
+def test_a_learned_key_between_two_kinds(source: str, target: str) -> None:
+    state = inside("a.", make(f"{source}, learned key"))
+    found = convert_state_dict(state, source, target)
+    assert torch.equal(found.state["a.bias_k"], state["a.bias_k"])
+    (attention,) = found.attentions
+    assert prove(attention.zeta, attention.after, target, 4, "it").passed
+    back = convert_state_dict(found.state, target, source).state
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())
+
+
 def test_the_proof_needs_the_tensors_of_the_file() -> None:
     (found,) = convert_state_dict(make("torch").state_dict(), "torch").attentions
     wrong = {**found.zeta, "v_proj.weight": found.zeta["v_proj.weight"].flip(0)}
     report = prove(wrong, found.before, "torch", 4, "it")
     assert report.changed == ("v_proj.weight",)
+    assert not any(case.within(1e-3) for case in report.cases)
+    (found,) = convert_state_dict(make("torch, learned key").state_dict(), "torch").attentions
+    wrong = {**found.zeta, "bias_v": found.zeta["bias_v"].flip(2)}
+    report = prove(wrong, found.before, "torch", 4, "it")
+    assert report.changed == ("bias_v",)
     assert not any(case.within(1e-3) for case in report.cases)
 
 
@@ -179,7 +196,13 @@ TORCH_STATE = inside("a.", make("torch"))
         (LLAMA_STATE, "bart", "kind bart: no keys that end in q_proj.weight; a. is of another"),
         (without(LLAMA_STATE, "a.v_proj.weight"), "llama", "a lacks v_proj.weight; is this one of"),
         (without(TORCH_STATE, "a.out_proj.weight"), "torch", "a lacks out_proj.weight"),
-        ({**TORCH_STATE, "a.bias_k": torch.ones(1)}, "torch", "a has unknown bias_k"),
+        ({**TORCH_STATE, "a.bias_q": torch.ones(1)}, "torch", "a has unknown bias_q"),
+        ({**TORCH_STATE, "a.bias_k": torch.ones(1)}, "torch",
+         "a must have bias_k and bias_v of shape (1, 1, 16); got bias_k (1,)"),
+        ({**TORCH_STATE, "a.bias_k": torch.ones(1, 1, 16), "a.bias_v": torch.ones(1, 1, 8)},
+         "torch", "of shape (1, 1, 16); got bias_k (1, 1, 16), bias_v (1, 1, 8)"),
+        ({**inside("a.", make("torchscale")), "a.bias_k": torch.ones(1, 1, 16)}, "torchscale",
+         "a has unknown bias_k"),
         (without(inside("a.", make("bart")), "a.q_proj.bias"), "torch", "no attention of kind"),
         ({**TORCH_STATE, "a.in_proj_weight": torch.ones(47, 16)}, "torch",
          "in_proj_weight of a must have rows for q_proj.weight, k_proj.weight, v_proj.weight, equ"),
@@ -187,6 +210,8 @@ TORCH_STATE = inside("a.", make("torch"))
         ({**TORCH_STATE, "a.in_proj_weight": torch.ones(48, 16, dtype=torch.int8)}, "torch",
          "a.in_proj_weight must be a tensor of real numbers; got torch.int8"),
         ({**TORCH_STATE, "a.in_proj_weight": "text"}, "torch", "got str"),
+        ({**TORCH_STATE, "a.in_proj_weight": torch.ones(48, 16).to_sparse()}, "torch",
+         "a.in_proj_weight must be a dense tensor; got torch.sparse_coo"),
         ({**TORCH_STATE, "a.in_proj_weight": torch.ones(48, 12)}, "torch", "cannot have (out_proj"),
         (inside("a.", make("llama")), "t5", "there is no attention of kind t5"),
     ],
@@ -203,6 +228,10 @@ def test_a_target_that_cannot_have_the_shapes() -> None:
     subln = inside("a.", make("torchscale, subln, xpos"))
     with pytest.raises(ConversionError, match=r"unknown inner_attn_ln\.bias"):
         convert_state_dict(subln, "zeta", "torch")
+    extra = convert_state_dict(inside("a.", make("torch, extra keys")), "torch").state
+    for kind in ("torchscale", "bart"):
+        with pytest.raises(ConversionError, match="unknown bias_k, bias_v"):
+            convert_state_dict(extra, "zeta", kind)
     ours = convert_state_dict(TORCH_STATE, "torch").state
     for kind in ("t5", "mistral"):
         with pytest.raises(ConversionError, match="a has biases of k_proj, out_proj, q_proj, v_pr"):

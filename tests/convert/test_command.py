@@ -99,6 +99,20 @@ def test_there_and_back(
     ]  # fmt: skip
 
 
+def test_a_learned_key_there_and_back(tmp_path: Path, capsys: Captured) -> None:
+    module = nn.MultiheadAttention(16, 4, add_bias_kv=True)
+    path, ours, theirs = (tmp_path / name for name in ("a.pt", "zeta.safetensors", "b.pt"))
+    torch.save({f"a.{key}": tensor for key, tensor in module.state_dict().items()}, path)
+    assert run(path, "--from", "torch", "--check", "--num-heads", 4, "--output", ours) == 0
+    assert "  a:           6 tensors to 10\n" in capsys.readouterr().out
+    assert load_file(ours)["a.bias_v"].shape == (1, 1, 16)
+    options = ("--to", "torch", "--check", "--num-heads", 4, "--output", theirs)
+    assert run(ours, "--from", "zeta", *options) == 0
+    back = torch.load(theirs)
+    for key, tensor in module.state_dict().items():
+        assert torch.equal(back[f"a.{key}"], tensor)
+
+
 def test_nothing_is_written_without_an_output(checkpoint: Path, capsys: Captured) -> None:
     assert run(checkpoint, "--from", "torch") == 0
     assert "\n  written" not in capsys.readouterr().out
@@ -380,6 +394,31 @@ def test_safetensors_files_hold_tensors_only(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="safetensors files hold tensors only; step is none"):
         write(tmp_path / "x.safetensors", Checkpoint({"step": 3}))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (torch.eye(3).to_sparse(), "torch.sparse_coo"),
+        (torch.ones(3, device="meta"), "on the meta device"),
+    ],
+)
+def test_safetensors_files_hold_numbers_only(tensor: Tensor, kind: str, tmp_path: Path) -> None:
+    words = f"safetensors files hold dense tensors with numbers only; odd is {kind}"
+    with pytest.raises(ConversionError, match=words):
+        write(tmp_path / "x.safetensors", Checkpoint({"odd": tensor}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sparse_tensor_beside_attentions_is_kept(
+    state: dict[str, Tensor], tmp_path: Path, capsys: Captured
+) -> None:
+    path, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    torch.save(state | {"odd": torch.eye(3).to_sparse()}, path)
+    assert run(path, "--from", "torch", "--output", out) == 0
+    assert torch.equal(torch.load(out)["odd"].to_dense(), torch.eye(3))
+    words = "safetensors files hold dense tensors with numbers only; odd is torch.sparse_coo"
+    refuse(capsys, words, path, "--from", "torch", "--output", tmp_path / "out.safetensors")
 
 
 def test_tied_tensors_are_written_out(tmp_path: Path) -> None:

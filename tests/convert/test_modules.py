@@ -243,6 +243,9 @@ def changed(attention: MultiheadAttention, **fields: Any) -> MultiheadAttention:
         ("torch", {"scale": 0.51}),
         ("t5", {"scale": 5**-0.5}),
         ("torch", {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8}),
+        ("torch", {"num_extra_keys": 1, "add_zero_attn": True}),
+        ("torch, zero key", {"num_extra_keys": 0}),
+        ("fairseq, extra keys", {"add_zero_attn": False}),
         ("llama", {"xpos": RotaryEmbedding(8)}),
         ("llama", {"xpos": RotaryEmbedding(8, interleaved=False, base=9000.0)}),
         ("llama", {"xpos": None}),
@@ -290,6 +293,18 @@ def test_wrong_gradients_fail(gradient: str, monkeypatch: pytest.MonkeyPatch) ->
     report = convert.check(module, attention)
     assert not report.passed
     assert all(getattr(case, gradient) > 1e-6 for case in report.cases[:-1])
+
+
+def test_fairseq_decodes_with_zeros_and_not_with_a_learned_key() -> None:
+    for name, decodes in (("fairseq, zero key", True), ("fairseq, learned key", False)):
+        module = make(name)
+        report = convert.check(module, convert.from_module(module))
+        assert (report.cases[-1].name == "decoding token by token") == decodes
+        assert ("decoding" in report.not_compared) != decodes
+        assert any(case.name == "self, every key hidden" for case in report.cases)
+        assert "queries whose keys are all hidden" not in report.not_compared
+    reason = "with add_bias_kv fairseq's cache has the learned key once more at each step"
+    assert report.not_compared["decoding"] == reason
 
 
 def test_nothing_compared_is_not_a_pass() -> None:

@@ -65,22 +65,6 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "cannot convert this torch.nn.modules.activation.MultiheadAttention: its forward has been "
         "replaced",
     ),
-    "add_bias_kv": (
-        lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True),
-        "add_bias_kv=True cannot be converted",
-    ),
-    "add_zero_attn": (
-        lambda: nn.MultiheadAttention(8, 2, add_zero_attn=True),
-        "add_zero_attn=True cannot be converted",
-    ),
-    "fairseq's add_bias_kv": (
-        lambda: FairseqAttention(8, 2, add_bias_kv=True),
-        "add_bias_kv cannot be converted",
-    ),
-    "fairseq's add_zero_attn": (
-        lambda: FairseqAttention(8, 2, add_zero_attn=True),
-        "add_zero_attn cannot be converted",
-    ),
     "fairseq's beams": (
         lambda: with_(FairseqAttention(8, 2), beam_size=4),
         "beam_size cannot be converted",
@@ -109,9 +93,9 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         "k_proj.weight must have shape (16, 16); got (12, 16)",
     ),
     "a parametrization": (parametrized, "q_proj.parametrizations.weight.original0"),
-    "scaled rotations": (
-        lambda: llama(rope_type="linear", factor=2.0),
-        "rope_type='linear' cannot be converted",
+    "rotations that change with the length": (
+        lambda: llama(rope_type="dynamic", factor=2.0),
+        "rope_type='dynamic' cannot be converted: its frequencies change with the length",
     ),
     "partial rotations": (
         lambda: llama(partial_rotary_factor=0.5),
@@ -182,6 +166,8 @@ class Twist(Rotation):
         (ours(args={"multiway": True}), "fairseq", "multiway=2"),
         (ours(args={"multiway": 3}), "torchscale", "multiway=3: TorchScale has two ways"),
         (ours(qk_norm="rms"), "torch", "qk_norm=rms"),
+        (ours(add_bias_kv=True), "torchscale", "add_bias_kv=True"),
+        (ours(add_zero_attn=True), "bert", "add_zero_attn=True"),
         (ours(position=Twist()), "torch", "position=Twist cannot be converted"),
         (ours(bias=False), "mistral", "needs position=RotaryEmbedding(head_dim, interleaved=Fal"),
         (ours(args={"multiway": True}), "zetascale", "zetascale is imported as `zeta`"),

@@ -1,7 +1,8 @@
 """Attentions of packages that cannot be installed here, from what they are documented to do.
 
 fairseq is sequence-first, scales queries, averages returned weights over heads, and keeps keys and
-values a head at a time under the module in ``incremental_state``. zetascale is TorchScale's module
+values a head at a time under the module in ``incremental_state``: after ``add_bias_kv`` has put its
+key to those of the call, before ``add_zero_attn`` does. zetascale is TorchScale's module
 with every projection and norm multiway, and returns the output alone. Each pretends to come from
 its package, as that is how a conversion recognises a class.
 
@@ -65,18 +66,30 @@ class MultiheadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         value = key if self.encoder_decoder_attention else value
         q_BHTD = self.heads(self.q_proj(query) * self.head_dim**-0.5)
-        k_BHSD, v_BHSD = self.heads(self.k_proj(key)), self.heads(self.v_proj(value))
+        key, value = self.k_proj(key), self.v_proj(value)
+        extra = 0
+        if self.bias_k is not None:
+            key, value = (
+                torch.cat((tokens, parameter.expand(1, tokens.shape[1], -1)))
+                for tokens, parameter in ((key, self.bias_k), (value, self.bias_v))
+            )
+            extra += 1
+        k_BHSD, v_BHSD = self.heads(key), self.heads(value)
         if incremental_state is not None:
             saved = incremental_state.setdefault("attn_state", {})
             if saved:
                 k_BHSD = torch.cat((saved["prev_key"], k_BHSD), dim=2)
                 v_BHSD = torch.cat((saved["prev_value"], v_BHSD), dim=2)
             saved.update(prev_key=k_BHSD, prev_value=v_BHSD)
+        if self.add_zero_attn:
+            k_BHSD, v_BHSD = (nn.functional.pad(x, (0, 0, 0, 1)) for x in (k_BHSD, v_BHSD))
+            extra += 1
         scores = q_BHTD @ k_BHSD.mT
         if attn_mask is not None:
-            scores = scores + attn_mask
+            scores = scores + nn.functional.pad(attn_mask, (0, extra))
         if key_padding_mask is not None:
-            scores = scores.masked_fill(key_padding_mask[:, None, None], float("-inf"))
+            hidden = nn.functional.pad(key_padding_mask, (0, extra))
+            scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
         weights = softmax(scores)
         attended = (weights @ v_BHSD).permute(2, 0, 1, 3).flatten(2)
         return self.out_proj(attended), weights.mean(1)

@@ -69,6 +69,8 @@ PUBLIC = {
     "zeta.nn": [
         "ALiBi",
         "AttentionConfig",
+        "LinearScaling",
+        "Llama3Scaling",
         "MultiheadAttention",
         "MultiwayEmbedding",
         "MultiwayNetwork",
@@ -77,6 +79,7 @@ PUBLIC = {
         "RotaryEmbedding",
         "XPOS",
         "XPos",
+        "YarnScaling",
         "set_split_position",
     ],
 }

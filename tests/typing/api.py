@@ -8,7 +8,15 @@ from torch import Tensor
 
 import zeta
 from zeta import biases, masks
-from zeta.nn import ALiBi, MultiheadAttention, RelativePositionBias, RotaryEmbedding, XPos
+from zeta.nn import (
+    ALiBi,
+    LinearScaling,
+    MultiheadAttention,
+    RelativePositionBias,
+    RotaryEmbedding,
+    XPos,
+    YarnScaling,
+)
 
 q, k, v = torch.randn(3, 2, 4, 8, 16).unbind()
 lengths = torch.tensor([8, 5])
@@ -34,6 +42,8 @@ module = MultiheadAttention(
     need_weights="mean",
     dtype=torch.bfloat16,
 )
+for scaling in (LinearScaling(2.0), YarnScaling(8.0, original_max_position_embeddings=4096)):
+    RotaryEmbedding(16, scaling=scaling)
 MultiheadAttention(None, 64, 4, position=XPos(16), need_weights=False, window=128)
 out, weights = module(q, k, v, rel_pos=RelativePositionBias(n_heads=4))
 assert_type(weights, Tensor | None)

@@ -115,10 +115,9 @@ def _read(path: Path) -> Checkpoint:
 
 
 def _write(path: Path, checkpoint: Checkpoint, force: bool) -> None:
-    size = sum(getattr(tensor, "nbytes", 0) for tensor in checkpoint.state.values())
     alone = path.suffix == ".safetensors" and checkpoint.place is not None
     try:
-        with _progress(f"writing {path.name}", size) as progress:
+        with _progress(f"writing {path.name}", checkpoint.nbytes) as progress:
             progress(0, len(checkpoint.state))
             write(path, checkpoint, force=force)
     except OSError as error:

@@ -85,7 +85,7 @@ def check(
     cases = []
     for call in calls(form, pair.runner, batch, length, dtype, make_generator(seed)):
         cases.append(pair.compare(call))
-    not_compared = {**_ALWAYS, **source.not_compared}
+    not_compared = {**_ALWAYS, **source.not_compared, **pair.runner.not_compared}
     if pair.runner.decode is not None:
         generator = make_generator(seed)
         x = torch.randn(batch, length, form.embed_dim, generator=generator, dtype=dtype)

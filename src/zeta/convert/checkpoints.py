@@ -1,7 +1,8 @@
 """State dicts of whole models: every attention in one, found by its keys and converted."""
 
+import bisect
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +17,15 @@ from zeta.convert.registry import SOURCES, source_of
 from zeta.convert.report import Report
 from zeta.convert.source import Source
 from zeta.convert.tables import StateDict, Table, from_zeta, to_zeta
+from zeta.convert.torch_nn import EXTRA_KEY
 
 ZETA = "zeta"
 KINDS = (ZETA, *SOURCES)
-# Zeta's own keys are TorchScale's.
-_OWN = SOURCES["torchscale"]
+# Zeta's own keys are TorchScale's, and those of a learned extra key.
+_OWN = dataclasses.replace(
+    SOURCES["torchscale"],
+    tables=tuple((*table, *EXTRA_KEY) for table in SOURCES["torchscale"].tables),
+)
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,9 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str = ZETA
     found: list[Found] = []
     dropped: list[str] = []
     new_keys: dict[str, list[tuple[str, Tensor]]] = {}
+    below = _below(state)
     for prefix in prefixes:
-        keys = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+        keys = below(prefix)
         gone = [key for key in keys if key in theirs.dropped]
         own = {key: _tensor(state, prefix + key) for key in keys if key not in {*gone, *apart}}
         name = prefix.removesuffix(".") or "the state dict"
@@ -102,6 +108,7 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str = ZETA
         for kind in (source, target):
             _check_shapes(zeta, kind, name)
         _check_biases(zeta, target, name)
+        _check_extra_key(zeta, name)
         attention = Found(prefix, own, zeta, _to_target(zeta, ours, name))
         found.append(attention)
         dropped += [prefix + key for key in gone]
@@ -127,7 +134,7 @@ def prove(
         theirs: The same under the keys of another kind.
         kind: That kind.
         num_heads: None where shapes tell, as xPos's do. What no tensor tells and both share is
-            taken to be usual: a dropout of 0, rotations of base 10,000, no window.
+            taken to be usual: a dropout of 0, rotations of base 10,000, no window, no key of zeros.
         name: What an error calls the attention.
 
     Raises:
@@ -141,16 +148,16 @@ def prove(
     fill(attention, {key: tensor.clone() for key, tensor in zeta.items()})
     with torch.random.fork_rng(devices=[]):
         runs, module = _build(source, form)
+    note = f"{runs.title} computes the same, and ran in its place"
     if runs is not source and not set(theirs) <= set(module.state_dict()):
         theirs = _to_target(zeta, runs, name)
+        note += ", on the converted tensors: how these were renamed is not proven"
     load(module, {key: tensor.clone() for key, tensor in theirs.items()}, runs)
     report = check(module, attention)
     if runs is source:
         return report
-    note = {f"{source.kind} itself": f"{runs.title} computes the same, and ran in its place"}
-    return dataclasses.replace(
-        report, source=source.title, not_compared={**report.not_compared, **note}
-    )
+    not_compared = {**report.not_compared, f"{source.kind} itself": note}
+    return dataclasses.replace(report, source=source.title, not_compared=not_compared)
 
 
 def _build(source: Source, form: Form) -> tuple[Source, nn.Module]:
@@ -172,11 +179,12 @@ def _prefixes(state: Mapping[str, Any], source: Source) -> tuple[list[str], list
     complete = _complete(state, source)
     partial = [prefix for prefix in _anchored(state, source.tables) if prefix not in complete]
     others = []
+    elsewhere = {p for other in SOURCES.values() for p in _complete(state, other) if partial}
     for prefix in partial:
-        if any(prefix in _complete(state, other) for other in SOURCES.values()):
+        if prefix in elsewhere:
             others.append(prefix)
             continue
-        own = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+        own = _below(state)(prefix)
         lacking = [key for key in _required(source.table(own)) if key not in own]
         raise ConversionError(
             f"{prefix.removesuffix('.') or 'the state dict'} lacks {', '.join(lacking)}; "
@@ -189,6 +197,19 @@ def _prefixes(state: Mapping[str, Any], source: Source) -> tuple[list[str], list
             f"there is no attention of kind {source.kind}: no keys that end in {anchors}{similar}"
         )
     return complete, others
+
+
+def _below(state: Mapping[str, Any]) -> Callable[[str], list[str]]:
+    """Finds the keys under a prefix, without it, in the state dict's order; not by reading all."""
+    numbers = {key: number for number, key in enumerate(state)}
+    ordered = sorted(numbers)
+
+    def find(prefix: str) -> list[str]:
+        first, end = (bisect.bisect_left(ordered, prefix + last) for last in ("", chr(0x10FFFF)))
+        found = sorted(ordered[first:end], key=numbers.__getitem__)
+        return [key.removeprefix(prefix) for key in found]
+
+    return find
 
 
 def _complete(state: Mapping[str, Any], source: Source) -> list[str]:
@@ -219,6 +240,8 @@ def _tensor(state: Mapping[str, Any], key: str) -> Tensor:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise ConversionError(f"{key} must be a tensor of real numbers; got {kind}")
+    if value.layout != torch.strided:
+        raise ConversionError(f"{key} must be a dense tensor; got {value.layout}")
     return value
 
 
@@ -241,6 +264,18 @@ def _check_biases(zeta: StateDict, kind: str, name: str) -> None:
         raise ConversionError(
             f"{name} has biases of {listed}, as {source_of(kind).title} cannot have"
         )
+
+
+def _check_extra_key(zeta: StateDict, name: str) -> None:
+    """Raise ConversionError for half of a learned extra key and value, or one of a wrong shape."""
+    found = {
+        entry.source: tuple(zeta[entry.source].shape) for entry in EXTRA_KEY if entry.source in zeta
+    }
+    key = "k_proj.weight" if "k_proj.weight" in zeta else "k_proj.A.weight"
+    shape = (1, 1, zeta[key].shape[0])
+    if found and found != {entry.source: shape for entry in EXTRA_KEY}:
+        listed = ", ".join(f"{part} {got}" for part, got in found.items())
+        raise ConversionError(f"{name} must have bias_k and bias_v of shape {shape}; got {listed}")
 
 
 def _check_shapes(zeta: StateDict, kind: str, name: str) -> None:

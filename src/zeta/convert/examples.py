@@ -123,6 +123,8 @@ def _masked(
         yield call("random mask", hidden=hidden)
     yield call("additive mask", added=added)
     yield call("padding", padding=padding)
+    if form.add_bias_kv or form.add_zero_attn:
+        yield call("every key hidden", hidden=torch.ones_like(hidden))
     if kind == "self":
         yield call("causal", hidden=causal, is_causal=True)
         yield call("causal, padding", hidden=causal, padding=padding, is_causal=True)

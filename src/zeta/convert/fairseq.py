@@ -10,15 +10,21 @@ from zeta.convert.errors import ConversionError
 from zeta.convert.forms import PROJECTIONS, Form
 from zeta.convert.source import Example, Runner, Source, optional
 from zeta.convert.tables import Table, linear
-from zeta.convert.torch_nn import PACKED, TORCH
+from zeta.convert.torch_nn import EXTRA_KEY, PACKED, TORCH
 
-SEPARATE: Table = tuple(entry for name in PROJECTIONS for entry in linear(name, name))
+SEPARATE: Table = (
+    *(entry for name in PROJECTIONS for entry in linear(name, name)),
+    *EXTRA_KEY,
+)
+
+_ALL_HIDDEN = {"queries whose keys are all hidden": "fairseq gives NaN, Zeta 0"}
+_LEARNED = {
+    "decoding": "with add_bias_kv fairseq's cache has the learned key once more at each step"
+}
 
 
 def _read(module: Any) -> Form:
     for name, value in (
-        ("add_bias_kv", module.bias_k is not None),
-        ("add_zero_attn", module.add_zero_attn),
         ("xformers_att_config", getattr(module, "use_xformers", False)),
         ("beam_size", getattr(module, "beam_size", 1) != 1),
     ):
@@ -34,6 +40,8 @@ def _read(module: Any) -> Form:
         dropout=module.dropout_module.p if hasattr(module, "dropout_module") else module.dropout,
         self_attention=getattr(module, "self_attention", False),
         encoder_decoder_attention=getattr(module, "encoder_decoder_attention", False),
+        add_bias_kv=module.bias_k is not None,
+        add_zero_attn=module.add_zero_attn,
     )
 
 
@@ -48,6 +56,8 @@ def _build(form: Form) -> nn.Module:
         bias=bool(form.biases),
         self_attention=form.self_attention,
         encoder_decoder_attention=form.encoder_decoder_attention,
+        add_bias_kv=form.add_bias_kv,
+        add_zero_attn=form.add_zero_attn,
     )
     return built
 
@@ -72,7 +82,14 @@ def _runner(module: Any) -> Runner:
         return torch.cat(steps).transpose(0, 1)
 
     cross = getattr(module, "encoder_decoder_attention", False)
-    return Runner(call, None if cross else decode, separate_values=not cross)
+    learned = module.bias_k is not None
+    not_compared = {} if learned or module.add_zero_attn else _ALL_HIDDEN
+    return Runner(
+        call,
+        None if cross or learned else decode,
+        separate_values=not cross,
+        not_compared=_LEARNED if learned else not_compared,
+    )
 
 
 FAIRSEQ = Source(
@@ -92,10 +109,9 @@ FAIRSEQ = Source(
     build=_build,
     tolerance=1e-5,
     runner=_runner,
-    expresses=frozenset({"kdim", "vdim"}),
+    expresses=frozenset({"kdim", "vdim", "add_bias_kv", "add_zero_attn"}),
     not_compared={
         "weights of each head": "fairseq averages them over heads, and so does the comparison",
-        "queries whose keys are all hidden": "fairseq gives NaN, Zeta 0",
     },
     stand_in=TORCH,
 )

@@ -42,6 +42,11 @@ class Checkpoint:
         """The same with another state dict."""
         return Checkpoint(state, self.around, self.place, self.metadata)
 
+    @property
+    def nbytes(self) -> int:
+        """Of the dense tensors in the state dict."""
+        return sum(value.nbytes for value in self.state.values() if _is_dense(value))
+
 
 def read(path: Path, progress: Progress = lambda done, total: None) -> Checkpoint:
     """Read a checkpoint, by the file's suffix.
@@ -141,6 +146,12 @@ def _write_safetensors(path: Path, checkpoint: Checkpoint) -> None:
     others = [key for key, value in checkpoint.state.items() if not isinstance(value, Tensor)]
     if others:
         raise ConversionError(f"safetensors files hold tensors only; {others[0]} is none")
+    for key, tensor in checkpoint.state.items():
+        if not _is_dense(tensor) or tensor.is_meta:
+            kind = "on the meta device" if tensor.is_meta else tensor.layout
+            raise ConversionError(
+                f"safetensors files hold dense tensors with numbers only; {key} is {kind}"
+            )
     metadata = checkpoint.metadata or {"format": "pt"}
     seen: set[int] = set()
     tensors = {}
@@ -178,6 +189,10 @@ def _read_torch(path: Path) -> Checkpoint:
         raise ConversionError(f"{path} must hold one state dict; it has {listed}")
     place = (named or places)[0]
     return Checkpoint(dict(loaded[place]), dict(loaded), place)
+
+
+def _is_dense(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided
 
 
 def _is_state(value: Mapping[Any, Any]) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from zeta.convert.errors import ConversionError
 from zeta.nn import MultiheadAttention, MultiwayNetwork, RotaryEmbedding, XPos
 from zeta.nn.norms import QueryKeyNorm, RMSNorm, UnitNorm
+from zeta.nn.scalings import Scaling
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 WITH_BIASES = frozenset(PROJECTIONS)
@@ -22,6 +23,7 @@ class Rotary:
     base: float = 10000.0
     interleaved: bool = True
     rotary_dim: int | None = None
+    scaling: Scaling | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class Form:
     num_ways: int = 1
     split_position: int = -1
     qk_norm: QueryKeyNorm | None = None
+    add_bias_kv: bool = False
+    add_zero_attn: bool = False
 
     @classmethod
     def plain(cls, embed_dim: int, num_heads: int, **options: object) -> "Form":
@@ -81,7 +85,7 @@ class Form:
             xpos_scale_base = position.scale_base
         elif isinstance(position, RotaryEmbedding):
             part = None if position.rotary_dim == position.head_dim else position.rotary_dim
-            rotary = Rotary(position.base, position.interleaved, part)
+            rotary = Rotary(position.base, position.interleaved, part, position.scaling)
         elif position is not None:
             raise ConversionError(f"position={type(position).__name__} cannot be converted")
         norm = next((ways[0] for ways in [_ways(attention.inner_attn_ln)] if ways), None)
@@ -108,6 +112,8 @@ class Form:
             num_ways=len(_ways(attention.q_proj)),
             split_position=split_position_of(attention),
             qk_norm=_qk_norm(attention),
+            add_bias_kv=attention.bias_k is not None,
+            add_zero_attn=attention.add_zero_attn,
         )
 
     def build(self) -> MultiheadAttention:
@@ -131,9 +137,10 @@ class Form:
                 kdim=self.kdim, vdim=self.vdim, scale=self.scale, qk_norm=self.qk_norm,
                 position=None if rotary is None else RotaryEmbedding(
                     self.head_dim, base=rotary.base, interleaved=rotary.interleaved,
-                    rotary_dim=rotary.rotary_dim,
+                    rotary_dim=rotary.rotary_dim, scaling=rotary.scaling,
                 ),
                 window=self.window, device="meta",
+                add_bias_kv=self.add_bias_kv, add_zero_attn=self.add_zero_attn,
             )  # fmt: skip
         except (TypeError, ValueError) as error:
             raise ConversionError(str(error)) from error
@@ -158,6 +165,8 @@ class Form:
             ("window", self.window, None),
             ("multiway", self.num_ways, 1),
             ("qk_norm", self.qk_norm, None),
+            ("add_bias_kv", self.add_bias_kv, False),
+            ("add_zero_attn", self.add_zero_attn, False),
         ):
             if value != usual:
                 found[name] = f"{name}={value}"
@@ -205,6 +214,7 @@ def form_from_state(state: Mapping[str, Tensor], num_heads: int | None, where: s
         subln=f"inner_attn_ln{way}.weight" in state,
         xpos_scale_base=512.0 if "xpos.scale" in state else None,
         num_ways=ways,
+        add_bias_kv="bias_k" in state,
     )
 
 

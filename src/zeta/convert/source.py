@@ -66,12 +66,14 @@ class Runner:
             with the source's own cache; None: it has none.
         separate_values: Values can be another tensor than keys.
         rel_pos: It takes ``rel_pos`` of an example.
+        not_compared: What cannot be compared with this module, and why.
     """
 
     call: Callable[[Example], tuple[Tensor, Tensor | None]]
     decode: Callable[[Tensor], Tensor] | None = None
     separate_values: bool = False
     rel_pos: bool = False
+    not_compared: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,43 +2,41 @@
 
 from torch import Tensor, nn
 
-from zeta.convert.errors import ConversionError
 from zeta.convert.forms import Form
 from zeta.convert.source import Example, Runner, Source
 from zeta.convert.tables import Entry, Table, linear
 
 _INPUTS = ("q_proj", "k_proj", "v_proj")
 _BIAS = Entry("in_proj_bias", tuple(f"{name}.bias" for name in _INPUTS), optional=True)
+EXTRA_KEY: Table = tuple(Entry(name, (name,), optional=True) for name in ("bias_k", "bias_v"))
 PACKED: Table = (
     Entry("in_proj_weight", tuple(f"{name}.weight" for name in _INPUTS)),
     _BIAS,
     *linear("out_proj", "out_proj"),
+    *EXTRA_KEY,
 )
 SEPARATE: Table = (
     *(Entry(f"{name}_weight", (f"{name}.weight",)) for name in _INPUTS),
     _BIAS,
     *linear("out_proj", "out_proj"),
+    *EXTRA_KEY,
 )
+
+_ALL_HIDDEN = {
+    "queries whose keys are all hidden": "torch gives NaN or 0 by the path taken, Zeta 0"
+}
 
 
 def _read(module: nn.Module) -> Form:
     assert isinstance(module, nn.MultiheadAttention)
-    if module.bias_k is not None or module.bias_v is not None:
-        raise ConversionError(
-            "add_bias_kv=True cannot be converted: zeta.nn.MultiheadAttention attends to the given "
-            "tokens only, not to a learned key and value beside them"
-        )
-    if module.add_zero_attn:
-        raise ConversionError(
-            "add_zero_attn=True cannot be converted: zeta.nn.MultiheadAttention attends to the "
-            "given tokens only, not to a key and value of zeros beside them"
-        )
     return Form.plain(
         module.embed_dim,
         module.num_heads,
         kdim=module.kdim,
         vdim=module.vdim,
         dropout=module.dropout,
+        add_bias_kv=module.bias_k is not None,
+        add_zero_attn=module.add_zero_attn,
     )
 
 
@@ -48,6 +46,8 @@ def _build(form: Form) -> nn.Module:
         form.num_heads,
         form.dropout,
         bias=bool(form.biases),
+        add_bias_kv=form.add_bias_kv,
+        add_zero_attn=form.add_zero_attn,
         kdim=form.kdim,
         vdim=form.vdim,
         batch_first=True,
@@ -73,7 +73,8 @@ def _runner(module: nn.Module) -> Runner:
         out = out if module.batch_first else out.transpose(0, 1)
         return out, weights.transpose(0, 1)
 
-    return Runner(call, separate_values=True)
+    extra = module.bias_k is not None or module.add_zero_attn
+    return Runner(call, separate_values=True, not_compared={} if extra else _ALL_HIDDEN)
 
 
 TORCH = Source(
@@ -85,9 +86,6 @@ TORCH = Source(
     settle=lambda form, keys: form,
     build=_build,
     runner=_runner,
-    expresses=frozenset({"kdim", "vdim"}),
-    not_compared={
-        "decoding": "torch.nn.MultiheadAttention has no cache",
-        "queries whose keys are all hidden": "torch gives NaN or 0 by the path taken, Zeta 0",
-    },
+    expresses=frozenset({"kdim", "vdim", "add_bias_kv", "add_zero_attn"}),
+    not_compared={"decoding": "torch.nn.MultiheadAttention has no cache"},
 )

@@ -10,11 +10,14 @@ from zeta.nn.multiway import (
     set_split_position,
 )
 from zeta.nn.positions import XPOS, RotaryEmbedding, XPos
+from zeta.nn.scalings import LinearScaling, Llama3Scaling, YarnScaling
 
 __all__ = [
     "XPOS",
     "ALiBi",
     "AttentionConfig",
+    "LinearScaling",
+    "Llama3Scaling",
     "MultiheadAttention",
     "MultiwayEmbedding",
     "MultiwayNetwork",
@@ -22,5 +25,6 @@ __all__ = [
     "RelativePositionBias",
     "RotaryEmbedding",
     "XPos",
+    "YarnScaling",
     "set_split_position",
 ]

@@ -63,14 +63,22 @@ class Blocks(NamedTuple):
         Raises:
             ValueError: More queries than half a block see keys after them.
         """
+        return self.run_with_lse(call)[0]
+
+    def run_with_lse(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """`run`, and ``(B, H, T)``, the log-sum-exp, where ``call.result`` asks for it.
+
+        That of a query with every key hidden is -inf, or the least finite number.
+        """
         parts = self._key_blocks(call)
         if parts is None:
-            return torch.cat([run(part)[0] for part in self._parts(call)], dim=2)
+            outs, lses = zip(*[run(part) for part in self._parts(call)], strict=True)
+            return torch.cat(outs, dim=2), None if lses[0] is None else torch.cat(lses, dim=2)
         results = (
             run(dataclasses.replace(part, query=_times(call.query, factor_D)))
             for part, factor_D in parts
         )
-        return next(results)[0] if len(parts) == 1 else _merged(results)
+        return next(results) if len(parts) == 1 else _merged(results)
 
     def weights(self, call: AttentionCall) -> Tensor:
         """Of such an attention, what ``call.result`` asks for."""
@@ -264,8 +272,8 @@ def _rotated(
     return Rotated(turned, rotation.keys(key, positions, anchor, origin), origin, None)
 
 
-def _merged(results: Iterator[tuple[Tensor, Tensor | None]]) -> Tensor:
-    """``(B, H, T, Dv)``: the attention over all keys, of output and log-sum-exp over some each."""
+def _merged(results: Iterator[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
+    """Output ``(B, H, T, Dv)`` and log-sum-exp over all keys, of those over some each."""
     total, total_lse = None, None
     for out, lse in results:
         assert lse is not None
@@ -278,7 +286,8 @@ def _merged(results: Iterator[tuple[Tensor, Tensor | None]]) -> Tensor:
             total = torch.lerp(total, wide, (lse - total_lse).sigmoid().unsqueeze(-1))
             total_lse = torch.logaddexp(total_lse, lse)
     assert total is not None
-    return total.to(out.dtype)
+    assert total_lse is not None
+    return total.to(out.dtype), total_lse
 
 
 def _times_two_to(x: Tensor, exponent: Tensor) -> Tensor:

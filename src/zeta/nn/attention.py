@@ -6,6 +6,7 @@ E embedding, D head dimension.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,14 @@ from zeta.nn import checks
 from zeta.nn.anchors import Blocks
 from zeta.nn.calls import NeedWeights, attention_call, uncached, weights_of
 from zeta.nn.config import AttentionConfig
-from zeta.nn.initialization import draw_inputs, draw_output, reset_norms
+from zeta.nn.extra_keys import ExtraKeys
+from zeta.nn.initialization import draw_extra_key, draw_inputs, draw_output, reset_norms
 from zeta.nn.masking import AttentionMask, RelativePosition
 from zeta.nn.multiway import MultiwayWrapper
 from zeta.nn.norms import QueryKeyNorm, query_key_norm
 from zeta.nn.placement import Placement, Route, SplitArgument, batched_split, through
 from zeta.nn.positions import Rotation, XPos
+from zeta.nn.projections import project_together
 from zeta.nn.state import IncrementalState, open_state
 from zeta.ops.attention import run
 from zeta.ops.weights import without_batch
@@ -59,6 +62,10 @@ class MultiheadAttention(nn.Module):
         need_weights: What `forward` returns second, unless it is told otherwise.
         device: Of the parameters.
         dtype: Of the parameters.
+        add_bias_kv: Every query also sees a learned key and value, ``bias_k`` and ``bias_v``,
+            ``(1, 1, num_kv_heads * head_dim)``, whatever is hidden from it. They are the same for
+            every way of multiway, and the key is neither normalised nor rotated.
+        add_zero_attn: Every query also sees a key and a value of zeros.
 
     Raises:
         TypeError: An argument or a field of ``args`` has the wrong type.
@@ -88,6 +95,8 @@ class MultiheadAttention(nn.Module):
         need_weights: NeedWeights = "lazy",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
     ) -> None:
         super().__init__()
         config = AttentionConfig.from_args(args)
@@ -126,6 +135,14 @@ class MultiheadAttention(nn.Module):
             position = XPos(self.head_dim, config.xpos_scale_base, device=device)
         # TorchScale's name, under which xPos stands in the state dict, whatever the rotation.
         self.xpos = position
+        self.num_extra_keys = int(add_bias_kv) + int(add_zero_attn)
+        self.add_zero_attn = add_zero_attn
+        self.bias_k, self.bias_v = (
+            nn.Parameter(torch.empty(1, 1, inner_kv, device=device, dtype=dtype))
+            if add_bias_kv
+            else None
+            for _ in range(2)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -133,11 +150,12 @@ class MultiheadAttention(nn.Module):
 
         Xavier uniform (Glorot and Bengio, 2010) with gain ``1 / sqrt(2)`` for queries, keys and
         values and gain 1 for the output, whose bias is 0; norms are reset; other biases as in
-        ``nn.Linear``.
+        ``nn.Linear``; ``bias_k`` and ``bias_v`` Xavier normal.
         """
         draw_inputs((self.q_proj, self.k_proj, self.v_proj))
         draw_output(self.out_proj)
         reset_norms((self.inner_attn_ln, self.q_norm, self.k_norm))
+        draw_extra_key(self.bias_k, self.bias_v)
 
     def forward(
         self,
@@ -183,7 +201,8 @@ class MultiheadAttention(nn.Module):
 
         Returns:
             ``(B, T, E)``, and ``(H, B, T, S)``, weights after the softmax and before dropout; with
-            ``"mean"`` ``(B, T, S)``. A query with every key hidden gets weights of 0.
+            ``"mean"`` ``(B, T, S)``. A query with every key hidden gets weights of 0. S counts the
+            keys of ``add_bias_kv`` and ``add_zero_attn``, at the end, in this order.
 
         Raises:
             TypeError: An argument has the wrong type or dtype.
@@ -210,13 +229,17 @@ class MultiheadAttention(nn.Module):
         )  # fmt: skip
         # Straight from the dict: `nn.Module.__getattr__` adds up where a step takes microseconds.
         parts: dict[str, Any] = self._modules
-        query_BHTD = self._heads(parts["q_proj"], self.q_norm, query, place.query_route)
+        projected = self._projected(query, key, value, place)
+        query_BHTD = self._heads(
+            parts["q_proj"], self.q_norm, query, place.query_route, projected[0]
+        )
+        extra = self._extra_keys(query_BHTD) if self.num_extra_keys else None
         if isinstance(cache, CrossCache) and cache.length:
             source = None if key is None else key.shape[1]
             cached, blocks = cache.reuse(query.shape[0], source, key_padding_mask), None
         else:
             query_BHTD, cached, blocks = self._remember(
-                query_BHTD, key, value, key_padding_mask, cache, place
+                query_BHTD, key, value, key_padding_mask, cache, place, projected[1:]
             )
         try:
             call = attention_call(
@@ -224,33 +247,63 @@ class MultiheadAttention(nn.Module):
                 window=self.window, scale=self.scale,
                 dropout_p=self.dropout if self.training else 0.0,
             )  # fmt: skip
-            out_BHTD = run(call)[0] if blocks is None else blocks.run(call)
+            keys: Blocks | ExtraKeys | None = blocks if extra is None else extra.beside(blocks)
+            out_BHTD = run(call)[0] if keys is None else keys.run(call)
         except BaseException:
             if cache is not None:
                 cache.take_back()
             raise
-        out_BTE = out_BHTD.transpose(1, 2).flatten(2)
-        if self.inner_attn_ln is not None:
-            out_BTE = through(self.inner_attn_ln, out_BTE, place.query_route)
-        out_BTE = through(parts["out_proj"], out_BTE, place.query_route)
+        out_BTE = self._joined(out_BHTD, place.query_route)
         if self.multiway and isinstance(cache, CrossCache):
             cache.count_queries(query)
-        return out_BTE, weights_of(call, need_weights, blocks)
+        return out_BTE, weights_of(call, need_weights, keys)
 
     if TYPE_CHECKING:
         # Of `nn.Module` a checker only learns that it returns something.
         __call__ = forward
 
+    def _projected(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None, place: Placement
+    ) -> Sequence[Tensor | None]:
+        """Queries, keys and values of a few tokens, as far as one pass makes them; or None."""
+        found = None
+        if place.query_route is None:
+            parts: dict[str, Any] = self._modules
+            modules = [parts["q_proj"]]
+            if key is query and value is query:
+                modules += parts["k_proj"], parts["v_proj"]
+            found = project_together(query, *modules)
+        return (*(found or ()), None, None, None)[:3]
+
     def _heads(
-        self, projection: nn.Module, norm: nn.Module | None, x: Tensor, route: Route | None
+        self,
+        projection: nn.Module,
+        norm: nn.Module | None,
+        x: Tensor,
+        route: Route | None,
+        projected: Tensor | None,
     ) -> Tensor:
         """Tokens ``(B, L, features)`` projected, in heads, normalised: ``(B, heads, L, D)``."""
         batch, length, _ = x.shape
-        projected = projection(x) if route is None else through(projection, x, route)
+        if projected is None:
+            projected = projection(x) if route is None else through(projection, x, route)
         heads_BLHD = projected.view(batch, length, -1, self.head_dim)
         if norm is not None:
             heads_BLHD = norm(heads_BLHD)
         return heads_BLHD.transpose(1, 2)
+
+    def _joined(self, out_BHTD: Tensor, route: Route | None) -> Tensor:
+        """The heads next to each other, normalised, projected: ``(B, T, E)``."""
+        out_BTE = out_BHTD.transpose(1, 2).flatten(2)
+        if self.inner_attn_ln is not None:
+            out_BTE = through(self.inner_attn_ln, out_BTE, route)
+        projection: nn.Module = self._modules["out_proj"]  # type: ignore[assignment]  # never None
+        found = None if route is not None else project_together(out_BTE, projection)
+        return through(projection, out_BTE, route) if found is None else found[0]
+
+    def _extra_keys(self, query_BHTD: Tensor) -> ExtraKeys:
+        """The module's own keys, for queries before their rotation: these have no position."""
+        return ExtraKeys(query_BHTD, self.bias_k, self.bias_v, self.add_zero_attn)
 
     def _remember(
         self,
@@ -260,12 +313,13 @@ class MultiheadAttention(nn.Module):
         key_padding_mask: Tensor | None,
         cache: Cache | CrossCache | None,
         place: Placement,
+        projected: Sequence[Tensor | None],
     ) -> tuple[Tensor, Cached, Blocks | None]:
         """The queries, rotated, and all keys and values, those in the cache first."""
         key, value = checks.checked_source(query_BHTD.shape[0], key, value, self.kdim, self.vdim)
         parts: dict[str, Any] = self._modules
-        key_BGND = self._heads(parts["k_proj"], self.k_norm, key, place.key_route)
-        value_BGND = self._heads(parts["v_proj"], None, value, place.key_route)
+        key_BGND = self._heads(parts["k_proj"], self.k_norm, key, place.key_route, projected[0])
+        value_BGND = self._heads(parts["v_proj"], None, value, place.key_route, projected[1])
         if isinstance(cache, CrossCache):
             return query_BHTD, cache.update(key_BGND, value_BGND, key_padding_mask), None
         origin, blocks = None, None

@@ -11,9 +11,11 @@ from zeta.biases import Bias
 from zeta.caches import Cached, extend_padding
 from zeta.masks import Mask
 from zeta.nn.anchors import Blocks
+from zeta.nn.extra_keys import ExtraKeys
 from zeta.nn.masking import AttentionMask, RelativePosition, join, structured_mask
 from zeta.ops.attention import run_weights
 from zeta.ops.call import AttentionCall
+from zeta.ops.deferred import Compute
 from zeta.ops.weights import lazy_weights
 
 NeedWeights: TypeAlias = bool | Literal["lazy", "mean"]
@@ -85,9 +87,15 @@ def attention_call(
 
 
 def weights_of(
-    call: AttentionCall, need_weights: NeedWeights, blocks: Blocks | None
+    call: AttentionCall, need_weights: NeedWeights, keys: Blocks | ExtraKeys | None
 ) -> Tensor | None:
-    """``(H, B, T, S)``, ``(B, T, S)`` averaged over heads, or None, as ``need_weights`` says."""
+    """``(H, B, T, S)``, ``(B, T, S)`` averaged over heads, or None, as ``need_weights`` says.
+
+    Args:
+        call: Of the output.
+        need_weights: As `MultiheadAttention.forward` takes it.
+        keys: What ran the call, if not the op itself. Extra keys are further columns.
+    """
     if need_weights is False:
         return None
     # Without the values, which lazy weights would keep alive.
@@ -102,7 +110,11 @@ def weights_of(
         key_positions=call.key_positions,
         result="mean_weights" if need_weights == "mean" else "weights",
     )
-    compute = run_weights if blocks is None else blocks.weights
+    compute: Compute = run_weights
+    if isinstance(keys, ExtraKeys):
+        call, compute = keys.weights(call)
+    elif keys is not None:
+        compute = keys.weights
     if need_weights == "lazy":
         return lazy_weights(call, compute, heads_first=True)
     weights = compute(call)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from zeta.nn.multiway import Ways
 from zeta.nn.norms import RMSNorm
@@ -34,6 +34,13 @@ def draw_output(projection: nn.Module) -> None:
     for linear in ways_of(projection):
         if isinstance(linear.bias, nn.Parameter):
             nn.init.zeros_(linear.bias)
+
+
+def draw_extra_key(bias_k: Tensor | None, bias_v: Tensor | None) -> None:
+    """Draw a learned key and value, where there are any: Xavier normal, as torch does."""
+    for parameter in (bias_k, bias_v):
+        if parameter is not None:
+            nn.init.xavier_normal_(parameter)
 
 
 def reset_norms(norms: Iterable[nn.Module | None]) -> None:
