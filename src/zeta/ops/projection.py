@@ -10,6 +10,8 @@ from zeta.ops.transforms import is_transforming
 FEW = 16
 """Rows up to which asking is worth it."""
 
+_PLAIN = (Tensor, nn.Parameter)
+
 Layer = tuple[Tensor, Tensor | None]
 """Weight ``(features, width)`` and bias ``(features,)``."""
 
@@ -24,24 +26,22 @@ def project_few(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...] | None
         x: ``(..., width)``.
         layers: Of the same ``x``.
     """
-    if torch.compiler.is_compiling() or not _is_plain(x) or _is_watched():
+    if torch.compiler.is_compiling() or _is_watched():
         return None
+    tensors = [x]
     for weight, bias in layers:
-        if not _is_plain(weight) or not (bias is None or _is_plain(bias)):
+        tensors.append(weight)
+        if bias is not None:
+            tensors.append(bias)
+    has_gradients = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+            return None
+        if has_gradients and tensor.requires_grad:
             return None
     from zeta.ops.backends.cpu import projection
 
     return projection.project(x, layers)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """On the CPU, of no class of its own, and without a gradient."""
-    kind = type(tensor)
-    return (
-        (kind is nn.Parameter or kind is Tensor)
-        and tensor.is_cpu
-        and not (tensor.requires_grad and torch.is_grad_enabled())
-    )
 
 
 def _is_watched() -> bool:
