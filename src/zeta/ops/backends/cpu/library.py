@@ -15,13 +15,11 @@ PATH = Path(__file__).with_name("libzeta_cpu.so")
 INSTRUCTION_SETS = ("AVX2", "AVX-512", "AMX")
 """As `ZetaIsa` numbers them, from 1 on; the last that is usable runs."""
 
-DONE, NOT_BUILT, CANNOT = 0, 3, 5
+DONE, NO_MEMORY = 0, 3
 _ANSWERS = {
     1: "it is of another version",
     2: "neither the processor nor the build has the instruction set",
-    NOT_BUILT: "it was built without this pass",
-    4: "there is no memory left",
-    CANNOT: "the pass cannot do this call",
+    NO_MEMORY: "there is no memory left",
 }
 
 Pass = Callable[[ctypes.Array[ctypes.c_char] | bytes], int]
@@ -88,7 +86,7 @@ def check(answer: int) -> None:
     if answer == DONE:
         return
     message = f"the native library refuses: {_ANSWERS.get(answer, f'answer {answer}')}"
-    raise MemoryError(message) if answer == 4 else RuntimeError(message)
+    raise MemoryError(message) if answer == NO_MEMORY else RuntimeError(message)
 
 
 @functools.cache

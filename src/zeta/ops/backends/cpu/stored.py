@@ -63,10 +63,10 @@ def _store(call: AttentionCall) -> Store | None:
     return key.store if is_one else None
 
 
-def run(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
+def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Attention ``(B, H, T, Dv)`` and its log-sum-exp ``(B, H, T)`` in float32.
 
-    `unreadable` must be empty. None if the library was built without the pass.
+    `unreadable` must be empty.
 
     Raises:
         RuntimeError: What is stored was written over.
@@ -83,7 +83,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor] | None:
     return found
 
 
-def _over_pages(call: AttentionCall, store: Pages, first: int) -> tuple[Tensor, Tensor] | None:
+def _over_pages(call: AttentionCall, store: Pages, first: int) -> tuple[Tensor, Tensor]:
     padding_B = None
     if store.positions is not None and not _reads_positions(call):
         call = dataclasses.replace(call, query_positions=None, key_positions=None)
@@ -133,7 +133,7 @@ def _reads_positions(call: AttentionCall) -> bool:
     return bool(call.dropout_p) or not all(isinstance(value, plain) for value in values)
 
 
-def _over_codes(call: AttentionCall, store: Codes) -> tuple[Tensor, Tensor] | None:
+def _over_codes(call: AttentionCall, store: Codes) -> tuple[Tensor, Tensor]:
     """A product with ``step * (codes + middle)`` is one with codes and digits, times the step."""
     digits = store.key.shape[3] - call.head_dim
     powers = torch.tensor([256.0**place for place in range(digits)])
@@ -144,10 +144,7 @@ def _over_codes(call: AttentionCall, store: Codes) -> tuple[Tensor, Tensor] | No
     record = describe(query, store.key, store.value, fixed, library.load().instruction_set)
     steps = store.key_steps, store.value_steps
     _FACTORS.write(record, *(step.data_ptr() for step in steps), *store.key_steps.stride()[:2])
-    found = _decoded(record, query, store.value.shape[3], lowered, fixed)
-    if found is None:
-        return None
-    out, lse = found
+    out, lse = _decoded(record, query, store.value.shape[3], lowered, fixed)
     codes, middle = out.split((store.value.shape[3] - digits, digits), dim=-1)
     return (codes + (middle * powers).sum(-1, keepdim=True)).to(call.query.dtype), lse
 
@@ -158,7 +155,7 @@ def _fixed(lowered: Lowered) -> Fixed:
 
 def _decoded(
     record: Filled, query: Tensor, width: int, lowered: Lowered, fixed: Fixed
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor]:
     """Output ``(B, H, T, width)`` and log-sum-exp of a record that has its operands."""
     kept = describe_scores(record, lowered.offsets, lowered.dense, fixed)
     out = empty_rows(query, width)
@@ -166,7 +163,5 @@ def _decoded(
     _OUT.write(record, out.data_ptr(), *out.stride()[:3], lse.data_ptr())
     answer = library.load().decode(record)
     del kept
-    if answer in (library.CANNOT, library.NOT_BUILT):
-        return None
     library.check(answer)
     return out, lse

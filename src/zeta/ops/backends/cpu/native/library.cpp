@@ -103,8 +103,7 @@ int64_t run(const Call *call, int64_t (*ZetaPasses::*pass)(const Call *)) {
         while (isa > ZETA_BEST && !(usable >> isa & 1)) --isa;
     }
     if (isa <= ZETA_BEST || isa > ZETA_AMX || !(usable >> isa & 1)) return ZETA_NO_PROCESSOR;
-    const auto function = tables[isa]->*pass;
-    return function ? function(call) : static_cast<int64_t>(ZETA_NOT_BUILT);
+    return (tables[isa]->*pass)(call);
 }
 
 }  // namespace

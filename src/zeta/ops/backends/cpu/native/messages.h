@@ -5,7 +5,5 @@ enum ZetaAnswer {
     ZETA_DONE = 0,
     ZETA_OTHER_VERSION = 1,   // the struct's size is not this library's
     ZETA_NO_PROCESSOR = 2,    // the processor, or the build, lacks the instruction set
-    ZETA_NOT_BUILT = 3,       // the library has no such pass
-    ZETA_NO_MEMORY = 4,       // there was none left for scratch
-    ZETA_CANNOT = 5,          // the pass does not know a feature of the call
+    ZETA_NO_MEMORY = 3,       // there was none left for scratch
 };

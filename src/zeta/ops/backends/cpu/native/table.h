@@ -4,8 +4,8 @@
 //
 //     extern "C" const ZetaPasses zeta_passes_avx2 = {forward, backward, weights, decode, project};
 //
-// with null for a pass it lacks. The tables are weak here: a unit whose instructions the compiler
-// does not know is left out of the library.
+// The tables are weak here: a unit whose instructions the compiler does not know is left out of the
+// library.
 #pragma once
 
 #include <stdint.h>
