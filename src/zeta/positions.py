@@ -68,7 +68,7 @@ def rotary_tables(
     Raises:
         ValueError: If ``head_dim`` is odd or not positive.
     """
-    if _can_keep(positions.device):
+    if can_keep(positions.device):
         frequency_P = _kept_frequencies(head_dim, base, angle_dtype)
     else:
         frequency_P = rotary_frequencies(
@@ -77,7 +77,7 @@ def rotary_tables(
     return angle_tables(positions, frequency_P, dtype=dtype)
 
 
-def _can_keep(device: torch.device) -> bool:
+def can_keep(device: torch.device) -> bool:
     """Whether what a decoding step would make anew, for longer than it uses it, can be kept: on the
     CPU, and where nothing records or replaces tensors.
     """
@@ -165,7 +165,7 @@ def xpos_rates(
 
     Not to be written to: it may be kept for later calls.
     """
-    if device is not None and _can_keep(torch.device(device)):
+    if device is not None and can_keep(torch.device(device)):
         return _kept_rates(head_dim, scale_base)
     return _xpos_factors(head_dim, device).log2_().div_(scale_base)
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from zeta.caches import Cache
 from zeta.caches.recording import is_recorded
-from zeta.nn.positions import Positions, XPos
+from zeta.nn.positions import XPos
+from zeta.nn.tables import Positions
 from zeta.ops.attention import run, run_weights
 from zeta.ops.call import AttentionCall
 from zeta.ops.parts import Indivisible, keys_of, rows_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zeta.nn.config import AttentionConfig
-from zeta.nn.positions import Positions
+from zeta.nn.tables import Positions
 
 Split: TypeAlias = int | Tensor
 """Which tokens go which way:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from zeta.caches import Cache, CrossCache, DictCache
 from zeta.nn.anchors import Rotated, rotate_xpos
 from zeta.nn.multiway import Split
-from zeta.nn.positions import Positions, Rotation, XPos
+from zeta.nn.positions import Rotation, XPos
+from zeta.nn.tables import Positions
 
 SplitArgument: TypeAlias = Split | tuple[Split, Split]
 """One for queries and keys, or one for each."""

@@ -8,16 +8,24 @@ Shapes: B batch, H heads, L length, D head dimension.
 
 import math
 from collections.abc import Callable
-from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from zeta.nn.scalings import Scaling
-from zeta.positions import angle_tables, rotary_tables, rotate, xpos_rates, xpos_scale
-
-Positions: TypeAlias = int | Tensor
-"""Position of the first of consecutive tokens, or of each: ``(L,)`` or ``(1 or B, L)``."""
+from zeta.nn.tables import (
+    Positions,
+    decaying_tables,
+    exponents,
+    few_positions,
+    kept_rotation_tables,
+    kept_xpos_tables,
+    position_tensor,
+    position_tensors,
+    rotation_tables,
+    xpos_tables,
+)
+from zeta.positions import rotate, xpos_rates, xpos_scale
 
 
 class Rotation(nn.Module):
@@ -123,15 +131,12 @@ class RotaryEmbedding(Rotation):
         return torch.cat((rotate(turned, cos, sin, interleaved=self.interleaved), kept), dim=-1)
 
     def _tables(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        position_L = _as_tensor(positions, x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        if self.scaling is None:
-            return rotary_tables(position_L, self.rotary_dim, base=self.base, dtype=dtype)
-        frequency_P = self.scaling.frequencies(
-            self.rotary_dim, base=self.base, device=position_L.device
-        )
-        cos, sin = angle_tables(position_L, frequency_P, dtype=dtype)
-        return cos * self.scaling.magnitude, sin * self.scaling.magnitude
+        form = self.rotary_dim, self.base, self.scaling, dtype
+        few = few_positions(x, positions)
+        if few is not None:
+            return kept_rotation_tables(*form, *few)
+        return rotation_tables(*form, position_tensor(positions, x.shape[-2], x.device))
 
 
 class XPos(Rotation):
@@ -242,7 +247,7 @@ class XPos(Rotation):
             ``(..., D / 2)`` float64 integers for anchors ``(...)``.
         """
         rates_P = xpos_rates(self.head_dim, scale_base=self.scale_base, device=device)
-        return _exponents(anchor, rates_P)
+        return exponents(anchor, rates_P)
 
     def _check_reach(self, x: Tensor, first: int, anchor: int) -> None:
         if torch.compiler.is_compiling():
@@ -263,10 +268,17 @@ class XPos(Rotation):
         origin: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`queries` and `keys` of the same tokens, for little more than one of them."""
-        cos, sin, power = self._tables(key, positions, anchor, origin)
-        scale, inverse = power.exp2().to(cos.dtype), power.neg_().exp2_().to(cos.dtype)
-        turned = rotate(query, cos * scale, sin * scale)
-        return turned, rotate(key, cos * inverse, sin * inverse)
+        if isinstance(positions, int) and isinstance(anchor, int):
+            self._check_reach(key, positions, anchor)
+        few = few_positions(key, positions, anchor, origin)
+        form = self.head_dim, self.scale_base, key.dtype
+        if few is not None:
+            of_queries, of_keys = kept_xpos_tables(*form, *few)
+        else:
+            of_queries, of_keys = xpos_tables(
+                *form, *position_tensors(key, positions, anchor), origin
+            )
+        return rotate(query, *of_queries), rotate(key, *of_keys)
 
     def _turn(
         self,
@@ -276,44 +288,17 @@ class XPos(Rotation):
         sign: int,
         origin: Tensor | None = None,
     ) -> Tensor:
-        cos, sin, power = self._tables(x, positions, anchor, origin)
+        if isinstance(positions, int) and isinstance(anchor, int):
+            self._check_reach(x, positions, anchor)
+        cos, sin, power = decaying_tables(
+            self.head_dim, self.scale_base, x.dtype, *position_tensors(x, positions, anchor), origin
+        )
         scale = power.mul_(sign).exp2_().to(cos.dtype)
         return rotate(x, cos * scale, sin * scale)
-
-    def _tables(
-        self, x: Tensor, positions: Positions, anchor: Positions, origin: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Cosines, sines, and the binary logarithm of the scale of queries, in float64."""
-        if not isinstance(positions, Tensor) and not isinstance(anchor, Tensor):
-            self._check_reach(x, positions, anchor)
-        position_L = _as_tensor(positions, x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        # float32 angles: those that models with xPos were trained with.
-        cos, sin = rotary_tables(position_L, self.head_dim, dtype=dtype, angle_dtype=torch.float32)
-        counted = position_L if origin is None else position_L - origin[:, None, None]
-        rates_P = xpos_rates(self.head_dim, scale_base=self.scale_base, device=x.device)
-        power = counted[..., None] * rates_P
-        if isinstance(anchor, Tensor) or anchor:
-            anchor = _as_tensor(anchor, x) if isinstance(anchor, Tensor) else anchor
-            power = power - _exponents(anchor, rates_P)
-        # What stands nowhere, as padding does, must not overflow; nobody reads it.
-        limit = math.log2(torch.finfo(x.dtype).max / 2.0)
-        return cos, sin, power.clamp_(-limit, limit)
 
 
 XPOS = XPos
 """TorchScale's spelling."""
-
-
-def _exponents(anchor: Positions, rates_P: Tensor) -> Tensor:
-    return ((anchor[..., None] if isinstance(anchor, Tensor) else anchor) * rates_P).round_()
-
-
-def _as_tensor(positions: Positions, x: Tensor) -> Tensor:
-    """Positions that broadcast over ``x`` without its last dimension."""
-    if isinstance(positions, Tensor):
-        return positions if positions.dim() == 1 else positions.unsqueeze(1)
-    return torch.arange(positions, positions + x.shape[-2], device=x.device)
 
 
 def _check_pairs(dim: int) -> None:

@@ -1,0 +1,93 @@
+"""Tables of rotations that are kept between the layers of a step: the same numbers as made anew."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from zeta.nn import Llama3Scaling, RotaryEmbedding, XPos, tables
+from zeta.nn.tables import Positions
+
+LLAMA = Llama3Scaling(
+    8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+)
+PLACES: list[Positions] = [
+    0,
+    70_000,
+    torch.tensor([3, 1, 4]),
+    torch.tensor([[5, 6, 7]]),
+    torch.tensor([[5, 6, 7], [0, -1, 900]]),
+]
+
+
+@pytest.fixture
+def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "can_keep", lambda device: False)
+
+
+def rotated(positions: Positions, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 2, 3, 3, 16, generator=generator).to(dtype).unbind()
+    anchor = 70_000 if isinstance(positions, int) and positions else 0
+    origin = torch.tensor([1]) if isinstance(positions, Tensor) else None
+    return [
+        *RotaryEmbedding(16).pair(query, key, positions),
+        *RotaryEmbedding(16, base=500.0, rotary_dim=8).pair(query, key, positions),
+        *RotaryEmbedding(16, scaling=LLAMA).pair(query, key, positions),
+        *XPos(16).both(query, key, positions, anchor, origin),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("positions", PLACES, ids=str)
+def test_kept_tables_are_those_made_anew(
+    positions: Positions, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    kept = [rotated(positions, dtype) for _ in range(2)]
+    request.getfixturevalue("_nothing_kept")
+    anew = rotated(positions, dtype)
+    for found in kept:
+        for one, other in zip(found, anew, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_each_layer_of_a_step_takes_the_same() -> None:
+    x = torch.randn(1, 2, 1, 16)
+    layers = [RotaryEmbedding(16) for _ in range(4)]
+    tables.kept_rotation_tables.cache_clear()
+    for step in range(3):
+        for layer in layers:
+            layer.pair(x, x, torch.tensor([[step]]))
+    found = tables.kept_rotation_tables.cache_info()
+    assert (found.misses, found.hits) == (3, 9)
+
+
+def test_what_inference_mode_kept_can_be_differentiated_by() -> None:
+    rotary, x = RotaryEmbedding(16), torch.randn(1, 2, 1, 16, requires_grad=True)
+    tables.kept_rotation_tables.cache_clear()
+    with torch.inference_mode():
+        rotary.pair(x, x, 5)
+    turned, _ = rotary.pair(x, x, 5)
+    turned.square().sum().backward()  # type: ignore[no-untyped-call]  # torch's own
+    assert tables.kept_rotation_tables.cache_info().hits == 1
+    # A rotation keeps lengths.
+    torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+def test_nothing_fake_is_kept() -> None:
+    tables.kept_rotation_tables.cache_clear()
+    with FakeTensorMode():
+        x = torch.randn(1, 2, 1, 16)
+        RotaryEmbedding(16).pair(x, x, 5)
+    torch.func.vmap(lambda x: RotaryEmbedding(16).pair(x, x, 5)[0])(torch.randn(2, 1, 2, 1, 16))
+    assert tables.kept_rotation_tables.cache_info().currsize == 0
+
+
+def test_many_positions_are_not_kept() -> None:
+    tables.kept_rotation_tables.cache_clear()
+    x = torch.randn(1, 1, tables.FEW + 1, 16)
+    RotaryEmbedding(16).pair(x, x, 0)
+    RotaryEmbedding(16).pair(x, x, torch.arange(tables.FEW + 1))
+    assert tables.kept_rotation_tables.cache_info().currsize == 0
+    RotaryEmbedding(16).pair(x[:, :, :-1], x[:, :, :-1], 0)
+    assert tables.kept_rotation_tables.cache_info().currsize == 1
