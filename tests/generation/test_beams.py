@@ -116,6 +116,15 @@ def test_wrong_arguments_are_refused(options: dict[str, float], words: str) -> N
         beam_search(model, PROMPT, model.caches(), **arguments)
 
 
+def test_a_penalty_beyond_floats_makes_all_long_ones_equal() -> None:
+    model = Toy()
+    options = {"num_beams": 2, "max_new_tokens": 3, "padding": PADDING}
+    found = beam_search(model, PROMPT, model.caches(), length_penalty=1e4, **options)
+    assert torch.equal(found.scores, torch.zeros_like(found.scores))
+    near = beam_search(model, PROMPT, model.caches(), length_penalty=100.0, **options)
+    assert bool((near.scores < 0).all())
+
+
 def test_whole_numbers_are_ints() -> None:
     model = Toy()
     with pytest.raises(TypeError, match=r"num_beams must be an int; got 2\.5"):

@@ -187,7 +187,10 @@ class _Search:
         return finished[-1].score >= self._score(best, self._longest)
 
     def _score(self, total: float, length: int) -> float:
-        return total / math.pow(length, self._length_penalty)
+        try:
+            return total / math.pow(length, self._length_penalty)
+        except OverflowError:
+            return 0.0
 
     def result(self, fill: int, device: torch.device) -> Beams:
         """The finished hypotheses as tensors."""
