@@ -12,7 +12,8 @@ One token a step, after so many cached tokens, which grow during the measurement
 
 Results are compared first. Times are interleaved in one process; ratios are peer / ours. The
 bandwidth of the attention alone counts its keys and values once, that of the copy beside it what it
-reads and what it writes. Memory is the most that a generation holds, over its final cache.
+reads and what it writes; a sum of as many bytes only reads. Memory is the most that a generation
+holds, over its final cache.
 
 Shapes: B batch, H heads, G key heads, L cached tokens, D head dimension, E embedding.
 """
@@ -156,15 +157,17 @@ def measure(case: Case, rounds: int) -> Iterator[Row]:
 
 
 def bandwidth(case: Case, rounds: int) -> Row:
-    """The attention alone, and a copy of as many bytes as its keys and values have."""
+    """The attention alone, and a copy and a sum of as many bytes as its keys and values have."""
     dtype = DTYPES[case.dtype]
     query = torch.randn(case.batch, case.heads, 1, D, dtype=dtype)
     key, value = torch.randn(2, case.batch, case.key_heads, case.length, D, dtype=dtype).unbind()
     # What is copied is half as long, so that reading and writing touch as many bytes.
-    source, target = torch.empty(2, key.nbytes, dtype=torch.uint8).unbind()
+    source, target = torch.ones(2, key.nbytes, dtype=torch.uint8).unbind()
+    numbers = torch.ones(2 * key.nbytes // 4)
     candidates = {
         "attention": lambda: zeta.attention(query, key, value),
         "copy": lambda: target.copy_(source),
+        "sum": lambda: numbers.sum(),
     }
     found = time_interleaved(candidates, rounds=rounds, warmup=2, calls=3)
     nbytes = key.nbytes + value.nbytes
@@ -173,7 +176,9 @@ def bandwidth(case: Case, rounds: int) -> Row:
         "backend": zeta.explain(query, key, value).backend,
         "attention GB/s": speeds["attention"],
         "copy GB/s": speeds["copy"],
+        "sum GB/s": speeds["sum"],
         "share": speeds["attention"] / speeds["copy"],
+        "share of the sum": speeds["attention"] / speeds["sum"],
     }
 
 
@@ -261,12 +266,13 @@ def run(quick: bool, rounds: int) -> Row:
                 results[part].append(row)
                 _print_step(row)
     results["bandwidth"] = [bandwidth(c, rounds) for c in cases(quick) if not c.xpos]
-    print("bandwidth of the attention alone, and of a copy beside it")
+    print("bandwidth of the attention alone, of a copy and of a sum beside it")
     for row in results["bandwidth"]:
         print(
             f"{row['dtype']} {row['batch']:2} x {row['heads']:2}/{row['key_heads']:<2} "
             f"{row['length']:6} {row['backend']:8} {row['attention GB/s']:7.2f} GB/s, "
-            f"copy {row['copy GB/s']:7.2f}, share {row['share']:.2f}"
+            f"copy {row['copy GB/s']:7.2f}, sum {row['sum GB/s']:7.2f}, share {row['share']:.2f} "
+            f"and {row['share of the sum']:.2f}"
         )
     results["memory"] = list(memory(256 if quick else 4096))
     print("memory of a generation")
