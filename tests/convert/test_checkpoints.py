@@ -133,7 +133,8 @@ def test_what_stands_in_is_named() -> None:
     report = prove(found.zeta, found.before, "fairseq", 4, "it")
     assert report.source == "fairseq MultiheadAttention"
     assert report.not_compared["fairseq itself"] == (
-        "torch.nn.MultiheadAttention computes the same, and ran in its place"
+        "torch.nn.MultiheadAttention computes the same, and ran in its place, on the converted "
+        "tensors: how these were renamed is not proven"
     )
 
 

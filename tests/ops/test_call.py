@@ -215,7 +215,9 @@ def test_small_plain_calls_on_the_cpu_go_to_torch_first() -> None:
         key = torch.empty(1, 8, source, 64, dtype=dtype)
         return backends.order(AttentionCall(query, key, key))[0]
 
-    assert first(1, 1024, torch.float32) == "sdpa"
+    assert first(1, 128, torch.float32) == "sdpa"
+    assert first(1, 1024, torch.float32) == "cpu"
+    assert first(2, 1024, torch.float32) == "sdpa"
     assert first(64, 64, torch.bfloat16) == "sdpa"
     assert first(128, 128, torch.float32) == "cpu"
     assert first(1, 1024, torch.bfloat16) == "cpu"

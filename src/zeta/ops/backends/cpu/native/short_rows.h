@@ -77,17 +77,9 @@ struct Stream {
     }
 };
 
-// Rows are asked for so many rows before they are read, unless they are long: of those the
-// processor learns by itself.
-constexpr int64_t AHEAD = 16;
-constexpr int64_t LONG_ROW = 512;
-
-template <class T>
-inline void ask_for(const T *from, int64_t count) {
-    const char *bytes = reinterpret_cast<const char *>(from);
-    for (int64_t line = 0; line < count * static_cast<int64_t>(sizeof(T)); line += 64)
-        _mm_prefetch(bytes + line, _MM_HINT_T0);
-}
+// Keys and values arrive faster in several streams, in each of which the processor reads ahead by
+// itself: what is computed together lies apart.
+constexpr int64_t STREAMS = 4;
 
 // ROWS rows of queries times LANES / ROWS keys, `step` apart: the products of the first row with
 // all keys, then those of the next. ODD: `features` is no multiple of PAIR.
@@ -137,20 +129,19 @@ template <int ROWS, bool ODD, class T>
 inline void score_block(const float *queries, int64_t query_stride, const Stream<T> &keys,
                         int64_t features, float *scores, int64_t score_stride) {
     constexpr int KEYS = LANES / ROWS;
+    const int64_t groups = keys.count / KEYS;
     float lanes[LANES];
-    int64_t first = 0;
-    for (; first <= keys.count - KEYS; first += KEYS) {
-        const T *from = keys.data + first * keys.stride;
-        // In the order in which they lie, from which the processor learns.
-        if (features < LONG_ROW)
-            unrolled<KEYS>([&](auto k) { ask_for(from + (AHEAD + k) * keys.stride, features); });
-        store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride, from, keys.stride, features));
+    for (int64_t group = 0; group < groups; ++group) {
+        const T *from = keys.data + group * keys.stride;
+        store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride, from, groups * keys.stride,
+                                              features));
         unrolled<ROWS>([&](auto r) {
-            memcpy(scores + r * score_stride + first, lanes + r * KEYS, sizeof(float) * KEYS);
+            float *to = scores + r * score_stride + group;
+            unrolled<KEYS>([&](auto k) { to[k * groups] = lanes[r * KEYS + k]; });
         });
     }
     // The last few one by one.
-    for (; first < keys.count; ++first) {
+    for (int64_t first = groups * KEYS; first < keys.count; ++first) {
         const T *from = keys.data + first * keys.stride;
         store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride, from, 0, features));
         unrolled<ROWS>([&](auto r) { scores[r * score_stride + first] = lanes[r * KEYS]; });
@@ -171,18 +162,19 @@ inline void score_block(const float *queries, int64_t query_stride, const Stream
 template <int ROWS, int PAIRS, class T>
 inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<T> &values,
                       float *to, int64_t to_stride) {
-    // While all rows pass over these values, the values that follow arrive.
-    const int64_t next = values.count * values.stride;
     constexpr int VECTORS = 2 * PAIRS;
     Floats sums[ROWS][VECTORS];
     unrolled<ROWS>([&](auto r) {
         unrolled<VECTORS>([&](auto v) { sums[r][v] = load(to + r * to_stride + v * LANES); });
     });
-    const T *from = values.data;
-    for (int64_t key = 0; key < values.count; ++key, from += values.stride) {
+    // While several rows pass over these values, the values that follow arrive.
+    const int64_t next = values.count * values.stride;
+    const auto add_key = [&](int64_t key) __attribute__((always_inline)) {
+        const T *from = values.data + key * values.stride;
         Floats value[VECTORS];
         unrolled<PAIRS>([&](auto p) {
-            _mm_prefetch(reinterpret_cast<const char *>(from + next + p * PAIR), _MM_HINT_T0);
+            if (ROWS > 1)
+                _mm_prefetch(reinterpret_cast<const char *>(from + next + p * PAIR), _MM_HINT_T0);
             const auto both = pair(from + p * PAIR);
             value[2 * p] = half_of(both, Index<0>());
             value[2 * p + 1] = half_of(both, Index<1>());
@@ -191,7 +183,15 @@ inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<
             const Floats weight = splat(weights[r * weight_stride + key]);
             unrolled<VECTORS>([&](auto v) { sums[r][v] = fma(weight, value[v], sums[r][v]); });
         });
+    };
+    int64_t last = 0;
+    if (ROWS == 1) {
+        const int64_t step = values.count / STREAMS;
+        for (int64_t key = 0; key < step; ++key)
+            unrolled<STREAMS>([&](auto stream) { add_key(key + stream * step); });
+        last = step * STREAMS;
     }
+    for (; last < values.count; ++last) add_key(last);
     unrolled<ROWS>([&](auto r) {
         unrolled<VECTORS>([&](auto v) { store(to + r * to_stride + v * LANES, sums[r][v]); });
     });
@@ -234,10 +234,12 @@ inline void value_block(const float *weights, int64_t weight_stride, const Strea
 }
 
 // Calls `body(first, stream)` for runs of a stream that stay near while all rows pass over them,
-// widened where more than one block of rows does. `near` has NEAR_FLOATS floats.
+// widened where more than one block of rows does; for the whole of it if it is passed over once.
+// `near` has NEAR_FLOATS floats.
 template <class T, class Body>
-inline void for_near(const Stream<T> &from, int64_t features, int64_t num_rows, float *near,
-                     const Body &body) {
+inline void for_near(const Stream<T> &from, int64_t features, int64_t num_rows, bool is_passed_once,
+                     float *near, const Body &body) {
+    if (is_passed_once) return body(0, from);
     const int64_t stride = round_up(features, LANES), most = NEAR_FLOATS / stride;
     for (int64_t first = 0; first < from.count; first += most) {
         const Stream<T> part = from.part(first, smaller(most, from.count - first));
@@ -265,7 +267,7 @@ template <class T>
 inline void score_keys(const float *queries, int64_t query_stride, int64_t num_rows,
                        const Stream<T> &keys, int64_t features, float *scores,
                        int64_t score_stride, float *near) {
-    for_near(keys, features, num_rows, near, [&](int64_t first, const auto &part) {
+    for_near(keys, features, num_rows, num_rows <= BLOCK, near, [&](int64_t first, const auto &part) {
         for_blocks(num_rows, [&](int64_t row, auto rows) {
             score_block<rows.value>(queries + row * query_stride, query_stride, part, features,
                                     scores + row * score_stride + first, score_stride);
@@ -278,7 +280,7 @@ template <class T>
 inline void add_values(const float *weights, int64_t weight_stride, int64_t num_rows,
                        const Stream<T> &values, int64_t features, float *to, int64_t to_stride,
                        float *near) {
-    for_near(values, features, num_rows, near, [&](int64_t first, const auto &part) {
+    for_near(values, features, num_rows, num_rows == 1, near, [&](int64_t first, const auto &part) {
         for_blocks(num_rows, [&](int64_t row, auto rows) {
             value_block<rows.value>(weights + row * weight_stride + first, weight_stride, part,
                                     features, to + row * to_stride, to_stride);
