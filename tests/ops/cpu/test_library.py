@@ -89,7 +89,7 @@ def test_an_instruction_set_that_is_not_there_is_refused() -> None:
 def test_answers_become_errors() -> None:
     library.check(0)
     with pytest.raises(MemoryError, match="there is no memory left"):
-        library.check(4)
+        library.check(library.NO_MEMORY)
     with pytest.raises(RuntimeError, match="answer 77"):
         library.check(77)
 
