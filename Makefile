@@ -74,7 +74,7 @@ test: $(VENV)/.ready-dev $(VENV)/.ready-native $(VENV)/.ready-emulated ## Run ev
 test-fast: $(VENV)/.ready-dev $(VENV)/.ready-native ## Run the tests that take less than five seconds each.
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not slow and not serial" $(ARGS)
 
-histories: $(VENV)/.ready-dev $(VENV)/.ready-native ## Run 100,000 random histories of caches: a quarter of an hour.
+histories: $(VENV)/.ready-dev $(VENV)/.ready-native ## Run 100,000 random histories of caches: up to an hour.
 	$(PYTEST) --numprocesses $(WORKERS) --histories 100000 -k full_forward tests/caches $(ARGS)
 
 lint: $(VENV)/.ready-dev ## Check style, formatting and types.
