@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from zeta.biases import Bias, Softcap, summands
 from zeta.nn.anchors import Blocks
@@ -25,7 +24,7 @@ from zeta.ops.call import AttentionCall
 from zeta.ops.deferred import Compute
 from zeta.ops.dropout import keep_mask
 from zeta.ops.parts import Indivisible, heads_of
-from zeta.ops.transforms import is_transforming
+from zeta.ops.sinks import mean_over_heads
 
 _POSITION = -1
 """By which dropout draws for the learned key: negative, so that no token's key has it."""
@@ -124,22 +123,12 @@ def _mean(call: AttentionCall, scores_BHTX: Tensor, blocks: Blocks | None) -> Te
 
     def of_head(head: int) -> Tensor:
         heads = slice(head, head + 1)
-        part = _joined(heads_of(call, heads), scores_BHTX[:, heads], blocks)
-        return part.squeeze(1).to(call.wide_dtype)
+        return _joined(heads_of(call, heads), scores_BHTX[:, heads], blocks)
 
-    shape = (call.batch, call.target, call.source + scores_BHTX.shape[-1])
-    total_BTX = call.query.new_zeros(shape, dtype=call.wide_dtype)
     try:
-        for head in range(call.heads):
-            if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or is_transforming()):
-                # Made again for the gradient, which would otherwise keep those of all heads.
-                part = checkpoint(of_head, head, use_reentrant=False, preserve_rng_state=False)
-            else:
-                part = of_head(head)
-            total_BTX = total_BTX + part
+        return mean_over_heads(call, call.source + scores_BHTX.shape[-1], of_head)
     except Indivisible:
         return _joined(call, scores_BHTX, blocks).mean(1)
-    return (total_BTX / call.heads).to(call.query.dtype)
 
 
 def _with_lse(call: AttentionCall, blocks: Blocks | None) -> tuple[Tensor, Tensor]:

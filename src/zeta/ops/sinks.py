@@ -74,21 +74,32 @@ def _mean(
     every = dataclasses.replace(call, result="weights")
 
     def of_head(head: int) -> Tensor:
-        part = attenuated_weights(heads_of(every, slice(head, head + 1)), run, weights)
-        return part.squeeze(1).to(call.wide_dtype)
+        return attenuated_weights(heads_of(every, slice(head, head + 1)), run, weights)
 
-    shape = (call.batch, call.target, call.source)
-    total_BTS = call.query.new_zeros(shape, dtype=call.wide_dtype)
     try:
-        for head in range(call.heads):
-            if torch.is_grad_enabled() and not _is_traced():
-                # Made again for the gradient, which would otherwise keep those of all heads.
-                part = checkpoint(of_head, head, use_reentrant=False, preserve_rng_state=False)
-            else:
-                part = of_head(head)
-            total_BTS = total_BTS + part
+        return mean_over_heads(call, call.source, of_head)
     except Indivisible:
         return attenuated_weights(every, run, weights).mean(1)
+
+
+def mean_over_heads(call: AttentionCall, columns: int, of_head: Callable[[int], Tensor]) -> Tensor:
+    """``(B, T, columns)``, the mean over query heads of ``of_head(h)``, ``(B, 1, T, columns)``.
+
+    One head is held at a time, and made again for the gradient.
+    """
+
+    def wide(head: int) -> Tensor:
+        return of_head(head).squeeze(1).to(call.wide_dtype)
+
+    shape = (call.batch, call.target, columns)
+    total_BTS = call.query.new_zeros(shape, dtype=call.wide_dtype)
+    for head in range(call.heads):
+        if torch.is_grad_enabled() and not _is_traced():
+            # Made again for the gradient, which would otherwise keep those of all heads.
+            part = checkpoint(wide, head, use_reentrant=False, preserve_rng_state=False)
+        else:
+            part = wide(head)
+        total_BTS = total_BTS + part
     return (total_BTS / call.heads).to(call.query.dtype)
 
 
