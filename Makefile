@@ -45,9 +45,9 @@ $(VENV)/.ready-native: $(NATIVE) | $(VENV)/.ready-dev
 	@$(call BUILD_NATIVE,native,ZETA_IN_SOURCE)
 	@touch $@
 
-# What runs on AMX, with software for the tile instructions: for tests.
+# What runs on AMX and AVX-512 BF16, with software for their products: for tests.
 $(VENV)/.ready-emulated: $(NATIVE) | $(VENV)/.ready-dev
-	@$(call BUILD_NATIVE,emulated,ZETA_EMULATE_TILES)
+	@$(call BUILD_NATIVE,emulated,ZETA_EMULATE)
 	@touch $@
 
 native: $(VENV)/.ready-native ## Build the native CPU kernel, if its sources changed.

@@ -29,7 +29,7 @@ from zeta.bench import Timing, describe_machine, time_interleaved
 from zeta.ops.backends.cpu import library
 
 GROWTH = "growth"
-ISAS = {"avx2": "AVX2", "avx512": "AVX-512", "amx": "AMX"}
+ISAS = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx": "AMX"}
 
 
 def use_instruction_set(name: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from zeta.ops.backends.cpu import layout
 
 PATH = Path(__file__).with_name("libzeta_cpu.so")
-INSTRUCTION_SETS = ("AVX2", "AVX-512", "AMX")
+INSTRUCTION_SETS = ("AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 """As `ZetaIsa` numbers them, from 1 on; the last that is usable runs."""
 
 DONE, NO_MEMORY = 0, 3

@@ -20,7 +20,9 @@ enum ZetaDtype { ZETA_FLOAT32 = 0, ZETA_BFLOAT16 = 1, ZETA_FLOAT16 = 2, ZETA_INT
 // six products, with float32's own errors; or two parts and three products, errors about 1e-5.
 enum ZetaPrecision { ZETA_HIGHEST = 0, ZETA_HIGH = 1 };
 
-enum ZetaIsa { ZETA_BEST = 0, ZETA_AVX2 = 1, ZETA_AVX512 = 2, ZETA_AMX = 3 };
+enum ZetaIsa {
+    ZETA_BEST = 0, ZETA_AVX2 = 1, ZETA_AVX512 = 2, ZETA_AVX512_BF16 = 3, ZETA_AMX = 4
+};
 
 // (B, heads, length, features), the features contiguous; data is null where there is none.
 typedef struct {

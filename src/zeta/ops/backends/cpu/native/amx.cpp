@@ -1,4 +1,4 @@
-// The kernels on AMX tiles, and AVX-512 between them. With -DZETA_EMULATE_TILES software stands in
+// The kernels on AMX tiles, and AVX-512 between them. With -DZETA_EMULATE software stands in
 // for the tiles, and any vectors will do.
 
 #include <immintrin.h>
@@ -11,9 +11,10 @@
 
 namespace zeta_amx {
 #include "kernels.h"
+#include "pairs.h"
 #include "tiles.h"
 #include "tile_products.h"
-#include "tile_operands.h"
+#include "pair_operands.h"
 #include "tile_passes.h"
 }
 

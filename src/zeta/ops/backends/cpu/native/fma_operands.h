@@ -1,6 +1,6 @@
 // Operands of the kernels' products where fused multiply-adds make them: float32.
 //
-// A pass is written once for this and for the tiles of AMX (tile_operands.h). Its products are
+// A pass is written once for this and for pairs of bfloat16 (pair_operands.h). Its products are
 //
 //     scores  = Rows x Columns: queries by keys, or gradients of the output by values
 //     outputs = Weights x Values: weights by values, or gradients of scores by keys
@@ -75,23 +75,25 @@ struct FmaOperands {
 
     static void make_scores(const Rows &rows, int64_t count, const Columns &columns,
                             int64_t place, int64_t num_keys, float *scores, int64_t stride) {
-        multiply(count, round_up(num_keys, LANES), rows.width, {rows.data, rows.stride, false},
-                 {columns.data + place * rows.width, PANEL, PANEL * rows.width}, scores, stride,
-                 false);
+        multiply<MultiplyAdd, false>(
+            count, round_up(num_keys, LANES), rows.width, {rows.data, rows.stride},
+            {columns.data + place * rows.width, PANEL, LANES, PANEL * rows.width}, scores, stride,
+            false);
     }
 
     static void make_outputs(const Weights &weights, int64_t count, const Values &values,
                              int64_t place, int64_t num_keys, float *outputs, int64_t stride,
                              bool adds) {
-        multiply(count, round_up(values.width, LANES), round_up(num_keys, LANES),
-                 {weights.data, weights.stride, false},
-                 {values.data + place * PANEL, PANEL, values.panel}, outputs, stride, adds);
+        multiply<MultiplyAdd, false>(
+            count, round_up(values.width, LANES), round_up(num_keys, LANES),
+            {weights.data, weights.stride},
+            {values.data + place * PANEL, PANEL, LANES, values.panel}, outputs, stride, adds);
     }
 
     static void add_sums(const Weights &weights, int64_t num_keys, const Rows &rows, int64_t count,
                          float *sums, int64_t stride, int64_t place) {
-        multiply(num_keys, round_up(rows.width, LANES), count,
-                 {weights.data, weights.stride, true}, {rows.data, rows.stride, PANEL},
-                 sums + place * stride, stride, true);
+        multiply<MultiplyAdd, true>(
+            num_keys, round_up(rows.width, LANES), count, {weights.data, weights.stride},
+            {rows.data, rows.stride, LANES, PANEL}, sums + place * stride, stride, true);
     }
 };

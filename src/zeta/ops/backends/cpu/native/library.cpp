@@ -62,9 +62,14 @@ bool has_avx512(uint64_t saved) {
     return has_avx2(saved) && all(saved, 0xe6) && all(cpuid(7, 0).b, wanted);
 }
 
-#ifdef ZETA_EMULATE_TILES
+#ifdef ZETA_EMULATE
+bool has_avx512_bf16(uint64_t saved) { return has_avx2(saved); }
 bool has_amx(uint64_t saved) { return has_avx2(saved); }
 #else
+bool has_avx512_bf16(uint64_t saved) {
+    return has_avx512(saved) && all(cpuid(7, 1).a, 1u << 5);
+}
+
 // Linux gives a process the tile registers when it asks for them.
 bool ask_for_tiles() {
     const long request_permission = 0x1023, tile_data = 18;
@@ -73,9 +78,8 @@ bool ask_for_tiles() {
 
 bool has_amx(uint64_t saved) {
     const unsigned wanted = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
-    const unsigned bfloat16 = 1u << 5;            // AVX512-BF16
-    return has_avx512(saved) && all(saved, 0x60000) && all(cpuid(7, 0).d, wanted) &&
-           all(cpuid(7, 1).a, bfloat16) && ask_for_tiles();
+    return has_avx512_bf16(saved) && all(saved, 0x60000) && all(cpuid(7, 0).d, wanted) &&
+           ask_for_tiles();
 }
 #endif
 
@@ -84,13 +88,14 @@ int64_t find_instruction_sets() {
     int64_t found = 0;
     if (has_avx2(saved)) found |= 1 << ZETA_AVX2;
     if (has_avx512(saved)) found |= 1 << ZETA_AVX512;
+    if (has_avx512_bf16(saved)) found |= 1 << ZETA_AVX512_BF16;
     if (has_amx(saved)) found |= 1 << ZETA_AMX;
     return found;
 }
 
 // In the order of ZetaIsa.
 const ZetaPasses *const tables[] = {
-    nullptr, &zeta_passes_avx2, &zeta_passes_avx512, &zeta_passes_amx};
+    nullptr, &zeta_passes_avx2, &zeta_passes_avx512, &zeta_passes_avx512_bf16, &zeta_passes_amx};
 
 // A call of a pass, with the record that it takes.
 template <class Call>

@@ -1,4 +1,4 @@
-// What each unit (avx2.cpp, avx512.cpp, amx.cpp) exports, and what library.cpp offers to it.
+// What each unit (avx2.cpp, avx512.cpp, ...) exports, and what library.cpp offers to it.
 //
 // A unit defines its table as
 //
@@ -31,6 +31,7 @@ typedef struct {
 
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx2;
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx512;
+extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx512_bf16;
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_amx;
 
 // Runs `body(data)` on `num_threads` threads of torch's own pool, the caller's among them; on the

@@ -32,10 +32,10 @@ inline bool can_split(const ZetaCall &call) {
            are_moderate(call, call.grad_out, call.heads, target, call.value_dim);
 }
 
-using BFloat16Operands = TileOperands<1, 0>;
-using Float16Operands = TileOperands<2, 2>;
-using HighOperands = TileOperands<2, 1>;
-using HighestOperands = TileOperands<3, 2>;
+using BFloat16Operands = PairOperands<1, 0>;
+using Float16Operands = PairOperands<2, 2>;
+using HighOperands = PairOperands<2, 1>;
+using HighestOperands = PairOperands<3, 2>;
 
 inline int64_t forward(const ZetaCall *given) {
     const ZetaCall &call = *given;

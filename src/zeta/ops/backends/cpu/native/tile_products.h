@@ -1,52 +1,8 @@
-// Products of bfloat16 tiles, and of float32 numbers as sums of bfloat16 parts.
-//
-// Two parts of a number hold 16 bits of it, three hold all 24. Of the products of parts, those are
-// made whose numbers, from 0, add up to REACH at most: with three parts and a REACH of 2 six, whose
-// errors are float32's own.
-
-// A: rows of bfloat16 along the depth. B: rows of pairs (2k, 2k + 1), in panels of 16 columns.
-// Depths are filled up with zeros to a multiple of TILE_DEPTH; `part` is the distance between
-// parts.
-struct TileLeft {
-    const uint16_t *data;
-    int64_t row, part;
-};
-struct TileRight {
-    const uint32_t *data;
-    int64_t row, panel, part;
-};
-
-// The part of a vector that bfloat16 holds, in the low halves; what is left stays in x. Rounded,
-// not cut off: else what is left would lean to one side.
-template <bool IS_LAST>
-inline Ints split(Floats &x) {
-    const Ints part = round_to_bfloat16(x);
-    if (!IS_LAST) x = x - as_floats(shift_left<16>(part));
-    return part;
-}
-
-template <int PART, int PARTS, class Store>
-inline void for_parts(Floats x, const Store &store_part) {
-    if constexpr (PART < PARTS) {
-        store_part(PART, split<PART + 1 == PARTS>(x));
-        for_parts<PART + 1, PARTS>(x, store_part);
-    }
-}
-
-// Of two rows that lie side by side in B.
-template <int PART, int PARTS, class Store>
-inline void for_pairs(Floats even, Floats odd, const Store &store_part) {
-    if constexpr (PART < PARTS) {
-        const Ints low = split<PART + 1 == PARTS>(even);
-        const Ints high = split<PART + 1 == PARTS>(odd);
-        store_part(PART, either_bits(low, shift_left<16>(high)));
-        for_pairs<PART + 1, PARTS>(even, odd, store_part);
-    }
-}
+// Products of pairs by the tiles of AMX.
 
 // Tiles 0 .. 3 are C, 4 and 5 A, 6 and 7 B.
 template <int ROWS, int COLUMNS, int PARTS, int REACH>
-inline void multiply_tile_block(int64_t steps, TileLeft a, TileRight b, float *c, int64_t c_row,
+inline void multiply_tile_block(int64_t steps, PairLeft a, PairRight b, float *c, int64_t c_row,
                                 bool adds) {
     const int64_t c_bytes = c_row * 4, a_bytes = a.row * 2, b_bytes = b.row * 4;
     float *below = c + TILE_ROWS * c_row;
@@ -87,14 +43,14 @@ inline void multiply_tile_block(int64_t steps, TileLeft a, TileRight b, float *c
 
 // C = A B, or C += A B: counts of rows, columns and depth are filled up to whole tiles.
 template <int PARTS, int REACH>
-inline void multiply_by_tiles(int64_t rows, int64_t columns, int64_t depth, TileLeft a,
-                              TileRight b, float *c, int64_t c_row, bool adds) {
+inline void multiply_pairs(int64_t rows, int64_t columns, int64_t depth, PairLeft a,
+                              PairRight b, float *c, int64_t c_row, bool adds) {
     const int64_t steps = (depth + TILE_DEPTH - 1) / TILE_DEPTH;
     for (int64_t column = 0; column < columns; column += 32) {
-        const TileRight right{b.data + column / 16 * b.panel, b.row, b.panel, b.part};
+        const PairRight right{b.data + column / 16 * b.panel, b.row, b.panel, b.part};
         const bool is_wide = column + 16 < columns;
         for (int64_t row = 0; row < rows; row += 32) {
-            const TileLeft left{a.data + row * a.row, a.row, a.part};
+            const PairLeft left{a.data + row * a.row, a.row, a.part};
             float *to = c + row * c_row + column;
             const bool is_tall = row + 16 < rows;
             const auto block = is_wide ? is_tall ? multiply_tile_block<2, 2, PARTS, REACH>

@@ -1,13 +1,10 @@
-// The tile registers of AMX, behind five functions; with -DZETA_EMULATE_TILES software does what
+// The tile registers of AMX, behind five functions; with -DZETA_EMULATE software does what
 // they do, so that all that is built on them runs on any processor.
 //
 // There are eight tiles of 16 rows of 64 bytes: 16 x 16 float32 of C, 16 x 32 bfloat16 of A, or
 // 32 x 16 of B, whose rows 2k and 2k + 1 lie side by side in one row of the tile, pair by pair.
 
-constexpr int64_t TILE_ROWS = 16;
-constexpr int64_t TILE_DEPTH = 32;
-
-#if defined(ZETA_EMULATE_TILES)
+#if defined(ZETA_EMULATE)
 
 static thread_local uint32_t emulated_tiles[8][16][16];
 
@@ -93,11 +90,11 @@ inline void multiply_tiles() {
 
 #endif
 
-// Tiles are a thread's own, and taken only as long as they are needed.
-class TileSession {
+// What a thread needs to make products: tiles are its own, and taken only as long as they are needed.
+class ProductSession {
   public:
-    TileSession() { configure_tiles(); }
-    ~TileSession() { release_tiles(); }
-    TileSession(const TileSession &) = delete;
-    TileSession &operator=(const TileSession &) = delete;
+    ProductSession() { configure_tiles(); }
+    ~ProductSession() { release_tiles(); }
+    ProductSession(const ProductSession &) = delete;
+    ProductSession &operator=(const ProductSession &) = delete;
 };

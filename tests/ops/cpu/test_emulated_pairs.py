@@ -1,4 +1,4 @@
-"""The kernels for AMX with software for the tile instructions: the grid again, in any processor.
+"""The kernels for pairs of bfloat16 with software for their products: the grid, in any processor.
 
 ``make test`` builds that library, in ``build/emulated``.
 """
@@ -15,7 +15,6 @@ from zeta.ops.backends.cpu import library
 
 PATH = Path(__file__).parents[3] / "build" / "emulated" / "libzeta_cpu.so"
 COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-AMX = library.INSTRUCTION_SETS.index("AMX") + 1
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,19 +25,28 @@ TAKEN = [case for case in CASES if not reasons(case, "cpu")]
 TILED = Case("tiled", target=150, source=170, head_dim=40, value_dim=72, key_heads=2, batch=1)
 
 
-@pytest.fixture(autouse=True)
-def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+PAIRED = [
+    ("AVX-512 BF16", torch.bfloat16),
+    *(("AMX", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+]
+"""An instruction set and a dtype that it multiplies in pairs."""
+
+
+@pytest.fixture(autouse=True, params=PAIRED, ids=lambda pair: f"{pair[0]} {pair[1]}")
+def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     assert PATH.exists(), "run `make test`, or `make .venv/.ready-emulated`"
-    found = library.Library(PATH)
-    found.instruction_set = AMX
-    monkeypatch.setattr(library, "load", lambda: found)
+    name, found = request.param
+    emulated = library.Library(PATH)
+    emulated.instruction_set = library.INSTRUCTION_SETS.index(name) + 1
+    monkeypatch.setattr(library, "load", lambda: emulated)
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def _id(value: object) -> str:
     return value.name if isinstance(value, Case) else str(value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [*TAKEN, TILED], ids=_id)
 def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
     made = case.tensors(dtype)
@@ -52,7 +60,6 @@ def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("reduce", [None, "mean"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["plain", "t5 causal long", "padding with an empty sequence"])
 def test_weights_and_gradients(name: str, dtype: torch.dtype, reduce: str | None) -> None:
     (case,) = (case for case in TAKEN if case.name == name)
@@ -62,8 +69,9 @@ def test_weights_and_gradients(name: str, dtype: torch.dtype, reduce: str | None
     assert_within_bound(actual, low, case.run_weights(widened(made), "reference", reduce))
 
 
-def test_float32_is_as_exact_as_is_asked_for() -> None:
-    made = TILED.tensors(torch.float32)
+@pytest.mark.parametrize("dtype", [("AMX", torch.float32)], indirect=True, ids=["AMX"])
+def test_float32_is_as_exact_as_is_asked_for(dtype: torch.dtype) -> None:
+    made = TILED.tensors(dtype)
     operands = [made[name].detach() for name in ("query", "key", "value")]
     exact = attention(*(tensor.double() for tensor in operands), backend="reference")
 

@@ -1,13 +1,13 @@
-// Operands of the kernels' products where AMX makes them: bfloat16 tiles, in one, two or three
-// parts. See fma_operands.h for what they are.
+// Operands of the kernels' products where pairs of bfloat16 are multiplied, in one, two or three
+// parts. See fma_operands.h for what they are, and tile_products.h and dot_products.h for how.
 
 template <int PARTS, int REACH>
-struct TileOperands {
+struct PairOperands {
     static constexpr bool SCALES_QUERIES = false;  // bfloat16 queries stay what they are
     static constexpr bool TURNS_SUMS = true;
     static constexpr int64_t STEP = TILE_DEPTH;
 
-    using Session = TileSession;
+    using Session = ProductSession;
 
     // An odd number of cache lines, of 16-bit numbers.
     static int64_t left_stride(int64_t depth) { return (round_up(depth, 32) / 32 | 1) * 32; }
@@ -167,7 +167,7 @@ struct TileOperands {
 
     static void make_scores(const Rows &rows, int64_t count, const Columns &columns,
                             int64_t place, int64_t num_keys, float *scores, int64_t stride) {
-        multiply_by_tiles<PARTS, REACH>(
+        multiply_pairs<PARTS, REACH>(
             count, num_keys, rows.width,
             {rows.data, rows.stride, rows.part},
             {columns.data + place / 16 * columns.panel, 16, columns.panel,
@@ -178,7 +178,7 @@ struct TileOperands {
     static void make_outputs(const Weights &weights, int64_t count, const Values &values,
                              int64_t place, int64_t num_keys, float *outputs, int64_t stride,
                              bool adds) {
-        multiply_by_tiles<PARTS, REACH>(
+        multiply_pairs<PARTS, REACH>(
             count, values.width, num_keys,
             {weights.data, weights.stride, weights.part},
             {values.data + place / 2 * 16, 16, values.panel, values.part},
@@ -187,7 +187,7 @@ struct TileOperands {
 
     static void add_sums(const Weights &weights, int64_t num_keys, const Rows &rows, int64_t count,
                          float *sums, int64_t stride, int64_t place) {
-        multiply_by_tiles<PARTS, REACH>(
+        multiply_pairs<PARTS, REACH>(
             rows.width, num_keys, count,
             {rows.turned, rows.turned_stride, rows.turned_part},
             {weights.pairs, weights.pair_stride, 16, weights.pair_part},
