@@ -1,4 +1,4 @@
-"""The native CPU kernel: C++ with AVX2, AVX-512, its BF16 products or AMX, reached through a plain C library.
+"""The native CPU kernel: C++ with AVX2, AVX-512 (BF16) or AMX, reached through a plain C library.
 
 Nothing of the size target x source is ever held, unless it was given or is asked for. A relative
 bias is read as a vector per head; masks skip what they hide; dropout draws what every backend of
