@@ -77,9 +77,17 @@ struct Stream {
     }
 };
 
-// Keys and values arrive faster in several streams, in each of which the processor reads ahead by
-// itself: what is computed together lies apart.
-constexpr int64_t STREAMS = 4;
+// What follows is asked for so many bytes before it is read: the processor alone reads ahead too late,
+// and not over the end of a page.
+constexpr int64_t AHEAD = 1024;
+
+// Of a pair of vectors.
+template <class T>
+inline void prefetch_pair(const T *from) {
+    const char *ahead = reinterpret_cast<const char *>(from) + AHEAD;
+    _mm_prefetch(ahead, _MM_HINT_T0);
+    if (PAIR * sizeof(T) > 64) _mm_prefetch(ahead + 64, _MM_HINT_T0);
+}
 
 // ROWS rows of queries times LANES / ROWS keys, `step` apart: the products of the first row with
 // all keys, then those of the next. ODD: `features` is no multiple of PAIR.
@@ -87,40 +95,48 @@ template <int ROWS, bool ODD, class T>
 inline Floats multiply_keys(const float *queries, int64_t query_stride, const T *keys,
                             int64_t step, int64_t features) {
     constexpr int KEYS = LANES / ROWS;
+    // As many keys at a time as there are registers for. A single row reads one key after the other,
+    // as they lie.
+    constexpr int TOGETHER = ROWS == 1 ? 1 : KEYS;
     Floats sums[LANES];
     unrolled<LANES>([&](auto i) { sums[i] = zeros(); });
-    const auto add_products = [&](int64_t feature, const Floats *key)
+    const auto add_products = [&](auto first, int64_t feature, const Floats *key)
                                   __attribute__((always_inline)) {
         unrolled<ROWS>([&](auto r) {
             Floats query = load(queries + r * query_stride + feature);
             // Into a register: else each product loads it again, and the loads take the time.
-            __asm__("" : "+v"(query));
-            unrolled<KEYS>([&](auto k) {
-                sums[r * KEYS + k] = fma(query, key[k], sums[r * KEYS + k]);
+            if (TOGETHER > 1) __asm__("" : "+v"(query));
+            unrolled<TOGETHER>([&](auto k) {
+                Floats &sum = sums[r * KEYS + first + k];
+                sum = fma(query, key[k], sum);
             });
         });
     };
-    int64_t feature = 0;
-    for (; feature <= features - PAIR; feature += PAIR) {
-        decltype(pair(keys)) both[KEYS];
-        unrolled<KEYS>([&](auto k) {
-            const T *from = keys + k * step + feature;
-            both[k] = pair(from);
-        });
-        unrolled<2>([&](auto half) {
-            Floats key[KEYS];
-            unrolled<KEYS>([&](auto k) { key[k] = half_of(both[k], half); });
-            add_products(feature + half * LANES, key);
-        });
-    }
-    if (ODD)
-        for (; feature < features; feature += LANES) {
-            Floats key[KEYS];
-            unrolled<KEYS>([&](auto k) {
-                key[k] = load_first(keys + k * step + feature, features - feature);
+    unrolled<KEYS / TOGETHER>([&](auto group) __attribute__((always_inline)) {
+        constexpr int first = group * TOGETHER;
+        const T *from = keys + first * step;
+        int64_t feature = 0;
+        for (; feature <= features - PAIR; feature += PAIR) {
+            decltype(pair(keys)) both[TOGETHER];
+            unrolled<TOGETHER>([&](auto k) {
+                both[k] = pair(from + k * step + feature);
+                prefetch_pair(from + k * step + feature);
             });
-            add_products(feature, key);
+            unrolled<2>([&](auto half) {
+                Floats key[TOGETHER];
+                unrolled<TOGETHER>([&](auto k) { key[k] = half_of(both[k], half); });
+                add_products(Index<first>(), feature + half * LANES, key);
+            });
         }
+        if (ODD)
+            for (; feature < features; feature += LANES) {
+                Floats key[TOGETHER];
+                unrolled<TOGETHER>([&](auto k) {
+                    key[k] = load_first(from + k * step + feature, features - feature);
+                });
+                add_products(Index<first>(), feature, key);
+            }
+    });
     return sums_of_lanes(sums);
 }
 
@@ -129,19 +145,18 @@ template <int ROWS, bool ODD, class T>
 inline void score_block(const float *queries, int64_t query_stride, const Stream<T> &keys,
                         int64_t features, float *scores, int64_t score_stride) {
     constexpr int KEYS = LANES / ROWS;
-    const int64_t groups = keys.count / KEYS;
     float lanes[LANES];
-    for (int64_t group = 0; group < groups; ++group) {
-        const T *from = keys.data + group * keys.stride;
-        store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride, from, groups * keys.stride,
+    int64_t first = 0;
+    for (; first <= keys.count - KEYS; first += KEYS) {
+        store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride,
+                                              keys.data + first * keys.stride, keys.stride,
                                               features));
         unrolled<ROWS>([&](auto r) {
-            float *to = scores + r * score_stride + group;
-            unrolled<KEYS>([&](auto k) { to[k * groups] = lanes[r * KEYS + k]; });
+            memcpy(scores + r * score_stride + first, lanes + r * KEYS, KEYS * sizeof(float));
         });
     }
     // The last few one by one.
-    for (int64_t first = groups * KEYS; first < keys.count; ++first) {
+    for (; first < keys.count; ++first) {
         const T *from = keys.data + first * keys.stride;
         store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride, from, 0, features));
         unrolled<ROWS>([&](auto r) { scores[r * score_stride + first] = lanes[r * KEYS]; });
@@ -163,37 +178,41 @@ template <int ROWS, int PAIRS, class T>
 inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<T> &values,
                       float *to, int64_t to_stride) {
     constexpr int VECTORS = 2 * PAIRS;
-    Floats sums[ROWS][VECTORS];
+    // Of one row, several keys at a time have sums of their own: few would wait for each other.
+    constexpr int KEYS = ROWS == 1 ? 4 / PAIRS : 1;
+    Floats sums[KEYS][ROWS][VECTORS];
     unrolled<ROWS>([&](auto r) {
-        unrolled<VECTORS>([&](auto v) { sums[r][v] = load(to + r * to_stride + v * LANES); });
+        unrolled<VECTORS>([&](auto v) {
+            sums[0][r][v] = load(to + r * to_stride + v * LANES);
+            unrolled<KEYS - 1>([&](auto k) { sums[k + 1][r][v] = zeros(); });
+        });
     });
-    // While several rows pass over these values, the values that follow arrive.
-    const int64_t next = values.count * values.stride;
-    const auto add_key = [&](int64_t key) __attribute__((always_inline)) {
+    const auto add_key = [&](int64_t key, auto place) __attribute__((always_inline)) {
         const T *from = values.data + key * values.stride;
         Floats value[VECTORS];
         unrolled<PAIRS>([&](auto p) {
-            if (ROWS > 1)
-                _mm_prefetch(reinterpret_cast<const char *>(from + next + p * PAIR), _MM_HINT_T0);
+            prefetch_pair(from + p * PAIR);
             const auto both = pair(from + p * PAIR);
             value[2 * p] = half_of(both, Index<0>());
             value[2 * p + 1] = half_of(both, Index<1>());
         });
         unrolled<ROWS>([&](auto r) {
             const Floats weight = splat(weights[r * weight_stride + key]);
-            unrolled<VECTORS>([&](auto v) { sums[r][v] = fma(weight, value[v], sums[r][v]); });
+            unrolled<VECTORS>([&](auto v) {
+                sums[place][r][v] = fma(weight, value[v], sums[place][r][v]);
+            });
         });
     };
-    int64_t last = 0;
-    if (ROWS == 1) {
-        const int64_t step = values.count / STREAMS;
-        for (int64_t key = 0; key < step; ++key)
-            unrolled<STREAMS>([&](auto stream) { add_key(key + stream * step); });
-        last = step * STREAMS;
-    }
-    for (; last < values.count; ++last) add_key(last);
+    int64_t key = 0;
+    for (; key <= values.count - KEYS; key += KEYS)
+        unrolled<KEYS>([&](auto k) { add_key(key + k, k); });
+    for (; key < values.count; ++key) add_key(key, Index<0>());
     unrolled<ROWS>([&](auto r) {
-        unrolled<VECTORS>([&](auto v) { store(to + r * to_stride + v * LANES, sums[r][v]); });
+        unrolled<VECTORS>([&](auto v) {
+            Floats sum = sums[0][r][v];
+            unrolled<KEYS - 1>([&](auto k) { sum = sum + sums[k + 1][r][v]; });
+            store(to + r * to_stride + v * LANES, sum);
+        });
     });
 }
 
@@ -223,6 +242,9 @@ inline void value_block(const float *weights, int64_t weight_stride, const Strea
         if (left >= PAIRS * PAIR) {
             add_pairs<ROWS, PAIRS>(weights, weight_stride, from, to + feature, to_stride);
             feature += PAIRS * PAIR;
+        } else if (PAIRS > 2 && left >= 2 * PAIR) {
+            add_pairs<ROWS, 2>(weights, weight_stride, from, to + feature, to_stride);
+            feature += 2 * PAIR;
         } else if (left >= PAIR) {
             add_pairs<ROWS, 1>(weights, weight_stride, from, to + feature, to_stride);
             feature += PAIR;
