@@ -27,7 +27,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "zeta.ops": (
         ("",),
         ("attention", "projection"),
-        ("stored",),
+        ("stored", "plain"),
         ("weights", "backends", "sinks"),
         ("deferred",),
         ("parts", "dropout", "transforms", "lowering", "buffers"),

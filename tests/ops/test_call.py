@@ -209,16 +209,13 @@ def test_a_few_grouped_queries_on_a_gpu_s_long_cache_go_to_triton_first() -> Non
     assert first(target=1, heads=4, source=8192) == "sdpa"
 
 
-def test_small_plain_calls_on_the_cpu_go_to_torch_first() -> None:
-    def first(target: int, source: int, dtype: torch.dtype) -> str:
-        query = torch.empty(1, 8, target, 64, dtype=dtype)
-        key = torch.empty(1, 8, source, 64, dtype=dtype)
-        return backends.order(AttentionCall(query, key, key))[0]
+def test_small_plain_calls_with_a_gradient_on_the_cpu_go_to_torch_first() -> None:
+    def first(length: int, dtype: torch.dtype, requires_grad: bool) -> str:
+        query = torch.empty(1, 8, length, 64, dtype=dtype, requires_grad=requires_grad)
+        return backends.order(AttentionCall(query, query, query))[0]
 
-    assert first(1, 128, torch.float32) == "sdpa"
-    assert first(1, 1024, torch.float32) == "cpu"
-    assert first(2, 1024, torch.float32) == "sdpa"
-    assert first(64, 64, torch.bfloat16) == "sdpa"
-    assert first(128, 128, torch.float32) == "cpu"
-    assert first(1, 1024, torch.bfloat16) == "cpu"
-    assert first(1, 16384, torch.float32) == "cpu"
+    assert first(64, torch.bfloat16, True) == "sdpa"
+    assert first(128, torch.float32, True) == "cpu"
+    assert first(64, torch.float32, False) == "cpu"
+    with torch.no_grad():
+        assert first(64, torch.float32, True) == "cpu"

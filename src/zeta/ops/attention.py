@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zeta.biases import Bias
 from zeta.masks import Mask
-from zeta.ops import backends, stored
+from zeta.ops import backends, plain, stored
 from zeta.ops.backends import Backend
 from zeta.ops.call import AttentionCall, BackendUnsupported
 from zeta.ops.precision import Precision
@@ -71,6 +71,12 @@ def attention(
         TypeError: A type or a dtype is wrong.
         BackendUnsupported: The named backend cannot do this call.
     """
+    has_positions = query_positions is not None or key_positions is not None
+    has_more = bias is not None or sinks is not None or precision is not None or dropout_p
+    if backend == "auto" and not has_positions and not has_more:
+        found = plain.attend(query, key, value, mask, scale)
+        if found is not None:
+            return found
     call = AttentionCall.checked(
         query,
         key,
@@ -85,7 +91,7 @@ def attention(
         sinks=sinks,
         precision=precision,
     )
-    return run(call, backend)[0]
+    return _run_checked(call, backend)[0]
 
 
 def attention_with_lse(
@@ -129,7 +135,7 @@ def attention_with_lse(
         precision=precision,
         result="lse",
     )
-    out, lse = run(call, backend)
+    out, lse = _run_checked(call, backend)
     assert lse is not None
     return out, lse
 
@@ -182,6 +188,14 @@ def attention_weights(
 
 def run(call: AttentionCall, backend: str = "auto") -> tuple[Tensor, Tensor | None]:
     """Run a checked call on the named backend, or on the first that can."""
+    if backend == "auto" and call.result == "output":
+        found = plain.attend_call(call)
+        if found is not None:
+            return found, None
+    return _run_checked(call, backend)
+
+
+def _run_checked(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor | None]:
     if call.sinks is None:
         return _run(call, backend)
     out, lse = _run(without_sinks(call), backend)

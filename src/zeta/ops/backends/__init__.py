@@ -21,10 +21,7 @@ _PLAIN = ("sdpa", "reference")
 ORDER_OF_PROGRAMS = (*_PLAIN, *(name for name in ORDER_ON_CPU if name not in _PLAIN))
 
 SMALL = 1 << 24
-"""Floating-point operations, some 0.2 ms of one core: fewer are sooner done by torch's kernel,
-which takes less Python."""
-SMALL_STEP = 1 << 19
-"""The same for a single query: torch's kernel reads a cache more slowly."""
+"""Floating-point operations, some 0.2 ms of one core."""
 MOST_PACKED = 128
 """Queries of a group of heads that read their key head together, in one tile of a kernel."""
 LONG_CACHE = 1024
@@ -46,10 +43,10 @@ class Backend(Protocol):
 def order(call: AttentionCall) -> tuple[str, ...]:
     """The backends as ``"auto"`` asks them for this call.
 
-    On CPU tensors the native kernels come first, but for small calls that torch's kernel can do
-    too; Triton's run in its interpreter only, slower than the textbook: last. On a GPU Triton's
-    come first where a few queries of grouped heads meet a long cache, which they read once for a
-    whole group.
+    On CPU tensors the native kernels come first, but for small calls with a gradient that torch's
+    kernel can do too; Triton's run in its interpreter only, slower than the textbook: last. On a
+    GPU Triton's come first where a few queries of grouped heads meet a long cache, which they read
+    once for a whole group.
 
     A program that ``torch.export`` makes is to run where Zeta is not installed, and in other
     runtimes: first come those that are made of torch's own operators.
@@ -67,12 +64,11 @@ def order(call: AttentionCall) -> tuple[str, ...]:
 
 
 def _is_small(call: AttentionCall) -> bool:
-    batch, heads, target, head_dim = call.query.shape
-    if target == 1 and call.query.itemsize == 2:
-        # torch reads a cache in half precision at a fraction of the memory's speed.
+    """Whether it is sooner done by torch's kernel, which takes less Python where autograd is."""
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())):
         return False
-    operations = 4 * batch * heads * target * call.key.shape[2] * head_dim
-    return operations < (SMALL_STEP if target == 1 else SMALL)
+    batch, heads, target, head_dim = call.query.shape
+    return 4 * batch * heads * target * call.key.shape[2] * head_dim < SMALL
 
 
 def load(name: str) -> Backend:

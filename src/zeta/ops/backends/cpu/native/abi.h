@@ -72,7 +72,8 @@ typedef struct {
     double dropout_p;
     int64_t dropout_threshold, seed;
 
-    // Made by forward, read by backward. lse is natural, -inf for a row with every key hidden.
+    // Made by forward, read by backward. lse is natural, -inf for a row with every key hidden; it is
+    // null where nobody wants it.
     ZetaRows out;
     float *lse_BHT;
 

@@ -117,7 +117,7 @@ inline void store_block(const ForwardBlock<Operands> &block, const QueryBlock &q
                         const Scores &scores) {
     const ZetaCall &call = scores.call;
     HeadRows out = head_rows(call.out, call.dtype, scores.batch, scores.head);
-    float *lse = call.lse_BHT + (scores.batch * call.heads + scores.head) * call.target;
+    const int64_t first_row = (scores.batch * call.heads + scores.head) * call.target;
     for (int64_t row = 0; row < queries.count; ++row) {
         const float total = block.totals[row];
         const float factor = total == 0 ? 0 : static_cast<float>(1 / (1 - call.dropout_p)) / total;
@@ -126,7 +126,8 @@ inline void store_block(const ForwardBlock<Operands> &block, const QueryBlock &q
         for (int64_t column = 0; column < call.value_dim; column += LANES)
             store_dtype(to, call.dtype, column, load(sums + column) * splat(factor),
                         call.value_dim - column);
-        lse[queries.first + row] =
+        if (!call.lse_BHT) continue;
+        call.lse_BHT[first_row + queries.first + row] =
             total == 0 ? -INFINITY
                        : static_cast<float>(block.maxima[row] + log(total * 1.0));
     }

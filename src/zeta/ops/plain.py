@@ -1,0 +1,36 @@
+"""Calls with no more than a causal mask, at once where a backend can: a short one takes less time
+than it takes to describe it.
+"""
+
+from torch import Tensor
+
+from zeta.masks import Causal, Mask
+from zeta.ops.call import AttentionCall
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float | None
+) -> Tensor | None:
+    """Attention ``(B, H, T, D)``; None where the call has to be checked and a backend chosen.
+
+    Args:
+        query, key, value, mask, scale: As `zeta.attention` takes them, not checked.
+    """
+    if not (mask is None or type(mask) is Causal) or not (scale is None or type(scale) is float):
+        return None
+    if not isinstance(query, Tensor) or not query.is_cpu:
+        return None
+    from zeta.ops.backends.cpu import plain
+
+    return plain.attend(query, key, value, scale, mask is not None)
+
+
+def attend_call(call: AttentionCall) -> Tensor | None:
+    """The same of a call, whatever it is."""
+    if call.bias is not None or call.dropout_p or call.sinks is not None:
+        return None
+    if call.query_positions is not None or call.key_positions is not None:
+        return None
+    if call.precision is not None:
+        return None
+    return attend(call.query, call.key, call.value, call.mask, call.scale)

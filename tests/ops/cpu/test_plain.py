@@ -1,0 +1,143 @@
+"""The short way to the library: the same bits as the long one, or nothing at all.
+
+Shape suffixes: B batch, H query heads, G key heads, T target length, S source length, D head
+dimension.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import zeta
+from zeta.masks import Causal, SlidingWindow
+from zeta.ops import plain
+from zeta.ops.backends.cpu import library
+from zeta.ops.call import AttentionCall
+
+pytestmark = pytest.mark.skipif(library.obstacle() is not None, reason=str(library.obstacle()))
+
+Operands = tuple[Tensor, Tensor, Tensor]
+SHAPES = {  # B, H, G, T, S, D
+    "one number": (1, 1, 1, 1, 1, 1),
+    "a step": (2, 4, 2, 1, 37, 64),
+    "a chunk of grouped heads": (1, 8, 2, 3, 50, 40),
+    "blocks": (2, 2, 1, 130, 300, 72),
+    "more queries than keys": (1, 2, 2, 70, 33, 16),
+}
+
+
+def operands(name: str, dtype: torch.dtype = torch.float32, inside: bool = False) -> Operands:
+    """Query, key and value; ``inside``: their heads lie inside the length, as projected ones."""
+    batch, heads, key_heads, target, source, dim = SHAPES[name]
+
+    def made(number: int, length: int) -> Tensor:
+        if inside:
+            # Of a wider tensor, so that nothing is contiguous.
+            wide = torch.randn(batch, length, number + 1, dim, dtype=dtype)
+            return wide[:, :, :number].transpose(1, 2)
+        return torch.randn(batch, number, length, dim, dtype=dtype)
+
+    return made(heads, target), made(key_heads, source), made(key_heads, source)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("mask", [None, Causal()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_gives_the_same_bits(
+    name: str, dtype: torch.dtype, mask: Causal | None, inside: bool
+) -> None:
+    made = operands(name, dtype, inside)
+    torch.use_deterministic_algorithms(True)  # What is allocated is full of NaN.
+    try:
+        found = plain.attend(*made, mask, 0.3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found is not None
+    expected = zeta.attention(*made, mask=mask, scale=0.3, backend="cpu")
+    assert torch.equal(found, expected)
+    assert found.dtype == dtype
+    assert found.shape == expected.shape
+    assert found.transpose(1, 2).is_contiguous() or found.is_contiguous()
+
+
+def test_the_scale_is_that_of_the_head_dimension() -> None:
+    made = operands("blocks")
+    found = plain.attend(*made, None, None)
+    assert found is not None
+    assert torch.equal(found, zeta.attention(*made, backend="cpu"))
+
+
+class _Subclass(Tensor):
+    pass
+
+
+def _parameter(query: Tensor, key: Tensor, value: Tensor) -> Operands:
+    return nn.Parameter(query), key, value
+
+
+REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
+    "a subclass": lambda q, k, v: (q.as_subclass(_Subclass), k, v),
+    "a parameter": _parameter,
+    "a gradient": lambda q, k, v: (q, k, v.requires_grad_()),
+    "a value that is none": lambda q, k, v: (q, k, None),
+    "a query that is none": lambda q, k, v: (None, k, v),
+    "three dimensions": lambda q, k, v: (q[0], k[0], v[0]),
+    "another batch": lambda q, k, v: (q[:1], k, v),
+    "another head dimension": lambda q, k, v: (q[..., :3], k, v),
+    "another width of values": lambda q, k, v: (q, k, v[..., :3]),
+    "another length of values": lambda q, k, v: (q, k, v[:, :, :3]),
+    "heads that do not divide": lambda q, k, v: (q[:, :3], k, v),
+    "no key heads": lambda q, k, v: (q, k[:, :0], v[:, :0]),
+    "no queries": lambda q, k, v: (q[:, :, :0], k, v),
+    "no keys": lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]),
+    "no features": lambda q, k, v: (q[..., :0], k[..., :0], v[..., :0]),
+    "another dtype": lambda q, k, v: (q, k.half(), v),
+    "float64": lambda q, k, v: (q.double(), k.double(), v.double()),
+    "another device": lambda q, k, v: (q, k.to("meta"), v),
+    "features that are not dense": lambda q, k, v: (q, k.mT.contiguous().mT, v),
+    "wide heads": lambda q, k, v: tuple(torch.randn(1, 1, 2, 257) for _ in range(3)),
+    "a window": lambda q, k, v: (q, k, v, SlidingWindow(3)),
+    "a scale that is no float": lambda q, k, v: (q, k, v, None, torch.tensor(0.5)),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_it_leaves_alone_what_is_not_plainly_right(name: str) -> None:
+    arguments = REFUSED[name](*operands("a step"))
+    assert plain.attend(*(*arguments, None, None)[:5]) is None  # type: ignore[arg-type]
+
+
+def test_it_leaves_alone_what_is_watched() -> None:
+    made = operands("a step")
+    with torch.autocast("cpu"):
+        assert plain.attend(*made, None, None) is None
+    with forward_ad.dual_level():
+        assert plain.attend(*made, None, None) is None
+
+    def mapped(query: Tensor) -> Tensor:
+        assert plain.attend(query, *made[1:], None, None) is None
+        return zeta.attention(query, *made[1:], backend="reference")
+
+    found = torch.func.vmap(mapped)(torch.stack((made[0], -made[0])))
+    torch.testing.assert_close(found[1], zeta.attention(-made[0], *made[1:]))
+
+
+def test_a_call_with_anything_more_is_left_alone() -> None:
+    made = operands("a step")
+    call = AttentionCall.checked(*made)
+    assert plain.attend_call(call) is not None
+    more = {
+        "bias": zeta.biases.Softcap(3.0),
+        "dropout_p": 0.5,
+        "sinks": torch.zeros(4),
+        "query_positions": torch.arange(1),
+        "key_positions": torch.arange(37),
+        "precision": "high",
+    }
+    for name, value in more.items():
+        changed = AttentionCall.checked(*made, **{name: value})  # type: ignore[arg-type]
+        assert plain.attend_call(changed) is None, name
