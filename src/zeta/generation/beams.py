@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
-from zeta.generation.checks import check_int, stops_of
+from zeta.generation.checks import check_int, check_numbers, stops_of
 from zeta.generation.prompts import Model, Prompt, step
 
 
@@ -125,6 +125,7 @@ class _Search:
         """
         width, vocabulary = log_probability.shape[1:]
         totals = self._sums[..., None] + log_probability
+        check_numbers(bool(log_probability.isnan().any()), len(self._tokens[0][0]))
         self._stop(totals)
         totals[..., self._stops] = float("-inf")
         best, at = totals.flatten(1).topk(min(self._num_beams, width * vocabulary), dim=-1)

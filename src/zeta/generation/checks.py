@@ -68,6 +68,17 @@ def check_logits(logits: object, tokens_BN: Tensor) -> None:
         raise ValueError(f"{wanted}; got {tuple(logits.shape)}")
 
 
+def check_numbers(has_nan: bool, number: int) -> None:
+    """Raise ValueError if the model has returned NaN, of which no token can be chosen.
+
+    Args:
+        has_nan: Whether any of the logits is.
+        number: Of the token that they are for, from 0 on.
+    """
+    if has_nan:
+        raise ValueError(f"the model returned logits that are NaN, for new token number {number}")
+
+
 def stops_of(stop_tokens: Iterable[SupportsIndex]) -> list[int]:
     """Stop tokens as different numbers, in order; TypeError unless they are ints."""
     try:

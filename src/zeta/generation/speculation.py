@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache, RollingCache
-from zeta.generation.checks import check_caches, check_int, check_logits
+from zeta.generation.checks import check_caches, check_int, check_logits, check_numbers
 from zeta.generation.choosing import draw
 from zeta.generation.prompts import Model
 
@@ -65,24 +65,30 @@ class Speculation:
         self._probabilities, self._uniforms = probabilities, uniforms
 
     @torch.no_grad()
-    def advance(self, recent: Tensor, position_R: Tensor, rows_R: Tensor, most: int) -> Tensor:
+    def advance(
+        self, recent: Tensor, position_R: Tensor, rows_R: Tensor, number: int, most: int
+    ) -> Tensor:
         """The next tokens of each sequence.
 
         Args:
             recent: ``(R, 2)``, the last two tokens.
             position_R: Positions of the last tokens.
             rows_R: The sequences' numbers, for ``uniforms``.
+            number: Of the first new token, for messages.
             most: The greatest number of tokens to come back, at least 1.
 
         Returns:
             ``(R, N)``, ``1 <= N <= most``. Whatever is raised, the caches are as they were.
+
+        Raises:
+            ValueError: The model returns NaN, or logits of another shape.
         """
         length = _length(self._caches)
         every = (*self._caches, *self._draft.caches)
         for cache in every:
             cache.fork()
         try:
-            new = self._checked(recent, position_R, rows_R, most, length)
+            new = self._checked(recent, position_R, rows_R, number, most, length)
         except BaseException:
             for cache in every:
                 cache.rollback()
@@ -97,7 +103,13 @@ class Speculation:
         return new
 
     def _checked(
-        self, recent: Tensor, position_R: Tensor, rows_R: Tensor, most: int, length: int
+        self,
+        recent: Tensor,
+        position_R: Tensor,
+        rows_R: Tensor,
+        number: int,
+        most: int,
+        length: int,
     ) -> Tensor:
         """What `advance` returns; the caches have all that was proposed."""
         count = min(self._draft.num_tokens, most - 1)
@@ -108,7 +120,9 @@ class Speculation:
         check_logits(logits, tokens)
         wanted = self._probabilities(logits.flatten(0, 1)).unflatten(0, (-1, count + 1))
         accepted_R = self._accepted(drafted_RK, draft_RKV, wanted, rows_R)
-        common = int(accepted_R.min())
+        facts = accepted_R.min(), logits.isnan().any().to(accepted_R.dtype)
+        common, has_nan = torch.stack(facts).tolist()
+        check_numbers(bool(has_nan), number)
         last_R = self._drawn(_residual(wanted, draft_RKV, common), rows_R)
         if common < count:
             last_R = torch.where(accepted_R > common, drafted_RK[:, common], last_R)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
-from zeta.generation.checks import check_int, check_tensor, stops_of
+from zeta.generation.checks import check_int, check_numbers, check_tensor, stops_of
 from zeta.generation.choosing import Choice, Greedy, Uniforms, draw
 from zeta.generation.prompts import Model, Prompt, step
 from zeta.generation.speculation import Draft, Speculation, check_draft
@@ -78,7 +78,7 @@ def stream(
         A `Step` for each new token. Stop listening, and nothing more is computed.
 
     Raises:
-        ValueError: An argument has the wrong shape or range.
+        ValueError: An argument has the wrong shape or range, or the model returns NaN.
         TypeError: An argument has the wrong type or dtype.
     """
     check_int("max_new_tokens", max_new_tokens, 1)
@@ -105,11 +105,15 @@ def stream(
     for number in range(max_new_tokens):
         token_R = choosing(logits_RV, rows_R)
         stopped_R = torch.isin(token_R, stops)
+        # All that the host must know, in one look at the device.
+        facts = logits_RV.isnan().any(), stopped_R.any(), stopped_R.all()
+        has_nan, any_stopped, all_stopped = torch.stack(facts).tolist()
+        check_numbers(has_nan, number)
         yield Step(number, rows_R, token_R, stopped_R)
-        going_R = ~stopped_R
-        if number + 1 == max_new_tokens or not bool(going_R.any()):
+        if number + 1 == max_new_tokens or all_stopped:
             return
-        if bool(stopped_R.any()):
+        if any_stopped:
+            going_R = ~stopped_R
             rows_R, token_R = rows_R[going_R], token_R[going_R]
             position_R = position_R[going_R]
             _keep(caches, going_R)
@@ -141,6 +145,7 @@ def _speculate(
     speculation = Speculation(model, caches, draft, choice.probabilities, uniforms)
     position_R = read.positions_BT[:, -1]
     recent = read.tokens_BT[:, -1:]
+    check_numbers(bool(logits_BV.isnan().any()), 0)
     new = draw(choice.probabilities(logits_BV), uniforms(rows_R))[:, None]
     number = 0
     while True:
@@ -157,7 +162,7 @@ def _speculate(
         if not bool(going_R.all()):
             rows_R = rows_R[going_R]
             _keep((*caches, *draft.caches), going_R)
-        new = speculation.advance(recent, position_R, rows_R, max_new_tokens - number)
+        new = speculation.advance(recent, position_R, rows_R, number, max_new_tokens - number)
 
 
 @torch.no_grad()
