@@ -29,6 +29,8 @@ from zeta.bench import Timing, describe_machine, time_interleaved
 from zeta.ops.backends.cpu import library
 
 GROWTH = "growth"
+PEER_FACTOR = 8
+"""A peer must do the same work, not as exactly: TorchScale's tables of xPos are in bfloat16."""
 ISAS = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx": "AMX"}
 
 
@@ -122,8 +124,7 @@ def check(work: Work) -> dict[str, dict[str, float]]:
         for name, result in results.items():
             if name in expected:
                 error = errors[side][name] = relative_error(result, expected[name])
-                # A peer must do the same work, not as exactly.
-                bound = work.bound if side == "ours" else 4 * work.bound
+                bound = work.bound * (1 if side == "ours" else PEER_FACTOR)
                 if not error <= bound:  # NaN too
                     raise AssertionError(f"{side}, {name}: error {error:.2g} exceeds {bound:.2g}")
     return errors

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeta import BackendUnsupported, attention, attention_weights, attention_with_lse, biases, masks
 from zeta.ops.backends import cpu
@@ -179,3 +180,25 @@ def test_inference_mode_and_views(requires_grad: bool) -> None:
     torch.testing.assert_close(attention(query, key, value, backend="cpu"), expected)
     with torch.inference_mode():
         torch.testing.assert_close(attention(query, key, value, backend="cpu"), expected)
+
+
+class _Watcher(TorchDispatchMode):
+    """Writes down what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("mask", [None, masks.SlidingWindow(3)], ids=str)
+def test_a_mode_sees_the_operator(mask: masks.Mask | None, requires_grad: bool) -> None:
+    query = torch.randn(1, 2, 5, 16, requires_grad=requires_grad)
+    with _Watcher() as watcher:
+        found = attention(query, query, query, mask=mask, backend="cpu")
+    assert any(name.startswith("zeta::") for name in watcher.names), watcher.names
+    torch.testing.assert_close(found, attention(query, query, query, mask=mask, backend="cpu"))

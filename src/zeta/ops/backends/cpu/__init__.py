@@ -96,8 +96,10 @@ def _is_high(call: AttentionCall) -> bool:
 
 
 def _is_eager(tensor: Tensor) -> bool:
-    """Whether nothing traces what is computed, so that the library may run on the spot."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether nothing traces or watches what is computed: the library may run on the spot."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
 def _is_learned(operands: tuple[Tensor | None, ...]) -> bool:
