@@ -17,9 +17,9 @@ struct DecodePlan {
           rows(group * call.target),
           padded_rows(round_up(rows, BLOCK)),
           // Rows apart by an odd number of vectors do not meet in the same banks of the cache.
-          query_stride(round_up(call.head_dim, LANES) + LANES),
+          query_stride(round_up(call.head_dim, PAIR) + LANES),
           weight_stride(MOST_KEYS + LANES),
-          sum_stride(round_up(call.value_dim, LANES)) {
+          sum_stride(round_up(call.value_dim, PAIR)) {
         const int64_t heads = call.batch * call.key_heads;
         const int64_t most = (call.source + LEAST_KEYS - 1) / LEAST_KEYS;
         parts = larger(1, smaller(most, (WANTED_TASKS + heads - 1) / heads));
@@ -117,9 +117,21 @@ inline void multiply_row(float *row, const float *factors, int64_t count) {
     }
 }
 
+// How rows of Q meet keys and values of K.
+template <class Q, class K>
+struct RowProducts : WideRows<Q, K> {};
+#if defined(ZETA_HAS_PAIRS)
+template <>
+struct RowProducts<BFloat16, BFloat16> : PairedRows {};
+#endif
+
 // One part of the keys of one key head. Q is the dtype of the queries, K that of the cache.
 template <class Q, class K>
 struct DecodePart {
+    using Products = RowProducts<Q, K>;
+    using Number = typename Products::Number;
+    static constexpr int64_t NUMBERS = sizeof(float) / sizeof(Number);  // in the place of a float
+
     const ZetaCall &call;
     const DecodePlan &plan;
     const DecodeBlock &block;
@@ -155,12 +167,16 @@ struct DecodePart {
         }
     }
 
+    Number *query(int64_t row) const {
+        return reinterpret_cast<Number *>(block.queries + row * plan.query_stride);
+    }
+
     void start() const {
         const float factor = static_cast<float>(call.scale);
         for (int64_t row = 0; row < plan.rows; ++row) {
             const Q *from = static_cast<const Q *>(call.query.data) + batch * call.query.batch +
                             head_of(row) * call.query.head + row % call.target * call.query.row;
-            arrange<K>(from, call.head_dim, factor, block.queries + row * plan.query_stride);
+            Products::take_query(from, call.head_dim, factor, query(row));
             block.maxima[row] = -INFINITY;
             block.totals[row] = 0;
         }
@@ -176,22 +192,24 @@ struct DecodePart {
             for_runs(sight.existing, keys.page_size, tile.first, tile.first + tile.count, body);
         };
         for_tile([&](int64_t first, int64_t count) {
-            score_keys(block.queries, plan.query_stride, plan.rows, keys.stream(first, count),
-                       call.head_dim, block.weights + first - tile.first, plan.weight_stride,
-                       block.near);
+            Products::score(query(0), plan.query_stride * NUMBERS, plan.rows,
+                            keys.stream(first, count), call.head_dim,
+                            block.weights + first - tile.first, plan.weight_stride, block.near);
         });
         for (int64_t head = 0; head < plan.group; ++head) weigh_head(head);
+        const Number *weights = reinterpret_cast<const Number *>(block.weights);
         for_tile([&](int64_t first, int64_t count) {
-            add_values(block.weights + first - tile.first, plan.weight_stride, plan.rows,
-                       values.stream(first, count), call.value_dim, block.sums, plan.sum_stride,
-                       block.near);
+            Products::add(weights + first - tile.first, plan.weight_stride * NUMBERS, plan.rows,
+                          values.stream(first, count), call.value_dim, block.sums,
+                          plan.sum_stride, block.near);
         });
     }
 
     // From products to weights, of one head of the group.
     void weigh_head(int64_t head) const {
         const KeyTile &tile = *block.tile;
-        const Scores scores(call, sight, offsets, batch, key_head * plan.group + head, 1);
+        const float factor = Products::SCALES_QUERIES ? 1 : static_cast<float>(call.scale);
+        const Scores scores(call, sight, offsets, batch, key_head * plan.group + head, factor);
         const float *of_keys = tile_factors(call, call.key_factor_BGS, batch, key_head, tile.first);
         const float *of_values =
             tile_factors(call, call.value_factor_BGS, batch, key_head, tile.first);
@@ -207,6 +225,7 @@ struct DecodePart {
                 rescale_sums(row, highest);
             block.totals[row] += exponentials(score_row, weights, block.maxima[row]);
             if (of_values) multiply_row(weights, of_values, tile.count);
+            Products::take_weights(weights, tile.count);
         }
     }
 
@@ -224,8 +243,8 @@ struct DecodePart {
             const float kept = static_cast<float>(1 / (1 - call.dropout_p));
             Q *to = static_cast<Q *>(call.out.data) + batch * call.out.batch +
                     head * call.out.head + query * call.out.row;
-            store_arranged<K>(block.sums + row * plan.sum_stride, call.value_dim,
-                              total == 0 ? 0 : kept / total, to);
+            Products::store(block.sums + row * plan.sum_stride, call.value_dim,
+                            total == 0 ? 0 : kept / total, to);
             if (!call.lse_BHT) continue;
             call.lse_BHT[(batch * call.heads + head) * call.target + query] =
                 total == 0 ? -INFINITY

@@ -1,17 +1,11 @@
-// Products of pairs by dot products of AVX-512 BF16; with -DZETA_EMULATE two fused multiply-adds stand
-// in for one, in any vectors.
+// Products of pairs by dot products of AVX-512 BF16.
 
 struct ProductSession {};
 
-// Each lane holds a pair. The processor rounds denormal numbers to zero here, as AMX does.
+// Each lane holds a pair.
 struct MultiplyPairs {
     static Floats apply(Floats a, Floats b, Floats c) {
-#if defined(ZETA_EMULATE)
-        const Ints x = as_ints(a), y = as_ints(b);
-        return fma(high_halves(x), high_halves(y), fma(low_halves(x), low_halves(y), c));
-#else
-        return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-#endif
+        return add_pair_products(as_ints(a), as_ints(b), c);
     }
 };
 

@@ -21,6 +21,9 @@
 #include "backward_task.h"
 #include "backward.h"
 #include "short_rows.h"
+#if defined(ZETA_HAS_PAIRS)
+#include "paired_rows.h"
+#endif
 #include "decode.h"
 #include "projection.h"
 #include "weights.h"

@@ -77,16 +77,14 @@ struct Stream {
     }
 };
 
-// What follows is asked for so many bytes before it is read: the processor alone reads ahead too late,
-// and not over the end of a page.
-constexpr int64_t AHEAD = 1024;
-
-// Of a pair of vectors.
-template <class T>
+// A pair of vectors is asked for so many bytes before it is read: the processor alone reads ahead too
+// late, and not over the end of a page. Both distances were measured.
+template <int ROWS, class T>
 inline void prefetch_pair(const T *from) {
-    const char *ahead = reinterpret_cast<const char *>(from) + AHEAD;
-    _mm_prefetch(ahead, _MM_HINT_T0);
-    if (PAIR * sizeof(T) > 64) _mm_prefetch(ahead + 64, _MM_HINT_T0);
+    constexpr int64_t ahead = ROWS == 1 ? 512 : 1024;
+    const char *place = reinterpret_cast<const char *>(from) + ahead;
+    _mm_prefetch(place, _MM_HINT_T0);
+    if (PAIR * sizeof(T) > 64) _mm_prefetch(place + 64, _MM_HINT_T0);
 }
 
 // ROWS rows of queries times LANES / ROWS keys, `step` apart: the products of the first row with
@@ -120,7 +118,7 @@ inline Floats multiply_keys(const float *queries, int64_t query_stride, const T 
             decltype(pair(keys)) both[TOGETHER];
             unrolled<TOGETHER>([&](auto k) {
                 both[k] = pair(from + k * step + feature);
-                prefetch_pair(from + k * step + feature);
+                prefetch_pair<ROWS>(from + k * step + feature);
             });
             unrolled<2>([&](auto half) {
                 Floats key[TOGETHER];
@@ -140,9 +138,9 @@ inline Floats multiply_keys(const float *queries, int64_t query_stride, const T 
     return sums_of_lanes(sums);
 }
 
-// scores[row][key] of ROWS rows.
-template <int ROWS, bool ODD, class T>
-inline void score_block(const float *queries, int64_t query_stride, const Stream<T> &keys,
+// scores[row][key] of ROWS rows of R.
+template <int ROWS, bool ODD, class R, class T>
+inline void score_block(const R *queries, int64_t query_stride, const Stream<T> &keys,
                         int64_t features, float *scores, int64_t score_stride) {
     constexpr int KEYS = LANES / ROWS;
     float lanes[LANES];
@@ -163,8 +161,8 @@ inline void score_block(const float *queries, int64_t query_stride, const Stream
     }
 }
 
-template <int ROWS, class T>
-inline void score_block(const float *queries, int64_t query_stride, const Stream<T> &keys,
+template <int ROWS, class R, class T>
+inline void score_block(const R *queries, int64_t query_stride, const Stream<T> &keys,
                         int64_t features, float *scores, int64_t score_stride) {
     if (features % PAIR)
         score_block<ROWS, true>(queries, query_stride, keys, features, scores, score_stride);
@@ -191,7 +189,7 @@ inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<
         const T *from = values.data + key * values.stride;
         Floats value[VECTORS];
         unrolled<PAIRS>([&](auto p) {
-            prefetch_pair(from + p * PAIR);
+            prefetch_pair<ROWS>(from + p * PAIR);
             const auto both = pair(from + p * PAIR);
             value[2 * p] = half_of(both, Index<0>());
             value[2 * p + 1] = half_of(both, Index<1>());
@@ -309,3 +307,30 @@ inline void add_values(const float *weights, int64_t weight_stride, int64_t num_
         });
     });
 }
+
+// Rows of Q that are float32 where they meet keys and values of K, as decode.h takes them.
+template <class Q, class K>
+struct WideRows {
+    using Number = float;  // of queries and weights
+    static constexpr bool SCALES_QUERIES = true;
+
+    static void take_query(const Q *from, int64_t features, float factor, float *to) {
+        arrange<K>(from, features, factor, to);
+    }
+    // In place.
+    static void take_weights(float *, int64_t) {}
+
+    static void score(const float *queries, int64_t query_stride, int64_t num_rows,
+                      const Stream<K> &keys, int64_t features, float *scores, int64_t score_stride,
+                      float *near) {
+        score_keys(queries, query_stride, num_rows, keys, features, scores, score_stride, near);
+    }
+    static void add(const float *weights, int64_t weight_stride, int64_t num_rows,
+                    const Stream<K> &values, int64_t features, float *to, int64_t to_stride,
+                    float *near) {
+        add_values(weights, weight_stride, num_rows, values, features, to, to_stride, near);
+    }
+    static void store(const float *from, int64_t features, float factor, Q *to) {
+        store_arranged<K>(from, features, factor, to);
+    }
+};

@@ -35,6 +35,20 @@ __attribute__((always_inline)) inline void unrolled(const Body &body) {
 #include "simd_avx2.h"
 #endif
 
+// c + the products of a's and b's pairs of bfloat16, lane by lane. The processor takes denormal
+// numbers for zero, as AMX does. With -DZETA_EMULATE two fused multiply-adds do it.
+#if defined(ZETA_EMULATE)
+#define ZETA_HAS_PAIRS
+inline Floats add_pair_products(Ints a, Ints b, Floats c) {
+    return fma(high_halves(a), high_halves(b), fma(low_halves(a), low_halves(b), c));
+}
+#elif defined(__AVX512BF16__)
+#define ZETA_HAS_PAIRS
+inline Floats add_pair_products(Ints a, Ints b, Floats c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+}
+#endif
+
 inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) {
     const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;

@@ -37,6 +37,9 @@ inline Floats high_halves(Ints x) {
     return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(-0x10000)));
 }
 
+inline Ints interleave_low(Ints a, Ints b) { return _mm256_unpacklo_epi16(a, b); }
+inline Ints interleave_high(Ints a, Ints b) { return _mm256_unpackhi_epi16(a, b); }
+
 inline void store(float *to, Floats x) { _mm256_storeu_ps(to, x); }
 inline void store_ints(int32_t *to, Ints x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), x);

@@ -37,6 +37,11 @@ inline Floats high_halves(Ints x) {
     return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(-0x10000)));
 }
 
+// Of each lane, two 16-bit numbers: those of a and of b in turn, from the lower or the upper half of
+// each 128 bits.
+inline Ints interleave_low(Ints a, Ints b) { return _mm512_unpacklo_epi16(a, b); }
+inline Ints interleave_high(Ints a, Ints b) { return _mm512_unpackhi_epi16(a, b); }
+
 inline void store(float *to, Floats x) { _mm512_storeu_ps(to, x); }
 inline void store_ints(int32_t *to, Ints x) { _mm512_storeu_si512(to, x); }
 inline void store(Float16 *to, Floats x) {
