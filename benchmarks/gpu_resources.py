@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from zeta import biases, masks
-from zeta.ops.backends.triton import arguments, passes
+from zeta.ops.backends.triton import arguments, passes, rotation
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower
 
@@ -100,6 +100,22 @@ def problems(dims: list[int], quick: bool) -> Iterator[tuple[str, Callable[[], N
                     f"D{dim} {dtype} weights",
                     _problem(dim, dtype, True, "t5", 0.0, "mean_weights"),
                 )
+            for interleaved in (True,) if quick else (True, False):
+                pairs = "pairs" if interleaved else "halves"
+                yield f"D{dim} {dtype} rotated {pairs}", _rotation(dim, dtype, interleaved)
+
+
+def _rotation(dim: int, dtype: torch.dtype, interleaved: bool) -> Callable[[], None]:
+    """All of a head is turned forward, half of it backward."""
+    query, key = (torch.zeros(2, heads, 1024, dim, dtype=dtype) for heads in (8, 2))
+    tables = [torch.zeros(1024, dim // 2)] * 4
+
+    def run() -> None:
+        rotation.rotation_of(query, key, tables, interleaved, inverse=False)
+        half = [table[:, : dim // 4] for table in tables]
+        rotation.rotation_of(query, key, half, interleaved, inverse=True)
+
+    return run
 
 
 def _problem(
@@ -159,7 +175,7 @@ def usages(capability: int, dims: list[int], quick: bool) -> Iterator[Usage]:
         found.append(Usage(kernel.__name__, problem, str(tiles), registers, spill, shared))
 
     version = (capability // 10, capability % 10)
-    for module in (arguments, passes):
+    for module in (arguments, passes, rotation):
         module.launch = compile_only  # type: ignore[attr-defined]
     arguments.device_capability = lambda tensor: version
     for problem, run in problems(dims, quick):  # noqa: B007 - read by `compile_only`

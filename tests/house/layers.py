@@ -26,7 +26,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "zeta.ops": (
         ("",),
-        ("attention", "projection"),
+        ("attention", "projection", "rotation"),
         ("stored",),
         ("weights", "backends", "sinks"),
         ("deferred",),

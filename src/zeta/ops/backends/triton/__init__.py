@@ -28,7 +28,7 @@ MIN_CAPABILITY = (8, 0)
 
 def unsupported(call: AttentionCall) -> list[str]:
     """Why the kernels cannot do this call; empty if they can."""
-    reasons = _unsupported_device(call.query.device)
+    reasons = unsupported_device(call.query.device)
     if call.query.dtype not in DTYPES:
         reasons.append(f"it has no kernels for {call.query.dtype}")
     if max(call.head_dim, call.value.shape[-1]) > MAX_HEAD_DIM:
@@ -66,7 +66,8 @@ def weights(call: AttentionCall) -> Tensor:
     return made[0]
 
 
-def _unsupported_device(device: torch.device) -> list[str]:
+def unsupported_device(device: torch.device) -> list[str]:
+    """Why no kernel runs on a device; empty if they do."""
     if importlib.util.find_spec("triton") is None:
         return ["Triton is not installed"]
     if device.type == "cpu":

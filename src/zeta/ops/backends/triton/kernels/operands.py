@@ -27,6 +27,21 @@ class Rows(NamedTuple):
     row: Any
 
 
+class Turned(NamedTuple):
+    """What is rotated, (B, heads, length, D); where the result goes; cosines and sines, with a
+    stride of 0 where all share them.
+    """
+
+    source: Any
+    target: Any
+    cos: Any
+    sin: Any
+    table_batch: Any
+    table_row: Any
+    heads: Any
+    length: Any
+
+
 class Plane(NamedTuple):
     """A tensor seen as (B, H, T, S): a stride is 0 where it is broadcast."""
 
