@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("attention", "projection", "rotation"),
         ("stored",),
         ("weights", "backends", "sinks"),
-        ("deferred",),
+        ("deferred", "reading"),
         ("parts", "dropout", "transforms", "lowering", "buffers"),
         ("call",),
         ("precision",),

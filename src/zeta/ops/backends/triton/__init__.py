@@ -15,9 +15,12 @@ import os
 import torch
 from torch import Tensor
 
+from zeta.ops.backends.triton.configs import SPLIT_ROWS
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
+from zeta.ops.reading import NO_STORE, reasons_of_tensors, store_of
 from zeta.ops.transforms import reasons_of_opaque
+from zeta.stored import Pages
 
 NAME = "triton"
 
@@ -52,6 +55,28 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
         call.query, call.key, call.value, lowered.offsets, lowered.dense, *lowered.fixed()
     )
     return out, lse
+
+
+def unreadable(call: AttentionCall) -> list[str]:
+    """Why keys and values cannot be read where a cache keeps them; empty if they can."""
+    store = store_of(call)
+    if store is None:
+        return [NO_STORE]
+    reasons = unsupported(call) + reasons_of_tensors(call, store, SPLIT_ROWS)
+    if not isinstance(store, Pages):
+        reasons.append("it reads no codes")
+    return reasons
+
+
+def run_stored(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """`run` over the pages of a cache.
+
+    Raises:
+        RuntimeError: What is stored was written over.
+    """
+    from zeta.ops.backends.triton import stored
+
+    return stored.run(call)
 
 
 def weights(call: AttentionCall) -> Tensor:
