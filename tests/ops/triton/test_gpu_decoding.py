@@ -12,8 +12,8 @@ from tests.caches import stored as cases
 from tests.caches.stored import BATCH, HEAD_DIM, HEADS, features, filled, is_read
 from tests.ops.cases import assert_within_bound
 from zeta import biases, masks
-from zeta.caches import Cached, PagedCache, PagePool
-from zeta.nn import MultiheadAttention, RotaryEmbedding
+from zeta.caches import Cached, PagedCache, PagePool, StaticCache
+from zeta.nn import MultiheadAttention, RelativePositionBias, RotaryEmbedding
 
 pytestmark = pytest.mark.gpu
 
@@ -113,3 +113,54 @@ def test_codes_are_gathered_and_explain_says_so() -> None:
     assert is_read(cached)
     plain = cached.key.clone(), cached.value.clone()
     assert torch.equal(found, zeta.attention(query, *plain))
+
+
+CHARACTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "rotary": ({}, {"position": RotaryEmbedding(64, interleaved=False)}),
+    "rotary in part, window": ({}, {"position": RotaryEmbedding(64, rotary_dim=32), "window": 9}),
+    "xpos": ({"xpos_rel_pos": True}, {}),
+    "no position": ({}, {}),
+}
+
+
+def _recorded(attention: MultiheadAttention, cache: StaticCache, x: Tensor, **call: Any) -> Any:
+    """A graph of one step, which reads its token from ``x``; and where it writes."""
+    graph = torch.cuda.CUDAGraph()
+    # Not before it is recorded does a step look like this: its kernels are loaded meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+        out, _ = attention(x, x, x, cache, is_causal=True, need_weights=False, **call)
+    return graph, out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "t5"])
+@pytest.mark.parametrize("character", CHARACTERS)
+def test_a_step_of_a_module_is_one_cuda_graph(
+    character: str, with_bias: bool, dtype: torch.dtype
+) -> None:
+    args, options = CHARACTERS[character]
+    attention = MultiheadAttention(
+        args, 512, 8, self_attention=True, num_kv_heads=2, device="cuda", dtype=dtype, **options
+    ).eval()
+    bias = RelativePositionBias(bidirectional=False, n_heads=8, device="cuda")
+    call = {"rel_pos": bias} if with_bias else {}
+    steps, length = 40, 300
+    tokens = torch.randn(2, steps, 512, device="cuda", dtype=dtype)
+    x = torch.zeros_like(tokens[:, :1])
+    full, cache = StaticCache(length), StaticCache(length)
+    cache.allocate(2, 2, 64, dtype=dtype, device="cuda")
+    with torch.no_grad():
+        attention(x, x, x, cache, is_causal=True, need_weights=False, **call)
+        cache.reset()
+        graph, out = _recorded(attention, cache, x, **call)
+        cache.reset()
+        for step in range(steps):
+            token = tokens[:, step : step + 1]
+            x.copy_(token)
+            graph.replay()
+            expected, _ = attention(
+                token, token, token, full, is_causal=True, need_weights=False, **call
+            )
+            tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+    assert cache.length == full.length == steps
