@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 import triton.backends.nvidia
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from zeta import biases, masks
-from zeta.ops.backends.triton import arguments, passes
+from zeta.ops.backends.triton import arguments, passes, rotation
+from zeta.ops.backends.triton.kernels.operands import PageTable
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower
 
@@ -100,6 +102,40 @@ def problems(dims: list[int], quick: bool) -> Iterator[tuple[str, Callable[[], N
                     f"D{dim} {dtype} weights",
                     _problem(dim, dtype, True, "t5", 0.0, "mean_weights"),
                 )
+            yield f"D{dim} {dtype} one query over pages", _pages(dim, dtype)
+            for interleaved in (True,) if quick else (True, False):
+                pairs = "pairs" if interleaved else "halves"
+                yield f"D{dim} {dtype} rotated {pairs}", _rotation(dim, dtype, interleaved)
+
+
+def _pages(dim: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Sequences that differ in length, and of which a window is seen."""
+    query = torch.zeros(2, 8, 1, dim, dtype=dtype)
+    key = torch.zeros(2, 2, 1024, dim, dtype=dtype)
+    positions = torch.arange(1024).expand(2, -1).contiguous()
+    call = AttentionCall.checked(
+        query, key, key, mask=masks.SlidingWindow(256), query_positions=positions[:, -1:],
+        key_positions=positions,
+    )  # fmt: skip
+    lowered = lower(call)
+    pages = torch.zeros(128, 16, 2, dim, dtype=dtype).transpose(1, 2)
+    numbers = torch.zeros(2, 64, dtype=torch.int32)
+    table = PageTable(numbers, 64, 0, tl.constexpr(16))
+    fixed = arguments.Fixed(*lowered.fixed())
+    return lambda: passes.over_pages(query, key, (pages, pages), table, None, None, fixed) and None
+
+
+def _rotation(dim: int, dtype: torch.dtype, interleaved: bool) -> Callable[[], None]:
+    """All of a head is turned forward, half of it backward."""
+    query, key = (torch.zeros(2, heads, 1024, dim, dtype=dtype) for heads in (8, 2))
+    tables = [torch.zeros(1024, dim // 2)] * 4
+
+    def run() -> None:
+        rotation.rotation_of(query, key, tables, interleaved, inverse=False)
+        half = [table[:, : dim // 4] for table in tables]
+        rotation.rotation_of(query, key, half, interleaved, inverse=True)
+
+    return run
 
 
 def _problem(
@@ -159,7 +195,7 @@ def usages(capability: int, dims: list[int], quick: bool) -> Iterator[Usage]:
         found.append(Usage(kernel.__name__, problem, str(tiles), registers, spill, shared))
 
     version = (capability // 10, capability % 10)
-    for module in (arguments, passes):
+    for module in (arguments, passes, rotation):
         module.launch = compile_only  # type: ignore[attr-defined]
     arguments.device_capability = lambda tensor: version
     for problem, run in problems(dims, quick):  # noqa: B007 - read by `compile_only`

@@ -193,10 +193,10 @@ def _tokens_of_view(
 
 
 def can_defer(tensor: Tensor) -> bool:
-    """Whether tokens such as these may be left in their store: on the CPU, where there is a backend
-    that reads them, and where nothing traces or transforms what is computed."""
+    """Whether tokens such as these may be left in their store: on the CPU and on CUDA, where there
+    are backends that read them, and where nothing traces or transforms what is computed."""
     return (
-        tensor.is_cpu
+        (tensor.is_cpu or tensor.is_cuda)
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()

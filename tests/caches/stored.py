@@ -14,32 +14,36 @@ HEAD_DIM, VALUE_DIM = 24, 40
 KINDS = ("pages", "ragged pages", "codes")
 
 
-def new_cache(kind: str, dtype: torch.dtype, *, page_size: int = 7) -> PagedCache | QuantizedCache:
+def new_cache(
+    kind: str, dtype: torch.dtype, *, page_size: int = 7, device: str = "cpu"
+) -> PagedCache | QuantizedCache:
     if kind == "codes":
         return QuantizedCache()
     return PagedCache(
         PagePool(
             200, page_size, num_kv_heads=KEY_HEADS, head_dim=HEAD_DIM, value_dim=VALUE_DIM,
-            dtype=dtype,
+            dtype=dtype, device=device,
         )
     )  # fmt: skip
 
 
-def new_tokens(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def new_tokens(count: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Keys and values that are not about 0."""
     key = torch.randn(BATCH, KEY_HEADS, count, HEAD_DIM)
     value = torch.randn(BATCH, KEY_HEADS, count, VALUE_DIM)
-    return (key + 0.5).to(dtype), (value - 1.5).to(dtype)
+    return (key + 0.5).to(device, dtype), (value - 1.5).to(device, dtype)
 
 
-def filled(kind: str, dtype: torch.dtype, *, length: int = 300) -> PagedCache | QuantizedCache:
+def filled(
+    kind: str, dtype: torch.dtype, *, length: int = 300, device: str = "cpu"
+) -> PagedCache | QuantizedCache:
     """A cache with tokens; ragged ones have ``length``, a third of it and none."""
-    cache = new_cache(kind, dtype)
+    cache = new_cache(kind, dtype, device=device)
     padding = None
     if kind == "ragged pages":
         lengths = torch.tensor([length, length // 3, 0])
-        padding = torch.arange(length) >= lengths[:, None]
-    cache.update(*new_tokens(length, dtype), padding)
+        padding = (torch.arange(length) >= lengths[:, None]).to(device)
+    cache.update(*new_tokens(length, dtype, device), padding)
     return cache
 
 

@@ -26,10 +26,10 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "zeta.ops": (
         ("",),
-        ("attention", "projection"),
+        ("attention", "projection", "rotation"),
         ("stored", "plain"),
         ("weights", "backends", "sinks"),
-        ("deferred",),
+        ("deferred", "reading"),
         ("parts", "dropout", "transforms", "lowering", "buffers"),
         ("call",),
         ("precision",),

@@ -152,6 +152,7 @@ def assert_within_bound(
         eps = torch.finfo(got.dtype).eps
         unit = rounding or (64 * eps if got.dtype == torch.float64 else eps)
         got, rough = got.detach().cpu().double(), rough.detach().cpu().double()
+        expected = expected.detach().cpu()
         finite = ~expected.isinf()
         assert torch.equal(got[~finite], expected[~finite]), f"{name}: infinities differ"
         if not finite.any():

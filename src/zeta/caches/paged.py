@@ -36,8 +36,8 @@ class PagedCache:
     N)``, is not stored, and the next token follows the last real one. Each sequence is then what it
     would be alone. Padding elsewhere keeps its place and is hidden.
 
-    The CPU kernel reads a step of decoding from the pages. Otherwise they are gathered into one
-    tensor when it is looked at, into memory that is free again after it.
+    The kernels of the CPU and of a GPU read a step of decoding from the pages. Otherwise they are
+    gathered into one tensor when it is looked at, into memory that is free again after it.
 
     Args:
         pool: Where the pages are.

@@ -25,7 +25,8 @@ from zeta.nn.tables import (
     rotation_tables,
     xpos_tables,
 )
-from zeta.positions import rotate, xpos_rates, xpos_scale
+from zeta.ops.rotation import Table, rotate_both, rotate_one
+from zeta.positions import xpos_rates, xpos_scale
 
 
 class Rotation(nn.Module):
@@ -118,19 +119,13 @@ class RotaryEmbedding(Rotation):
 
     def pair(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """See `Rotation`: both by one table."""
-        cos, sin = self._tables(key, positions)
-        return self._rotated(query, cos, sin), self._rotated(key, cos, sin)
+        table = self._tables(key, positions)
+        return rotate_both(query, key, table, table, interleaved=self.interleaved)
 
     def _turn(self, x: Tensor, positions: Positions) -> Tensor:
-        return self._rotated(x, *self._tables(x, positions))
+        return rotate_one(x, self._tables(x, positions), interleaved=self.interleaved)
 
-    def _rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        if self.rotary_dim == self.head_dim:
-            return rotate(x, cos, sin, interleaved=self.interleaved)
-        turned, kept = x.split((self.rotary_dim, self.head_dim - self.rotary_dim), dim=-1)
-        return torch.cat((rotate(turned, cos, sin, interleaved=self.interleaved), kept), dim=-1)
-
-    def _tables(self, x: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+    def _tables(self, x: Tensor, positions: Positions) -> Table:
         dtype = torch.promote_types(x.dtype, torch.float32)
         form = self.rotary_dim, self.base, self.scaling, dtype
         few = few_positions(x, positions)
@@ -278,7 +273,7 @@ class XPos(Rotation):
             of_queries, of_keys = xpos_tables(
                 *form, *position_tensors(key, positions, anchor), origin
             )
-        return rotate(query, *of_queries), rotate(key, *of_keys)
+        return rotate_both(query, key, of_queries, of_keys)
 
     def _turn(
         self,
@@ -294,7 +289,7 @@ class XPos(Rotation):
             self.head_dim, self.scale_base, x.dtype, *position_tensors(x, positions, anchor), origin
         )
         scale = power.mul_(sign).exp2_().to(cos.dtype)
-        return rotate(x, cos * scale, sin * scale)
+        return rotate_one(x, (cos * scale, sin * scale))
 
 
 XPOS = XPos

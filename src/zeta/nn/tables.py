@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from zeta.nn.scalings import Scaling
+from zeta.ops.rotation import Table
 from zeta.positions import angle_tables, can_keep, rotary_tables, xpos_rates
 
 Positions: TypeAlias = int | Tensor
 """Position of the first of consecutive tokens, or of each: ``(L,)`` or ``(1 or B, L)``."""
-
-Table: TypeAlias = tuple[Tensor, Tensor]
-"""Cosines and sines, times the scale where there is one."""
 
 
 def rotation_tables(

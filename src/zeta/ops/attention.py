@@ -311,10 +311,8 @@ def explain(
         result="lse" if with_lse else "output",
     )
     plain = call if call.sinks is None else without_sinks(call)
-    is_stored = stored.is_stored(plain)
-    gathered = tuple(stored.unreadable(plain, backend)) if is_stored else ()
-    in_place = is_stored and not gathered
-    chosen = backends.load(stored.READER) if in_place else _choose(plain, backend)
+    reader, gathered = stored.choose(plain, backend) if stored.is_stored(plain) else (None, ())
+    chosen = _choose(plain, backend) if reader is None else reader
     order = backends.order(plain)
     reasons = {name: tuple(backends.load(name).unsupported(plain)) for name in order}
     return Explanation(chosen.NAME, reasons, call.describe(), gathered)

@@ -1,17 +1,16 @@
 """Calls whose keys and values lie in a cache in a form of its own; see `zeta.stored`.
 
-The backend that can reads them there. All others get the tensors.
+The first backend that can reads them there. All others get the tensors.
 """
 
 import dataclasses
 
 from torch import Tensor
 
+from zeta.ops import backends
+from zeta.ops.backends import Reader
 from zeta.ops.call import AttentionCall
 from zeta.stored import StoredTensor
-
-READER = "cpu"
-"""The backend that reads a store."""
 
 
 def is_stored(call: AttentionCall) -> bool:
@@ -19,15 +18,22 @@ def is_stored(call: AttentionCall) -> bool:
     return isinstance(call.key, StoredTensor) or isinstance(call.value, StoredTensor)
 
 
-def unreadable(call: AttentionCall, backend: str) -> list[str]:
-    """Why the keys and values of a call must be made before it runs; empty if they need not."""
-    if backend not in ("auto", READER):
-        return [f"the backend {backend!r} reads tensors only"]
-    if call.result not in ("output", "lse"):
-        return ["weights are made from tensors"]
-    from zeta.ops.backends.cpu import stored
+def choose(call: AttentionCall, backend: str) -> tuple[Reader | None, tuple[str, ...]]:
+    """The backend that reads the store; or None, and why keys and values are made before it runs.
 
-    return stored.unreadable(call)
+    Args:
+        call: Of stored keys or values.
+        backend: A name, or ``"auto"``.
+    """
+    if call.result not in ("output", "lse"):
+        return None, ("weights are made from tensors",)
+    reasons: list[str] = []
+    for reader in backends.readers(call, backend):
+        refused = reader.unreadable(call)
+        if not refused:
+            return reader, ()
+        reasons += refused
+    return None, tuple(reasons) or (f"the backend {backend!r} reads tensors only",)
 
 
 def run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor] | None:
@@ -36,11 +42,8 @@ def run(call: AttentionCall, backend: str) -> tuple[Tensor, Tensor] | None:
     Raises:
         RuntimeError: What is stored was written over.
     """
-    if unreadable(call, backend):
-        return None
-    from zeta.ops.backends.cpu import stored
-
-    return stored.run(call)
+    reader, _ = choose(call, backend)
+    return None if reader is None else reader.run_stored(call)
 
 
 def gathered(call: AttentionCall) -> AttentionCall:

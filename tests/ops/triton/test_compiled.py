@@ -28,5 +28,5 @@ def _resources(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_one_form_of_each_kernel_fits(capability: str) -> None:
     done = _resources("--quick", "--capability", capability)
     assert done.returncode == 0, done.stdout + done.stderr
-    for kernel in ("forward", "keys", "queries", "band", "diagonals", "split", "merge"):
+    for kernel in ("forward", "keys", "queries", "band", "diagonals", "split", "merge", "rotation"):
         assert f"{kernel}_kernel" in done.stdout

@@ -2,12 +2,18 @@
 reaches.
 """
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from tests.ops.cases import CASES, Case, assert_within_bound, widened
+from tests.ops.triton.rotations import TURNINGS, Turning
 from zeta import BackendUnsupported, attention, attention_with_lse, biases, masks
+from zeta.nn import MultiheadAttention, RotaryEmbedding
+from zeta.ops import rotation
+from zeta.positions import rotary_tables
 
 pytestmark = pytest.mark.gpu
 
@@ -127,3 +133,40 @@ def test_offsets_beyond_31_bits(layout: str) -> None:
     part = run(*(tensor[-1:, :, last].clone() for tensor in (query, key, value, dout)))
     for complete, alone in zip(whole, part, strict=True):
         _close(complete[-1:, :, -512:], alone[:, :, -512:].double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turning", TURNINGS, ids=lambda turning: turning.name)
+def test_rotations(turning: Turning, dtype: torch.dtype) -> None:
+    turning.check(dtype, "cuda")
+    part = None if turning.rotary_dim is None else 96
+    larger = dataclasses.replace(
+        turning, length=1000, heads=24, key_heads=3, head_dim=128, key_length=None, rotary_dim=part
+    )
+    larger.check(dtype, "cuda")
+
+
+@pytest.mark.parametrize("position", [RotaryEmbedding(64, interleaved=False), None], ids=str)
+def test_modules_rotate_by_the_kernel(
+    position: RotaryEmbedding | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention = MultiheadAttention(
+        {"xpos_rel_pos": position is None}, 512, 8, self_attention=True, num_kv_heads=2,
+        position=position, device="cuda",
+    )  # fmt: skip
+    x = torch.randn(2, 300, 512, device="cuda")
+    weight = attention.q_proj.weight
+    found = torch.autograd.grad(attention(x, x, x, is_causal=True)[0].sum(), weight)
+    graphs = torch.compile(attention, fullgraph=True)(x, x, x, is_causal=True, need_weights=False)
+    monkeypatch.setattr(rotation, "has_kernel", lambda tensors, tables: False)
+    out, _ = attention(x, x, x, is_causal=True)
+    torch.testing.assert_close(graphs[0], out, atol=1e-4, rtol=1e-4)
+    expected = torch.autograd.grad(out.sum(), weight)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_rotations_beyond_31_bits() -> None:
+    x = torch.randn(260, 1024, 64, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+    table = rotary_tables(torch.arange(1024, device="cuda"), 128)
+    turned = rotation.rotate_one(x, table)
+    assert torch.equal(turned[-1:], rotation.rotate_one(x[-1:].clone(), table))

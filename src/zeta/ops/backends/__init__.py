@@ -2,11 +2,12 @@
 
 A backend is a module with ``NAME``, ``unsupported(call) -> list[str]`` (empty: it can) and
 ``run(call) -> (out, lse)``, differentiable; ``lse`` may be None unless ``call.result`` is
-``"lse"``. One that can make attention weights has ``weights(call)`` as well. Backends do not import
-each other.
+``"lse"``. One that can make attention weights has ``weights(call)`` as well; one that can read keys
+and values where a cache keeps them is a `Reader`. Backends do not import each other.
 """
 
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ ORDER_ON_CPU = ("cpu", "sdpa", "chunked", "reference", "triton")
 ORDER_OF_SMALL = ("sdpa", *(name for name in ORDER_ON_CPU if name != "sdpa"))
 ORDER_OF_GROUPS = ("triton", *(name for name in ORDER if name != "triton"))
 _PLAIN = ("sdpa", "reference")
+_LAST = "chunked"
+"""It can do every call: ``"auto"`` takes none after it."""
 ORDER_OF_PROGRAMS = (*_PLAIN, *(name for name in ORDER_ON_CPU if name not in _PLAIN))
 
 SMALL = 1 << 24
@@ -38,6 +41,18 @@ class Backend(Protocol):
     def run(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]: ...
 
     def weights(self, call: AttentionCall) -> Tensor: ...
+
+
+class Reader(Backend, Protocol):
+    """A backend that reads keys and values in the form in which a cache keeps them.
+
+    ``unreadable`` says why it cannot for a call; empty: it can. ``run_stored`` then returns output
+    and log-sum-exp, and raises RuntimeError if what is stored was written over.
+    """
+
+    def unreadable(self, call: AttentionCall) -> list[str]: ...
+
+    def run_stored(self, call: AttentionCall) -> tuple[Tensor, Tensor]: ...
 
 
 def order(call: AttentionCall) -> tuple[str, ...]:
@@ -69,6 +84,18 @@ def _is_small(call: AttentionCall) -> bool:
         return False
     batch, heads, target, head_dim = call.query.shape
     return 4 * batch * heads * target * call.key.shape[2] * head_dim < SMALL
+
+
+def readers(call: AttentionCall, backend: str) -> Iterator[Reader]:
+    """The backends that may read this call's keys and values where they lie: the named one, or
+    those that ``"auto"`` asks.
+    """
+    for name in order(call) if backend == "auto" else (backend,):
+        found = load(name)
+        if hasattr(found, "unreadable"):
+            yield cast(Reader, found)
+        if name == _LAST:
+            return
 
 
 def load(name: str) -> Backend:

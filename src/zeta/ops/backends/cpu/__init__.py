@@ -73,6 +73,20 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     return found
 
 
+def unreadable(call: AttentionCall) -> list[str]:
+    """Why keys and values cannot be read where a cache keeps them; empty if they can."""
+    from zeta.ops.backends.cpu import stored
+
+    return stored.unreadable(call)
+
+
+def run_stored(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """`run` over what a cache keeps."""
+    from zeta.ops.backends.cpu import stored
+
+    return stored.run(call)
+
+
 def weights(call: AttentionCall) -> Tensor:
     """Weights before dropout: ``(B, H, T, S)``, or ``(B, T, S)`` averaged over heads."""
     lowered = lower(call)

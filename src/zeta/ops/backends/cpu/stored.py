@@ -6,13 +6,10 @@ Shape suffixes: B batch, H query heads, G key heads, T target length, S source l
 dimension.
 """
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zeta import biases, masks
 from zeta.ops.backends import cpu
 from zeta.ops.backends.cpu import library
 from zeta.ops.backends.cpu.description import Filled, Fixed, describe, describe_scores
@@ -21,7 +18,8 @@ from zeta.ops.backends.cpu.passes import DECODED_ROWS
 from zeta.ops.buffers import empty_rows, rows
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import Lowered, lower
-from zeta.stored import Codes, Pages, Store, StoredTensor
+from zeta.ops.reading import NO_STORE, lower_pages, reasons_of_tensors, store_of
+from zeta.stored import Codes, Pages, StoredTensor
 
 _SOURCE = Part("source")
 _PAGES = Part("page_table", "pages_per_row")
@@ -31,36 +29,15 @@ _OUT = Part("out", "lse")
 
 def unreadable(call: AttentionCall) -> list[str]:
     """Why the keys and values of a call cannot be read from their store; empty if they can."""
-    store = _store(call)
+    store = store_of(call)
     if store is None:
-        return ["its keys and values do not lie in one store, or were read before"]
-    reasons = cpu.unsupported(call)
-    packed = call.target * (call.heads // call.key_heads)
-    if packed > DECODED_ROWS:
-        reasons.append(f"it takes up to {DECODED_ROWS} queries of a key head; got {packed}")
-    if type(call.query) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
-        reasons.append("what traces a call sees tensors only")
-    if torch._C._are_functorch_transforms_active():
-        reasons.append("torch.func sees tensors only")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors()):
-        reasons.append("it has no gradient")
-    if isinstance(store, Pages):
-        if store.positions is not None and call.key_positions is not store.positions:
-            reasons.append("its sequences differ in length, which the key positions do not say")
-    elif store.key_steps.stride() != store.value_steps.stride() or store.key_steps.stride(2) != 1:
+        return [NO_STORE]
+    reasons = cpu.unsupported(call) + reasons_of_tensors(call, store, DECODED_ROWS)
+    if isinstance(store, Codes) and (
+        store.key_steps.stride() != store.value_steps.stride() or store.key_steps.stride(2) != 1
+    ):
         reasons.append("the steps of its keys and values lie differently")
     return reasons
-
-
-def _store(call: AttentionCall) -> Store | None:
-    """What the keys and the values of a call stand for."""
-    key, value = call.key, call.value
-    if not (isinstance(key, StoredTensor) and isinstance(value, StoredTensor)):
-        return None
-    if key.is_value or not value.is_value or key.materialized or value.materialized:
-        return None
-    is_one = key.store is value.store and key.first == value.first
-    return key.store if is_one else None
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
@@ -84,15 +61,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def _over_pages(call: AttentionCall, store: Pages, first: int) -> tuple[Tensor, Tensor]:
-    padding_B = None
-    if store.positions is not None and not _reads_positions(call):
-        call = dataclasses.replace(call, query_positions=None, key_positions=None)
-        padding_B = torch.tensor(store.lengths)
-    lowered = lower(call)
-    if padding_B is not None:
-        if lowered.padding_B is not None:
-            padding_B = torch.minimum(padding_B, lowered.padding_B)
-        lowered = lowered._replace(padding_B=padding_B)
+    lowered = lower_pages(call, store)
     page_size = store.key.shape[2]
     page, before = divmod(first, page_size)
     if before:
@@ -124,13 +93,6 @@ def _after_others(lowered: Lowered, call: AttentionCall, before: int) -> Lowered
 def _padded(tensor: Tensor | None, before: int) -> Tensor | None:
     """With so many columns more in front, unless it is the same for all."""
     return tensor if tensor is None or tensor.shape[-1] == 1 else F.pad(tensor, (before, 0))
-
-
-def _reads_positions(call: AttentionCall) -> bool:
-    """Whether anything depends on where a query stands, or on more of a key than that it exists."""
-    values = (*masks.conjuncts(call.mask), *biases.summands(call.bias))
-    plain = (masks.Dense, masks.Padding, biases.Dense, biases.Softcap)
-    return bool(call.dropout_p) or not all(isinstance(value, plain) for value in values)
 
 
 def _over_codes(call: AttentionCall, store: Codes) -> tuple[Tensor, Tensor]:

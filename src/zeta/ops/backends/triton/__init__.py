@@ -15,9 +15,12 @@ import os
 import torch
 from torch import Tensor
 
+from zeta.ops.backends.triton.configs import SPLIT_ROWS
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
+from zeta.ops.reading import NO_STORE, reasons_of_tensors, store_of
 from zeta.ops.transforms import reasons_of_opaque
+from zeta.stored import Pages
 
 NAME = "triton"
 
@@ -28,7 +31,7 @@ MIN_CAPABILITY = (8, 0)
 
 def unsupported(call: AttentionCall) -> list[str]:
     """Why the kernels cannot do this call; empty if they can."""
-    reasons = _unsupported_device(call.query.device)
+    reasons = unsupported_device(call.query.device)
     if call.query.dtype not in DTYPES:
         reasons.append(f"it has no kernels for {call.query.dtype}")
     if max(call.head_dim, call.value.shape[-1]) > MAX_HEAD_DIM:
@@ -54,6 +57,28 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def unreadable(call: AttentionCall) -> list[str]:
+    """Why keys and values cannot be read where a cache keeps them; empty if they can."""
+    store = store_of(call)
+    if store is None:
+        return [NO_STORE]
+    reasons = unsupported(call) + reasons_of_tensors(call, store, SPLIT_ROWS)
+    if not isinstance(store, Pages):
+        reasons.append("it reads no codes")
+    return reasons
+
+
+def run_stored(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """`run` over the pages of a cache.
+
+    Raises:
+        RuntimeError: What is stored was written over.
+    """
+    from zeta.ops.backends.triton import stored
+
+    return stored.run(call)
+
+
 def weights(call: AttentionCall) -> Tensor:
     """Weights before dropout: ``(B, H, T, S)``, or ``(B, T, S)`` averaged over heads."""
     from zeta.ops.backends.triton import operators
@@ -66,7 +91,8 @@ def weights(call: AttentionCall) -> Tensor:
     return made[0]
 
 
-def _unsupported_device(device: torch.device) -> list[str]:
+def unsupported_device(device: torch.device) -> list[str]:
+    """Why no kernel runs on a device; empty if they do."""
     if importlib.util.find_spec("triton") is None:
         return ["Triton is not installed"]
     if device.type == "cpu":

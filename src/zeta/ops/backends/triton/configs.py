@@ -11,6 +11,10 @@ from typing import Literal
 Pass = Literal["forward", "keys", "queries", "band", "dense", "weights", "split"]
 
 
+SPLIT_ROWS = 128
+"""Up to so many rows, of queries that share a key head, can be one tile of "split"."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tiles:
     """A tile of scores has `rows` queries (fitted to the call in "split") and `columns` keys."""

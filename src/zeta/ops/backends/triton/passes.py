@@ -21,6 +21,7 @@ from zeta.ops.backends.triton.arguments import (
     sizes_of,
     statistics_shape,
 )
+from zeta.ops.backends.triton.configs import SPLIT_ROWS
 from zeta.ops.backends.triton.kernels.backward import keys_kernel, queries_kernel
 from zeta.ops.backends.triton.kernels.bias_gradient import (
     band_kernel,
@@ -30,14 +31,14 @@ from zeta.ops.backends.triton.kernels.bias_gradient import (
 from zeta.ops.backends.triton.kernels.decode import merge_kernel, split_kernel
 from zeta.ops.backends.triton.kernels.forward import forward_kernel
 from zeta.ops.backends.triton.kernels.gradients import delta_kernel, row_sums_kernel
-from zeta.ops.backends.triton.kernels.operands import Plane, Rows, Score, Sizes
+from zeta.ops.backends.triton.kernels.operands import PageTable, Plane, Rows, Score, Sizes
 from zeta.ops.backends.triton.kernels.weights import weights_kernel
 from zeta.ops.buffers import empty_rows, rows
 
 BAND_PROGRAMS = 1024
 """About how many programs share the band: a constant, so that the order of a sum is one too."""
-SPLIT_ROWS, SPLIT_KEYS = 128, 128
-"""Up to so many rows that share a key head, and from so many keys on, the keys are split."""
+SPLIT_KEYS = 128
+"""From so many keys on they are split, for up to `SPLIT_ROWS` rows that share a key head."""
 SPLIT_PROGRAMS, MAX_SPLITS = 528, 64
 """About how many programs share the keys: four for each multiprocessor of a large device."""
 MERGE_ROWS = 4
@@ -65,7 +66,7 @@ def forward(
     results = (rows_operand(out), lse, statistics)
     inputs = (rows_operand(query), rows_operand(key), rows_operand(value))
     if wanted and sizes.queries * sizes.group <= SPLIT_ROWS and sizes.keys >= SPLIT_KEYS:
-        _split(query, value, inputs, results, score, sizes, fixed)
+        _split(query, value.shape[-1], (*inputs, None), results, score, sizes, fixed)
         return out, lse, statistics
     constants = shape_of_tiles("forward", query, fixed.causal, query.shape[-1], value.shape[-1])
     grid = (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
@@ -74,6 +75,35 @@ def forward(
         EVEN=sizes.keys % constants["BLOCK_N"] == 0, VALUES=wanted, **constants,
     )  # fmt: skip
     return out, lse, statistics
+
+
+def over_pages(
+    query: Tensor,
+    key: Tensor,
+    pages: tuple[Tensor, Tensor],
+    table: PageTable,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    fixed: Fixed,
+) -> tuple[Tensor, Tensor]:
+    """The output and lse ``(B, H, T)`` of a few queries over keys and values in pages.
+
+    Args:
+        query: As in `forward`.
+        key: Stands for the keys; its shape is all that is read.
+        pages: ``(P, G, page size, D)`` of keys and of values.
+        table: Which of them are whose.
+        offsets, dense, fixed: As in `forward`.
+    """
+    query = rows(query)
+    sizes, width = sizes_of(query, key), pages[1].shape[-1]
+    out = empty_rows(query, width)
+    lse = query.new_empty((sizes.batch, sizes.heads, sizes.queries), dtype=torch.float32)
+    results = (rows_operand(out), lse, lse.new_empty(statistics_shape(query)))
+    score = score_operand(query, key, offsets, dense, fixed)
+    inputs = (rows_operand(query), rows_operand(pages[0]), rows_operand(pages[1]), table)
+    _split(query, width, inputs, results, score, sizes, fixed)
+    return out, lse
 
 
 @dataclasses.dataclass(slots=True)
@@ -168,19 +198,21 @@ def of_weights(
 
 def _split(
     query: Tensor,
-    value: Tensor,
-    inputs: tuple[Rows, Rows, Rows],
+    width: int,
+    inputs: tuple[Rows, Rows, Rows, PageTable | None],
     results: tuple[Rows, Tensor, Tensor],
     score: Score,
     sizes: Sizes,
     fixed: Fixed,
 ) -> None:
     """The forward pass of a few queries over many keys."""
-    width = value.shape[-1]
     constants = shape_of_tiles("split", query, fixed.causal, query.shape[-1], width)
     constants["BLOCK_M"] = max(16, triton.next_power_of_2(sizes.queries * sizes.group))
     if constants["BLOCK_M"] > 64:
         constants["num_warps"] *= 2
+    if inputs[3] is not None:
+        # The pipeline shares its stages between a lookup and what is looked up.
+        constants["num_stages"] = 2 * constants["num_stages"] - 1
     programs = sizes.batch * sizes.heads // sizes.group
     most = triton.cdiv(sizes.keys, 2 * constants["BLOCK_N"])
     num_splits = max(1, min(triton.cdiv(SPLIT_PROGRAMS, programs), most, MAX_SPLITS))

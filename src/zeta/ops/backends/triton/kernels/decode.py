@@ -14,19 +14,24 @@ from zeta.ops.backends.triton.kernels.ranges import column_parts
 from zeta.ops.backends.triton.kernels.scores import (
     column_hashes,
     exponential,
+    find_pages,
     kept,
     load_keys,
+    load_pages,
     row_hashes,
 )
 
 
 @triton.jit
 def split_kernel(
-    q, k, v, partial, totals, peaks, score, sizes, num_splits,
+    q, k, v, pages, partial, totals, peaks, score, sizes, num_splits,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weighted values (splits, B, H, T, Dv), sums and peaks of exponentials (splits, B, H, T)."""
+    """Weighted values (splits, B, H, T, Dv), sums and peaks of exponentials (splits, B, H, T).
+
+    Keys and values are rows of tensors, or lie in pages.
+    """
     program = tl.program_id(0)
     split = program % num_splits
     batch_head = program // num_splits
@@ -55,7 +60,13 @@ def split_kernel(
     share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), num_splits) * BLOCK_N
     start = low + split * share
     for column0 in tl.range(start, tl.minimum(start + share, high), BLOCK_N):
-        k_ND = load_keys(k, score, sizes, batch, key_head, column0, local_N, inner_D, WIDTH, False)
+        if pages is None:
+            k_ND = load_keys(
+                k, score, sizes, batch, key_head, column0, local_N, inner_D, WIDTH, False
+            )
+        else:
+            found = find_pages(pages, score, sizes, batch, column0, local_N)
+            k_ND = load_pages(k, key_head, found, inner_D, WIDTH)
         dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
         p_MN, new_peak_M, safe_M = weigh(
             dots_MN, peak_M, score, sizes, batch, head_M[:, None], row0, column0, row_M[:, None],
@@ -68,9 +79,12 @@ def split_kernel(
             column_hash_N = column_hashes(score, sizes, batch, column0, local_N)
             keep_MN = kept(score, row_hash_M[:, None], column_hash_N[None, :])
             p_MN = tl.where(keep_MN, p_MN, 0.0)
-        v_NE = load_keys(
-            v, score, sizes, batch, key_head, column0, local_N, outer_E, VALUE_WIDTH, False
-        )
+        if pages is None:
+            v_NE = load_keys(
+                v, score, sizes, batch, key_head, column0, local_N, outer_E, VALUE_WIDTH, False
+            )
+        else:
+            v_NE = load_pages(v, key_head, found, outer_E, VALUE_WIDTH)
         acc_ME = acc_ME * decay_M[:, None]
         acc_ME = tl.dot(p_MN.to(v_NE.dtype), v_NE, acc_ME, input_precision=PRECISION)
     place_M = (tl.cast(split, tl.int64) * sizes.batch + batch) * sizes.heads + head_M

@@ -27,6 +27,35 @@ class Rows(NamedTuple):
     row: Any
 
 
+class PageTable(NamedTuple):
+    """Where keys and values lie that are kept in pages of `size` tokens: (B, pages) page numbers,
+    the rows `row` apart. The first key is token `first` of its sequence.
+
+    The batch stride of `Rows` in pages is that from page to page.
+    """
+
+    pointer: Any
+    row: Any
+    first: Any
+    # Last of a whole argument: see `Score`.
+    size: Any
+
+
+class Turned(NamedTuple):
+    """What is rotated, (B, heads, length, D); where the result goes; cosines and sines, with a
+    stride of 0 where all share them.
+    """
+
+    source: Any
+    target: Any
+    cos: Any
+    sin: Any
+    table_batch: Any
+    table_row: Any
+    heads: Any
+    length: Any
+
+
 class Plane(NamedTuple):
     """A tensor seen as (B, H, T, S): a stride is 0 where it is broadcast."""
 

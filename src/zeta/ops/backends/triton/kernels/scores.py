@@ -270,6 +270,31 @@ def load_keys(rows, score, sizes, batch, head, start, local, columns, WIDTH, FUL
 
 
 @triton.jit
+def find_pages(pages, score, sizes, batch, start, local):
+    """Of each key of a tile whether it exists, its page, and its place there."""
+    exists = key_exists(score, sizes, batch, start, local)
+    token = pages.first + start + local
+    numbers = pages.pointer + batch * pages.row + token // pages.size
+    # Read for empty slots too: waiting for their positions, the pipeline would be a stage shorter.
+    page = tl.load(numbers, mask=is_column(sizes, start + local), other=0)
+    # 64 bits: a pool may have more elements than 32 can count.
+    return exists, page.to(tl.int64), token % pages.size
+
+
+@triton.jit
+def load_pages(rows, head, found, columns, WIDTH):
+    """A tile of keys or values from their pages, as of `load_keys`; ``found`` by `find_pages`."""
+    exists, page, slot = found
+    base = page * rows.batch + slot * rows.row + tl.cast(head, tl.int64) * rows.head
+    pointers = rows.pointer + base[:, None] + columns[None, :]
+    inside = exists[:, None]
+    wide: tl.constexpr = columns.shape[0] != WIDTH
+    if wide:
+        inside = inside & (columns[None, :] < WIDTH)
+    return tl.load(pointers, mask=inside, other=0.0)
+
+
+@triton.jit
 def store_rows(rows, batch, head, start, local, limit, columns, WIDTH, value):
     """Writes what `load_rows` reads."""
     base = rows.pointer + batch * rows.batch + tl.cast(head, tl.int64) * rows.head

@@ -1,0 +1,172 @@
+"""Rotations of queries and keys in one launch, forward and backward.
+
+The gradient of a rotation is the rotation by the negative angle, with the same scale. So one kernel
+does both, as often as one likes to differentiate.
+
+Shape suffixes: B batch, H heads, L length, D head dimension, P pairs of features.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+import triton
+from torch import Tensor
+
+from zeta.ops.backends.triton.arguments import launch, rows_operand
+from zeta.ops.backends.triton.kernels.operands import Turned
+from zeta.ops.backends.triton.kernels.rotation import rotation_kernel
+from zeta.ops.backends.triton.operators import is_eager
+from zeta.ops.buffers import empty_rows, no_gradients, rows
+
+TILE = 2048
+"""Features of a tile."""
+HEADS = 4
+"""Of many tokens, so many heads share what is read of a table."""
+
+_Given: TypeAlias = tuple[Tensor, Tensor | None, Sequence[Tensor]]
+_Found: TypeAlias = tuple[Tensor | None, Tensor | None]
+
+
+def rotated(
+    query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, turned.
+
+    Args:
+        query: ``(B, H, L, D)``, in any dtype up to float32.
+        key: Likewise, with heads and a length of its own; or None.
+        tables: Cosines and sines of the queries, and with ``key`` those of the keys, float32,
+            ``(L, P)`` or ``(1 or B, 1, L, P)``. They get no gradient.
+        interleaved: Pairs are features ``(2p, 2p + 1)``; otherwise ``(p, p + P)``. Those from
+            ``2 P`` on stay as they are.
+
+    Returns:
+        Of the shapes and dtypes of ``query`` and ``key``; without keys, the second is empty.
+    """
+    if not is_eager(query):
+        found: tuple[Tensor, Tensor] = rotation(query, key, tables, interleaved, False)
+        return found
+    turned: tuple[Tensor, Tensor] = EagerRotation.apply(query, key, interleaved, False, *tables)  # type: ignore[no-untyped-call]
+    return turned
+
+
+@torch.library.custom_op("zeta::triton_rotation", mutates_args=())
+def rotation(
+    query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """`rotated`; with ``inverse``, by the negative angles."""
+    return rotation_of(query, key, tables, interleaved, inverse=inverse)
+
+
+@rotation.register_fake
+def _(query: Tensor, key: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    return _empty_like(query), query.new_empty(0) if key is None else _empty_like(key)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, tables, ctx.interleaved, ctx.inverse = inputs
+    ctx.save_for_backward(*tables)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
+    given = _given(dquery, dkey, ctx.saved_tensors)
+    found: _Found = (None, None)
+    if given is not None:
+        found = _placed(dquery, dkey, rotation(*given, ctx.interleaved, not ctx.inverse))
+    return *found, no_gradients(ctx.saved_tensors), None, None
+
+
+rotation.register_autograd(_gradient, setup_context=_save)
+
+
+class EagerRotation(torch.autograd.Function):
+    """`rotation` without the operator's cost: for eager code."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor | None,
+        interleaved: bool,
+        inverse: bool,
+        *tables: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        output = rotation_of(query, key, tables, interleaved, inverse=inverse)
+        _save(ctx, (query, key, tables, interleaved, inverse), output)
+        if key is None:
+            ctx.mark_non_differentiable(output[1])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
+        tables = ctx.saved_tensors
+        given = _given(dquery, dkey, tables)
+        found: _Found = (None, None)
+        if given is not None:
+            first, second, used = given
+            turned = EagerRotation.apply(first, second, ctx.interleaved, not ctx.inverse, *used)  # type: ignore[no-untyped-call]
+            found = _placed(dquery, dkey, turned)
+        return *found, None, None, *[None] * len(tables)
+
+
+def _given(dquery: Tensor | None, dkey: Tensor | None, tables: Sequence[Tensor]) -> _Given | None:
+    """What there is to be turned back; None for nothing."""
+    if len(tables) == 2:
+        dkey = None
+    if dquery is None:
+        return None if dkey is None else (dkey, None, tables[2:])
+    return (dquery, None, tables[:2]) if dkey is None else (dquery, dkey, tables)
+
+
+def _placed(dquery: Tensor | None, dkey: Tensor | None, found: tuple[Tensor, Tensor]) -> _Found:
+    """Gradients of query and key, of what was turned back of `_given`."""
+    if dquery is None:
+        return None, found[0]
+    return found[0], None if dkey is None else found[1]
+
+
+def rotation_of(
+    query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool, *, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """`rotation`, launched."""
+    pairs = tables[0].shape[-1]
+    block_p = triton.next_power_of_2(pairs)
+    rest = query.shape[-1] - 2 * pairs
+    longest = query.shape[2] if key is None else max(query.shape[2], key.shape[2])
+    block_l = min(triton.next_power_of_2(longest), max(1, TILE // (2 * block_p)))
+    heads = HEADS if longest > 1 else 1
+
+    def programs(x: Tensor) -> int:
+        return int(triton.cdiv(x.shape[1], heads) * triton.cdiv(x.shape[2], block_l) * x.shape[0])
+
+    turned, of_query = _operand(query, tables[:2])
+    turned_key, of_key, num_programs = query.new_empty(0), None, programs(query)
+    total = num_programs
+    if key is not None:
+        turned_key, of_key = _operand(key, tables[2:])
+        total += programs(key)
+    launch(
+        rotation_kernel, (total,), of_query, of_key, num_programs, INTERLEAVED=interleaved,
+        INVERSE=inverse, PAIRS=pairs, REST=rest, BLOCK_L=block_l, BLOCK_P=block_p,
+        BLOCK_R=triton.next_power_of_2(max(rest, 1)), HEADS=heads,
+    )  # fmt: skip
+    return turned, turned_key
+
+
+def _operand(x: Tensor, tables: Sequence[Tensor]) -> tuple[Tensor, Turned]:
+    """Where the result goes, and what the kernel is given."""
+    cos, sin = (table.contiguous() for table in tables)
+    batch = cos.stride(0) if cos.dim() == 4 and cos.shape[0] > 1 else 0
+    row = cos.shape[-1] if cos.shape[-2] > 1 else 0
+    x = rows(x)
+    out = _empty_like(x)
+    operand = Turned(
+        rows_operand(x), rows_operand(out), cos, sin, batch, row, x.shape[1], x.shape[2]
+    )
+    return out, operand
+
+
+def _empty_like(x: Tensor) -> Tensor:
+    return empty_rows(rows(x), x.shape[-1])

@@ -1,0 +1,159 @@
+"""The kernel of rotations in Triton's interpreter, against the textbook in float64."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.triton.rotations import TURNINGS, Turning
+from zeta.nn import MultiheadAttention, RotaryEmbedding
+from zeta.ops import rotation as choice
+from zeta.ops.backends.triton import rotation
+from zeta.positions import rotary_tables, rotate
+
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"
+    ),
+    # Of numpy: the interpreter makes scalars of arrays.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _id(turning: Turning) -> str:
+    return turning.name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turning", TURNINGS, ids=_id)
+def test_results_and_gradients(turning: Turning, dtype: torch.dtype) -> None:
+    turning.check(dtype)
+
+
+def test_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "TILE", 64)
+    Turning("tiles", length=11, heads=6, key_heads=3).check(torch.float32)
+    Turning("tiles of halves", length=11, interleaved=False, head_dim=18).check(torch.float16)
+
+
+def test_wrong_numbers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    rotated = rotation.rotated
+
+    def wrong(query: Tensor, key: Tensor, tables: tuple[Tensor, ...], interleaved: bool) -> object:
+        return rotated(query, key, [table * (1 + 1e-5) for table in tables], interleaved)
+
+    monkeypatch.setattr(rotation, "rotated", wrong)
+    with pytest.raises(AssertionError, match=r"error .* exceeds"):
+        TURNINGS[0].check(torch.float32)
+
+
+def _leaves() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    query = torch.randn(2, 4, 5, 8, requires_grad=True)
+    key = torch.randn(2, 2, 5, 8, requires_grad=True)
+    return query, key, rotary_tables(torch.arange(5), 8)
+
+
+def test_one_of_both_gradients() -> None:
+    query, key, table = _leaves()
+    turned = rotation.rotated(query, key, (*table, *table), True)
+    for index, leaf in enumerate((query, key)):
+        (found,) = torch.autograd.grad(turned[index].sum(), leaf, retain_graph=True)
+        (expected,) = torch.autograd.grad(rotate(leaf, *table).sum(), leaf)
+        torch.testing.assert_close(found, expected)
+    alone, _ = rotation.rotated(key, None, table, False)
+    assert torch.equal(alone, rotate(key, *table, interleaved=False))
+    (found,) = torch.autograd.grad(alone.sum(), key)
+    (expected,) = torch.autograd.grad(rotate(key, *table, interleaved=False).sum(), key)
+    torch.testing.assert_close(found, expected)
+
+
+def test_it_can_be_differentiated_twice() -> None:
+    query, key, table = _leaves()
+
+    def penalty(turned: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad((turned**3).sum(), query, create_graph=True)
+        return torch.autograd.grad((gradient**2).sum(), query)[0]
+
+    found = penalty(rotation.rotated(query, key, (*table, *table), True)[0])
+    torch.testing.assert_close(found, penalty(rotate(query, *table)))
+
+
+def test_results_are_laid_out_as_what_was_turned() -> None:
+    query, key, table = _leaves()
+    inside = query.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    turned, turned_key = rotation.rotated(inside, key, (*table, *table), True)
+    assert turned.stride() == inside.stride()
+    assert turned_key.stride() == key.stride()
+
+
+def test_the_operator_keeps_the_contract_of_torch_library() -> None:
+    query, key, table = _leaves()
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    for arguments in ((query, key, (*table, *table)), (query, None, table)):
+        torch.library.opcheck(rotation.rotation, (*arguments, True, False), test_utils=checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_it_is_one_graph_under_compile(interleaved: bool) -> None:
+    query, key, table = _leaves()
+
+    def run(query: Tensor, key: Tensor) -> Tensor:
+        first, second = rotation.rotated(query, key, (*table, *table), interleaved)
+        return first.sum(1) + (second**2).sum(1)
+
+    found = torch.compile(run, fullgraph=True, backend="aot_eager")(query, key)
+    expected = run(query, key)
+    torch.testing.assert_close(found, expected)
+    for got, want in zip(
+        torch.autograd.grad(found.sum(), (query, key)),
+        torch.autograd.grad(expected.sum(), (query, key)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("kind", ["interleaved", "halves", "part", "xpos"])
+def test_modules_take_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it and without, a module computes the same, and it is used."""
+    position = {
+        "interleaved": RotaryEmbedding(8),
+        "halves": RotaryEmbedding(8, interleaved=False),
+        "part": RotaryEmbedding(8, rotary_dim=4),
+        "xpos": None,
+    }[kind]
+    attention = MultiheadAttention(
+        {"xpos_rel_pos": kind == "xpos"}, 32, 4, self_attention=True, num_kv_heads=2,
+        position=position,
+    )  # fmt: skip
+    x = torch.randn(2, 6, 32)
+    parameters = list(attention.parameters())
+
+    def run(**options: Tensor) -> tuple[Tensor, ...]:
+        out, _ = attention(x, x, x, is_causal=True, **options)
+        return out, *torch.autograd.grad(out.square().sum(), parameters)
+
+    calls = []
+    rotated = rotation.rotated
+
+    def counted(*arguments: object) -> tuple[Tensor, Tensor]:
+        calls.append(arguments)
+        return rotated(*arguments)  # type: ignore[arg-type]  # as they came
+
+    for options in ({}, {"positions": torch.tensor([[0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]])}):
+        expected = run(**options)
+        with monkeypatch.context() as patch:
+            patch.setattr(choice, "has_kernel", lambda tensors, tables: True)
+            patch.setattr(rotation, "rotated", counted)
+            actual = run(**options)
+        for found, wanted in zip(actual, expected, strict=True):
+            torch.testing.assert_close(found, wanted)
+    assert len(calls) == 2
+
+
+def test_cpu_tensors_are_turned_by_torch() -> None:
+    query, key, table = _leaves()
+    assert not choice.has_kernel((query, key), table)
+    assert torch.equal(choice.rotate_one(query, table), rotate(query, *table))
