@@ -44,18 +44,19 @@ of a head. Tiles that spill none, or 16 at most, were timed with an offset bias 
 queries at 128 21 to 34 % (128 x 32). Not timed, and spilling none: keys at 128, 32 x 64 by 8 warps.
 """
 MAX_SPILL = 400
-"""The same elsewhere, but for the widest heads: products of float32 are made of three."""
+"""The same for float32 on 9.0, whose products are made of three, and half precision elsewhere."""
 MAX_SPILL_WIDE = 1024
-"""The same for heads wider than 128."""
+"""The same for heads wider than 128, and for float32 elsewhere."""
 
 
 def max_spill(kernel: str, dim: int, dtype: torch.dtype, capability: int) -> int:
     """Bytes a thread that may be spilled. Half precision on compute capability 9.0: none, unless
     that was measured to be faster.
     """
-    if dim > 128:
+    is_full = dtype == torch.float32
+    if dim > 128 or (is_full and capability != 90):
         return MAX_SPILL_WIDE
-    if dtype == torch.float32 or capability != 90:
+    if is_full or capability != 90:
         return MAX_SPILL
     return FASTER.get((kernel, dim), 0)
 
