@@ -3,12 +3,14 @@
 One form of each kernel: ``python -m benchmarks.gpu_resources`` compiles all of them, for minutes.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
@@ -21,6 +23,21 @@ def _resources(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "benchmarks.gpu_resources", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def test_what_may_be_spilled() -> None:
+    from benchmarks.gpu_resources import Usage, max_spill
+
+    half, full = torch.bfloat16, torch.float32
+    assert max_spill("forward_kernel", 64, half, 90) == 0
+    assert max_spill("split_kernel", 128, torch.float16, 90) == 0
+    # Measured: those that spill nothing are slower.
+    assert 0 < max_spill("keys_kernel", 64, half, 90) < max_spill("keys_kernel", 64, half, 80)
+    assert max_spill("keys_kernel", 128, full, 90) < max_spill("keys_kernel", 256, full, 90)
+    usage = Usage("forward_kernel", "", max_spill("forward_kernel", 64, half, 90), "", 255, 4, 0)
+    assert usage.fault(90) == "4 bytes spilled"
+    assert not dataclasses.replace(usage, spill=0).fault(90)
+    assert "shared" in dataclasses.replace(usage, spill=0, shared=1 << 20).fault(90)
 
 
 @pytest.mark.slow

@@ -159,11 +159,15 @@ def device_capability(tensor: Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
 
 
-def shape_of_tiles(kind: configs.Pass, query: Tensor, causal: bool, *widths: int) -> dict[str, Any]:
+def shape_of_tiles(
+    kind: configs.Pass, query: Tensor, causal: bool, *widths: int, has_dense: bool = False
+) -> dict[str, Any]:
     """Compile-time arguments of a kernel for these widths: padded widths, tile, precision."""
     capability = device_capability(query)
     padded = [max(16, triton.next_power_of_2(width)) for width in widths]
-    tiles = configs.tiles(kind, max(padded), query.element_size(), causal, capability)
+    tiles = configs.tiles(
+        kind, max(padded), query.element_size(), causal, capability, has_dense=has_dense
+    )
     arguments = {
         "WIDTH": widths[0],
         "BLOCK_D": padded[0],

@@ -68,7 +68,10 @@ def forward(
     if wanted and sizes.queries * sizes.group <= SPLIT_ROWS and sizes.keys >= SPLIT_KEYS:
         _split(query, value.shape[-1], (*inputs, None), results, score, sizes, fixed)
         return out, lse, statistics
-    constants = shape_of_tiles("forward", query, fixed.causal, query.shape[-1], value.shape[-1])
+    constants = shape_of_tiles(
+        "forward", query, fixed.causal, query.shape[-1], value.shape[-1],
+        has_dense=dense is not None,
+    )  # fmt: skip
     grid = (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
     launch(
         forward_kernel, grid, *inputs, *results, score, sizes,
@@ -137,8 +140,9 @@ class Backward:
 
     def constants(self, kind: Any) -> dict[str, Any]:
         return shape_of_tiles(
-            kind, self.query, self.fixed.causal, self.query.shape[-1], self.value.shape[-1]
-        )
+            kind, self.query, self.fixed.causal, self.query.shape[-1], self.value.shape[-1],
+            has_dense=self.score.dense is not None,
+        )  # fmt: skip
 
     @property
     def keep(self) -> float:

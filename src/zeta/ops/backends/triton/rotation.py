@@ -135,7 +135,8 @@ def rotation_of(
     block_p = triton.next_power_of_2(pairs)
     rest = query.shape[-1] - 2 * pairs
     longest = query.shape[2] if key is None else max(query.shape[2], key.shape[2])
-    block_l = min(triton.next_power_of_2(longest), max(1, TILE // (2 * block_p)))
+    # Two forms are compiled, not one for each small length.
+    block_l = max(1, TILE // (2 * block_p)) if longest > 1 else 1
     heads = HEADS if longest > 1 else 1
 
     def programs(x: Tensor) -> int:

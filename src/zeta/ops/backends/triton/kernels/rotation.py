@@ -80,7 +80,7 @@ def rotate_heads(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["query_programs"])
 def rotation_kernel(
     query, key, query_programs,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
