@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.cases import T5, Case, assert_within_bound, widened
-from zeta import biases, masks
+from zeta import attention, biases, masks
 from zeta.ops.backends.cpu import library
 
 pytestmark = pytest.mark.skipif(library.obstacle() is not None, reason=str(library.obstacle()))
@@ -72,3 +72,24 @@ def test_gradients_of_many_blocks_keep_the_bound(case: Case, dtype: torch.dtype)
     made = case.tensors(dtype)
     actual, low = case.run(made, "cpu"), case.run(made, "reference")
     assert_within_bound(actual, low, case.run(widened(made), "reference"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_long_sums_are_exact(dtype: torch.dtype) -> None:
+    # Each key's gradient is a sum over three thousand queries, in many blocks.
+    case = Case("long", batch=1, heads=2, key_heads=1, target=1500, source=1500, head_dim=32)
+    made = case.tensors(dtype)
+    low, oracle = case.run(made, "reference"), case.run(widened(made), "reference")
+    assert_within_bound(case.run(made, "cpu"), low, oracle)
+
+
+def test_a_step_over_a_long_cache_is_exact() -> None:
+    case = Case("step", batch=1, heads=4, key_heads=2, target=1, source=20000, head_dim=64)
+    made = {name: tensor.detach() for name, tensor in case.tensors(torch.float32).items()}
+
+    def out(tensors: dict[str, torch.Tensor], backend: str) -> dict[str, torch.Tensor]:
+        operands = (tensors[name] for name in ("query", "key", "value"))
+        return {"out": attention(*operands, backend=backend)}
+
+    oracle = out({name: tensor.double() for name, tensor in made.items()}, "reference")
+    assert_within_bound(out(made, "cpu"), out(made, "reference"), oracle)

@@ -51,7 +51,7 @@ inline void add_paired(const BFloat16 *weights, int64_t weight_stride,
     constexpr int VECTORS = 2 * PAIRS;
     Floats sums[ROWS][VECTORS];
     unrolled<ROWS>([&](auto r) {
-        unrolled<VECTORS>([&](auto v) { sums[r][v] = load(to + r * to_stride + v * LANES); });
+        unrolled<VECTORS>([&](auto v) { sums[r][v] = zeros(); });
     });
     const auto add_keys = [&](int64_t key, bool is_alone) __attribute__((always_inline)) {
         const BFloat16 *one = values.data + key * values.stride;
@@ -76,7 +76,10 @@ inline void add_paired(const BFloat16 *weights, int64_t weight_stride,
     for (; key <= values.count - 2; key += 2) add_keys(key, false);
     if (key < values.count) add_keys(key, true);
     unrolled<ROWS>([&](auto r) {
-        unrolled<VECTORS>([&](auto v) { store(to + r * to_stride + v * LANES, sums[r][v]); });
+        unrolled<VECTORS>([&](auto v) {
+            float *place = to + r * to_stride + v * LANES;
+            store(place, load(place) + sums[r][v]);
+        });
     });
 }
 

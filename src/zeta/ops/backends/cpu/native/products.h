@@ -1,8 +1,9 @@
 // Matrix products: C = A B, or C += A B, of float32, or of whatever else lies in a float's place and
 // is multiplied into float32.
 //
-// A is read number by number, B by vectors; C stays in registers over the whole depth. Columns are
-// counted in whole vectors: B and C are padded to a multiple of LANES.
+// A is read number by number, B by vectors; C stays in registers over the whole depth, and is added
+// to at the end: the errors of a long sum grow with the roots of its parts, not with its own. Columns
+// are counted in whole vectors: B and C are padded to a multiple of LANES.
 
 constexpr int BLOCK_ROWS = LANES == 16 ? 12 : 6;
 constexpr int BLOCK_VECTORS = 2;
@@ -33,8 +34,7 @@ inline void multiply_block(const float *a, int64_t a_stride, Right b, int64_t de
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v)
-            sums[i][v] = adds ? load(c + i * c_row + v * LANES) : zeros();
+        for (int v = 0; v < VECTORS; ++v) sums[i][v] = zeros();
     for (int64_t k = 0; k < depth; ++k) {
         Floats right[VECTORS];
 #pragma GCC unroll 2
@@ -49,7 +49,10 @@ inline void multiply_block(const float *a, int64_t a_stride, Right b, int64_t de
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) store(c + i * c_row + v * LANES, sums[i][v]);
+        for (int v = 0; v < VECTORS; ++v) {
+            float *to = c + i * c_row + v * LANES;
+            store(to, adds ? load(to) + sums[i][v] : sums[i][v]);
+        }
 }
 
 using BlockProduct = void (*)(const float *, int64_t, Right, int64_t, float *, int64_t, bool);

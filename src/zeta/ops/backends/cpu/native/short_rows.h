@@ -181,8 +181,7 @@ inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<
     Floats sums[KEYS][ROWS][VECTORS];
     unrolled<ROWS>([&](auto r) {
         unrolled<VECTORS>([&](auto v) {
-            sums[0][r][v] = load(to + r * to_stride + v * LANES);
-            unrolled<KEYS - 1>([&](auto k) { sums[k + 1][r][v] = zeros(); });
+            unrolled<KEYS>([&](auto k) { sums[k][r][v] = zeros(); });
         });
     });
     const auto add_key = [&](int64_t key, auto place) __attribute__((always_inline)) {
@@ -209,7 +208,8 @@ inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<
         unrolled<VECTORS>([&](auto v) {
             Floats sum = sums[0][r][v];
             unrolled<KEYS - 1>([&](auto k) { sum = sum + sums[k + 1][r][v]; });
-            store(to + r * to_stride + v * LANES, sum);
+            float *place = to + r * to_stride + v * LANES;
+            store(place, load(place) + sum);
         });
     });
 }
@@ -219,14 +219,16 @@ template <int ROWS, class T>
 inline void add_rest(const float *weights, int64_t weight_stride, const Stream<T> &values,
                      int64_t features, float *to, int64_t to_stride) {
     Floats sums[ROWS];
-    unrolled<ROWS>([&](auto r) { sums[r] = load(to + r * to_stride); });
+    unrolled<ROWS>([&](auto r) { sums[r] = zeros(); });
     for (int64_t key = 0; key < values.count; ++key) {
         const Floats value = load_first(values.data + key * values.stride, features);
         unrolled<ROWS>([&](auto r) {
             sums[r] = fma(splat(weights[r * weight_stride + key]), value, sums[r]);
         });
     }
-    unrolled<ROWS>([&](auto r) { store(to + r * to_stride, sums[r]); });
+    unrolled<ROWS>([&](auto r) {
+        store(to + r * to_stride, load(to + r * to_stride) + sums[r]);
+    });
 }
 
 template <int ROWS, class T>
