@@ -6,23 +6,31 @@ from torch import Tensor
 
 from zeta.masks import Causal, Mask
 from zeta.ops.call import AttentionCall
+from zeta.ops.precision import Precision
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | None,
+    scale: float | None,
+    precision: Precision | None = None,
 ) -> Tensor | None:
     """Attention ``(B, H, T, D)``; None where the call has to be checked and a backend chosen.
 
     Args:
-        query, key, value, mask, scale: As `zeta.attention` takes them, not checked.
+        query, key, value, mask, scale, precision: As `zeta.attention` takes them, not checked.
     """
     if not (mask is None or type(mask) is Causal) or not (scale is None or type(scale) is float):
+        return None
+    if precision not in (None, "highest", "high"):
         return None
     if not isinstance(query, Tensor) or not query.is_cpu:
         return None
     from zeta.ops.backends.cpu import plain
 
-    return plain.attend(query, key, value, scale, mask is not None)
+    return plain.attend(query, key, value, scale, mask is not None, precision)
 
 
 def attend_call(call: AttentionCall) -> Tensor | None:
@@ -31,6 +39,4 @@ def attend_call(call: AttentionCall) -> Tensor | None:
         return None
     if call.query_positions is not None or call.key_positions is not None:
         return None
-    if call.precision is not None:
-        return None
-    return attend(call.query, call.key, call.value, call.mask, call.scale)
+    return attend(call.query, call.key, call.value, call.mask, call.scale, call.precision)

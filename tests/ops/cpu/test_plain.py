@@ -14,8 +14,9 @@ from torch.autograd import forward_ad
 import zeta
 from zeta.masks import Causal, SlidingWindow
 from zeta.ops import plain
-from zeta.ops.backends.cpu import library
+from zeta.ops.backends.cpu import layout, library
 from zeta.ops.call import AttentionCall
+from zeta.ops.precision import Precision
 
 pytestmark = pytest.mark.skipif(library.obstacle() is not None, reason=str(library.obstacle()))
 
@@ -126,6 +127,24 @@ def test_it_leaves_alone_what_is_watched() -> None:
     torch.testing.assert_close(found[1], zeta.attention(-made[0], *made[1:]))
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_the_precision_is_passed_on(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[bytes] = []
+    decode = library.load().decode
+
+    def kept(record: bytes) -> int:
+        records.append(bytes(record))
+        return decode(record)
+
+    monkeypatch.setattr(library.load(), "decode", kept)
+    made = operands("a step")
+    assert plain.attend(*made, None, None, precision) is not None
+    zeta.attention(*made, precision=precision, backend="cpu")
+    (short,), (long,) = (layout.Part("precision").read(record) for record in records)  # type: ignore[arg-type]
+    assert short == long == (precision == "high")
+    assert plain.attend(*made, None, None, "low") is None  # type: ignore[arg-type]
+
+
 def test_a_call_with_anything_more_is_left_alone() -> None:
     made = operands("a step")
     call = AttentionCall.checked(*made)
@@ -136,7 +155,6 @@ def test_a_call_with_anything_more_is_left_alone() -> None:
         "sinks": torch.zeros(4),
         "query_positions": torch.arange(1),
         "key_positions": torch.arange(37),
-        "precision": "high",
     }
     for name, value in more.items():
         changed = AttentionCall.checked(*made, **{name: value})  # type: ignore[arg-type]

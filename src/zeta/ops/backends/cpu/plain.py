@@ -19,7 +19,7 @@ from zeta.ops.backends.cpu.description import DTYPES
 from zeta.ops.backends.cpu.layout import FORMAT, NUM_BYTES, OFFSETS
 from zeta.ops.backends.cpu.passes import DECODED_ROWS
 from zeta.ops.buffers import empty_rows
-from zeta.ops.precision import float32_precision
+from zeta.ops.precision import Precision, float32_precision
 
 
 def _fields(first: str, end: str) -> str:
@@ -34,7 +34,12 @@ _NO_GRADIENT = bytes(NUM_BYTES - OFFSETS["grad_out"])
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None, is_causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    is_causal: bool,
+    precision: Precision | None,
 ) -> Tensor | None:
     """The output ``(B, H, T, D)``; None where the call must be checked and described.
 
@@ -43,6 +48,7 @@ def attend(
         key, value: ``(B, G, S, D)``.
         scale: Of the scores; ``1 / sqrt(D)`` by default.
         is_causal: Hide from a query the keys after it; queries are the last of the keys.
+        precision: As in `zeta.attention`.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
@@ -77,7 +83,7 @@ def attend(
         return None
     native = library.load()
     out = torch.empty_like(query) if query.is_contiguous() else empty_rows(query, head_dim)
-    is_high = dtype is torch.float32 and float32_precision() == "high"
+    is_high = dtype is torch.float32 and float32_precision(precision) == "high"
     record = (
         _HEAD.pack(
             NUM_BYTES, DTYPES[dtype], is_high, native.instruction_set, torch.get_num_threads(),
