@@ -138,7 +138,9 @@ def _by_hand(module: MultiheadAttention, x: Tensor, key: Tensor, value: Tensor, 
 
 def measure(case: Case, rounds: int) -> Iterator[Row]:
     """Both pairs of one case: checked, then timed."""
-    warmup, calls = 2, max(1, min(20, 16384 // (case.length * case.batch)))
+    # Several steps in a row, as in a generation: else each side writes back what the other left in
+    # the caches.
+    warmup, calls = 2, max(5, min(20, 16384 // (case.length * case.batch)))
     room = (warmup + rounds) * calls + 1
     for steps in steps_of(case, room):
         if len(steps) < 2:

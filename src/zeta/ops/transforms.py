@@ -26,9 +26,13 @@ def reasons_of_opaque(tensors: Callable[[], Iterable[Tensor]]) -> list[str]:
     reasons = []
     if is_forward_mode():
         reasons.append(NO_FORWARD_MODE)
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
         return reasons
-    if any(_is_mapped(tensor) for tensor in tensors()):
+    if torch._C._is_tracing():
+        reasons.append("torch.jit.trace sees torch's own operators only")
+    if torch._C._are_functorch_transforms_active() and any(
+        _is_mapped(tensor) for tensor in tensors()
+    ):
         reasons.append(
             "torch.func.vmap cannot map over it; the mapped dimension can join the batch"
         )

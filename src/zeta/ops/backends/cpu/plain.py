@@ -54,7 +54,7 @@ def attend(
         return None
     if forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return None
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return None
     # Whatever shows off as a tensor has other ways to be read.
     if not type(query) is type(key) is type(value) is Tensor:
