@@ -27,10 +27,8 @@ inline Floats multiply_keys(const BFloat16 *queries, int64_t query_stride, const
     unrolled<KEYS>([&](auto k) __attribute__((always_inline)) {
         const BFloat16 *from = keys + k * step;
         int64_t feature = 0;
-        for (; feature <= features - PAIR; feature += PAIR) {
-            prefetch_pair<ROWS>(from + feature);
+        for (; feature <= features - PAIR; feature += PAIR)
             add_key(k, feature, pair(from + feature));
-        }
         if (ODD) add_key(k, feature, pair_first(from + feature, features - feature));
     });
     return sums_of_lanes(sums);
@@ -58,8 +56,6 @@ inline void add_paired(const BFloat16 *weights, int64_t weight_stride,
         const BFloat16 *other = is_alone ? one : one + values.stride;
         Ints pairs[VECTORS];
         unrolled<PAIRS>([&](auto p) {
-            prefetch_pair<ROWS>(one + p * PAIR);
-            prefetch_pair<ROWS>(other + p * PAIR);
             const Ints a = pair_first(one + p * PAIR, count);
             const Ints b = is_alone ? splat_int(0) : pair_first(other + p * PAIR, count);
             pairs[2 * p] = interleave_low(a, b);

@@ -1,4 +1,5 @@
-// Products of few rows with many keys or values, which are read where they lie, once.
+// Products of few rows with many keys or values, which are read where they lie, once, and in their
+// order: so the processor reads ahead by itself, faster than any prefetch that was tried.
 //
 // Rows are float32, in blocks of BLOCK; there is memory for whole blocks, and a row of queries is
 // followed by zeros up to a multiple of LANES. Features come in pairs of vectors, in the order in
@@ -77,16 +78,6 @@ struct Stream {
     }
 };
 
-// A pair of vectors is asked for so many bytes before it is read: the processor alone reads ahead too
-// late, and not over the end of a page. Both distances were measured.
-template <int ROWS, class T>
-inline void prefetch_pair(const T *from) {
-    constexpr int64_t ahead = ROWS == 1 ? 512 : 1024;
-    const char *place = reinterpret_cast<const char *>(from) + ahead;
-    _mm_prefetch(place, _MM_HINT_T0);
-    if (PAIR * sizeof(T) > 64) _mm_prefetch(place + 64, _MM_HINT_T0);
-}
-
 // ROWS rows of queries times LANES / ROWS keys, `step` apart: the products of the first row with
 // all keys, then those of the next. ODD: `features` is no multiple of PAIR.
 template <int ROWS, bool ODD, class T>
@@ -116,10 +107,7 @@ inline Floats multiply_keys(const float *queries, int64_t query_stride, const T 
         int64_t feature = 0;
         for (; feature <= features - PAIR; feature += PAIR) {
             decltype(pair(keys)) both[TOGETHER];
-            unrolled<TOGETHER>([&](auto k) {
-                both[k] = pair(from + k * step + feature);
-                prefetch_pair<ROWS>(from + k * step + feature);
-            });
+            unrolled<TOGETHER>([&](auto k) { both[k] = pair(from + k * step + feature); });
             unrolled<2>([&](auto half) {
                 Floats key[TOGETHER];
                 unrolled<TOGETHER>([&](auto k) { key[k] = half_of(both[k], half); });
@@ -188,7 +176,6 @@ inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<
         const T *from = values.data + key * values.stride;
         Floats value[VECTORS];
         unrolled<PAIRS>([&](auto p) {
-            prefetch_pair<ROWS>(from + p * PAIR);
             const auto both = pair(from + p * PAIR);
             value[2 * p] = half_of(both, Index<0>());
             value[2 * p + 1] = half_of(both, Index<1>());
