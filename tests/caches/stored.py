@@ -47,6 +47,19 @@ def filled(
     return cache
 
 
+def on_used_pages() -> PagedCache:
+    """A float32 cache of ragged lengths whose pages held NaN for another before."""
+    pool = PagePool(60, 7, num_kv_heads=KEY_HEADS, head_dim=HEAD_DIM, value_dim=VALUE_DIM)
+    dirty = PagedCache(pool)
+    key, value = new_tokens(100, torch.float32)
+    dirty.update(key * torch.nan, value * torch.nan)
+    dirty.reset()
+    cache = PagedCache(pool)
+    lengths = torch.tensor([100, 31, 0])
+    cache.update(key, value, torch.arange(100) >= lengths[:, None])
+    return cache
+
+
 def is_read(cached: Cached) -> bool:
     """Whether anybody has looked at keys or values."""
     assert isinstance(cached.key, StoredTensor)

@@ -167,14 +167,7 @@ def test_nothing_is_gathered_for_a_step(kind: str, monkeypatch: pytest.MonkeyPat
 
 @native
 def test_what_is_hidden_may_be_nan() -> None:
-    pool = PagePool(60, 7, num_kv_heads=2, head_dim=HEAD_DIM, value_dim=cases.VALUE_DIM)
-    dirty = PagedCache(pool)
-    key, value = cases.new_tokens(100, torch.float32)
-    dirty.update(key * torch.nan, value * torch.nan)
-    dirty.reset()
-    cache = PagedCache(pool)
-    lengths = torch.tensor([100, 31, 0])
-    cache.update(key, value, torch.arange(100) >= lengths[:, None])
+    cache = cases.on_used_pages()
     for mask in ("none", "window"):
         cached = cache.update(*cases.new_tokens(1, torch.float32))
         query = torch.randn(BATCH, HEADS, 1, HEAD_DIM)
