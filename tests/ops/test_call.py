@@ -207,15 +207,3 @@ def test_a_few_grouped_queries_on_a_gpu_s_long_cache_go_to_triton_first() -> Non
     assert first(target=33, heads=16, source=8192) == "sdpa"
     assert first(target=1, heads=16, source=1023) == "sdpa"
     assert first(target=1, heads=4, source=8192) == "sdpa"
-
-
-def test_small_plain_calls_with_a_gradient_on_the_cpu_go_to_torch_first() -> None:
-    def first(length: int, dtype: torch.dtype, requires_grad: bool) -> str:
-        query = torch.empty(1, 8, length, 64, dtype=dtype, requires_grad=requires_grad)
-        return backends.order(AttentionCall(query, query, query))[0]
-
-    assert first(64, torch.bfloat16, True) == "sdpa"
-    assert first(128, torch.float32, True) == "cpu"
-    assert first(64, torch.float32, False) == "cpu"
-    with torch.no_grad():
-        assert first(64, torch.float32, True) == "cpu"

@@ -118,7 +118,9 @@ def test_every_backend_equals_the_textbook(case: Case, backend: str) -> None:
             run(case, made, backend)
         return
     oracle = textbook(case, widened(made))
-    assert_within_bound(run(case, made, backend), textbook(case, made), oracle)
+    # The gradient of a sink is one sum over all rows, of terms that are larger than it and cancel.
+    rounding = 4 * torch.finfo(torch.float32).eps
+    assert_within_bound(run(case, made, backend), textbook(case, made), oracle, rounding)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

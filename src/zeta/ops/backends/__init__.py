@@ -16,15 +16,12 @@ from zeta.ops.call import AttentionCall
 
 ORDER = ("sdpa", "triton", "chunked", "reference", "cpu")
 ORDER_ON_CPU = ("cpu", "sdpa", "chunked", "reference", "triton")
-ORDER_OF_SMALL = ("sdpa", *(name for name in ORDER_ON_CPU if name != "sdpa"))
 ORDER_OF_GROUPS = ("triton", *(name for name in ORDER if name != "triton"))
 _PLAIN = ("sdpa", "reference")
 _LAST = "chunked"
 """It can do every call: ``"auto"`` takes none after it."""
 ORDER_OF_PROGRAMS = (*_PLAIN, *(name for name in ORDER_ON_CPU if name not in _PLAIN))
 
-SMALL = 1 << 24
-"""Floating-point operations, some 0.2 ms of one core."""
 MOST_PACKED = 128
 """Queries of a group of heads that read their key head together, in one tile of a kernel."""
 LONG_CACHE = 1024
@@ -58,32 +55,21 @@ class Reader(Backend, Protocol):
 def order(call: AttentionCall) -> tuple[str, ...]:
     """The backends as ``"auto"`` asks them for this call.
 
-    On CPU tensors the native kernels come first, but for small calls with a gradient that torch's
-    kernel can do too; Triton's run in its interpreter only, slower than the textbook: last. On a
-    GPU Triton's come first where a few queries of grouped heads meet a long cache, which they read
-    once for a whole group.
+    On CPU tensors the native kernels come first; Triton's run in its interpreter only, slower than
+    the textbook: last. On a GPU Triton's come first where a few queries of grouped heads meet a
+    long cache, which they read once for a whole group.
 
     A program that ``torch.export`` makes is to run where Zeta is not installed, and in other
     runtimes: first come those that are made of torch's own operators.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling and torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
         return ORDER_OF_PROGRAMS
     if call.query.is_cpu:
-        # Sizes would bind a compiled program to themselves.
-        return ORDER_ON_CPU if compiling or not _is_small(call) else ORDER_OF_SMALL
+        return ORDER_ON_CPU
     packed = call.target * (call.heads // call.key_heads)
     if call.key_heads < call.heads and packed <= MOST_PACKED and call.source >= LONG_CACHE:
         return ORDER_OF_GROUPS
     return ORDER
-
-
-def _is_small(call: AttentionCall) -> bool:
-    """Whether it is sooner done by torch's kernel, which takes less Python where autograd is."""
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in call.tensors())):
-        return False
-    batch, heads, target, head_dim = call.query.shape
-    return 4 * batch * heads * target * call.key.shape[2] * head_dim < SMALL
 
 
 def readers(call: AttentionCall, backend: str) -> Iterator[Reader]:

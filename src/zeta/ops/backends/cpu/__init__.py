@@ -69,7 +69,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         if call.result == "output" and passes.is_step(call.query, call.key):
             return passes.step(*operands, Fixed(*fixed)), None
         return passes.forward(*operands, Fixed(*fixed))
-    found: tuple[Tensor, Tensor] = functions.Attention.apply(*operands, Fixed(*fixed))  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, Tensor] = functions.Attention.apply(*operands, Fixed(*fixed))
     return found
 
 
@@ -101,7 +101,7 @@ def weights(call: AttentionCall) -> Tensor:
         return found
     if not _is_learned(operands) and not _is_transforming():
         return passes.weights(*operands, mean, Fixed(*fixed))[0]
-    found, _ = functions.Weights.apply(*operands, mean, Fixed(*fixed))  # type: ignore[no-untyped-call]
+    found, _ = functions.Weights.apply(*operands, mean, Fixed(*fixed))
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import Function
 
 from zeta.ops.backends.cpu import passes
@@ -17,6 +18,14 @@ _Compute = Callable[..., passes.Gradients]
 
 class _Once(Function):
     """Base of functions whose gradients are `_Gradients`."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        # Torch would ask for the signature of `forward` each time, to fill in defaults, of which
+        # there are none: longer than a short call.
+        return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]  # C's
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
@@ -123,5 +132,5 @@ def _differentiated_once(compute: _Compute, *tensors: Tensor | None) -> tuple[Te
     # Only under create_graph=True, or inside a transform, could anybody differentiate them.
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return tuple(compute(*tensors))
-    found: tuple[Tensor | None, ...] = _Gradients.apply(compute, *tensors)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor | None, ...] = _Gradients.apply(compute, *tensors)
     return found
