@@ -17,10 +17,12 @@ def project_together(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...] | Non
     # First of all: a traced size must not be compared.
     if torch.compiler.is_compiling() or x.shape[0] * x.shape[1] > FEW:
         return None
+    has_gradients = torch.is_grad_enabled()
     layers: list[Layer] = []
     for module in modules:
         layer = _plain_linear(module)
-        if layer is None:
+        # As soon as possible: in training every call comes here in vain.
+        if layer is None or (has_gradients and layer[0].requires_grad):
             return None
         layers.append(layer)
     if torch_module._has_any_global_hook():
