@@ -56,7 +56,7 @@ def attend(
         return None
     if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         return None
-    # Whatever shows off as a tensor has other ways to be read.
+    # A subclass may hold its numbers elsewhere.
     if not type(query) is type(key) is type(value) is Tensor:
         return None
     if torch.is_grad_enabled() and (
