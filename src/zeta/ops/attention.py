@@ -310,9 +310,11 @@ def explain(
         precision=precision,
         result="lse" if with_lse else "output",
     )
-    plain = call if call.sinks is None else without_sinks(call)
-    reader, gathered = stored.choose(plain, backend) if stored.is_stored(plain) else (None, ())
-    chosen = _choose(plain, backend) if reader is None else reader
-    order = backends.order(plain)
-    reasons = {name: tuple(backends.load(name).unsupported(plain)) for name in order}
+    sinkless = call if call.sinks is None else without_sinks(call)
+    reader, gathered = (
+        stored.choose(sinkless, backend) if stored.is_stored(sinkless) else (None, ())
+    )
+    chosen = _choose(sinkless, backend) if reader is None else reader
+    order = backends.order(sinkless)
+    reasons = {name: tuple(backends.load(name).unsupported(sinkless)) for name in order}
     return Explanation(chosen.NAME, reasons, call.describe(), gathered)

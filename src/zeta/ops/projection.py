@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from zeta.ops.transforms import is_transforming
+from zeta.ops.transforms import is_watched
 
 FEW = 16
 """Rows up to which asking is worth it."""
@@ -46,8 +46,5 @@ def project_few(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...] | None
 
 def _is_watched() -> bool:
     return (
-        torch.is_autocast_enabled("cpu")
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or is_transforming()
+        torch.is_autocast_enabled("cpu") or torch._C._len_torch_function_stack() > 0 or is_watched()
     )

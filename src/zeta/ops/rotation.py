@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from zeta.ops.transforms import is_transforming
+from zeta.ops.transforms import is_watched
 from zeta.positions import rotate
 
 Table: TypeAlias = tuple[Tensor, Tensor]
@@ -58,7 +58,7 @@ def has_kernel(tensors: Sequence[Tensor], tables: Sequence[Tensor]) -> bool:
         if torch.compiler.is_exporting():
             # A program is to run where Zeta is not installed.
             return False
-    elif _is_watched() or any(type(tensor) not in _PLAIN for tensor in (*tensors, *tables)):
+    elif is_watched() or any(type(tensor) not in _PLAIN for tensor in (*tensors, *tables)):
         return False
     return (
         all(x.dim() == 4 and x.dtype in triton.DTYPES for x in tensors)
@@ -66,10 +66,6 @@ def has_kernel(tensors: Sequence[Tensor], tables: Sequence[Tensor]) -> bool:
         and not any(t.requires_grad for t in tables)
         and not triton.unsupported_device(tensors[0].device)
     )
-
-
-def _is_watched() -> bool:
-    return is_transforming() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _rotated(x: Tensor, table: Table, interleaved: bool) -> Tensor:

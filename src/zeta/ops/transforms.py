@@ -16,6 +16,11 @@ def is_transforming() -> bool:
     )
 
 
+def is_watched() -> bool:
+    """Whether a transform or one of torch's dispatch modes must see each operator."""
+    return is_transforming() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_forward_mode() -> bool:
     """Inside forward-mode differentiation, ``torch.func.jvp`` included."""
     return forward_ad._current_level >= 0

@@ -12,7 +12,6 @@ import struct
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from zeta.ops.backends.cpu import MAX_HEAD_DIM, library
 from zeta.ops.backends.cpu.description import DTYPES
@@ -20,6 +19,7 @@ from zeta.ops.backends.cpu.layout import FORMAT, NUM_BYTES, OFFSETS
 from zeta.ops.backends.cpu.passes import DECODED_ROWS
 from zeta.ops.buffers import empty_rows
 from zeta.ops.precision import Precision, float32_precision
+from zeta.ops.transforms import is_watched
 
 
 def _fields(first: str, end: str) -> str:
@@ -50,11 +50,7 @@ def attend(
         is_causal: Hide from a query the keys after it; queries are the last of the keys.
         precision: As in `zeta.attention`.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return None
-    if forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
-        return None
-    if torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or is_watched() or torch.is_autocast_enabled("cpu"):
         return None
     # A subclass may hold its numbers elsewhere.
     if not type(query) is type(key) is type(value) is Tensor:
