@@ -25,7 +25,7 @@ from zeta.nn.multiway import MultiwayWrapper
 from zeta.nn.norms import QueryKeyNorm, query_key_norm
 from zeta.nn.placement import Placement, Route, SplitArgument, batched_split, through
 from zeta.nn.positions import Rotation, XPos
-from zeta.nn.projections import project_together
+from zeta.nn.projections import project, project_heads
 from zeta.nn.state import IncrementalState, open_state
 from zeta.ops.attention import run
 from zeta.ops.weights import without_batch
@@ -265,14 +265,16 @@ class MultiheadAttention(nn.Module):
     def _projected(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, place: Placement
     ) -> Sequence[Tensor | None]:
-        """Queries, keys and values of a few tokens, as far as one pass makes them; or None."""
+        """Queries, keys and values of a few tokens in heads, as far as one pass makes them; or
+        None.
+        """
         found = None
         if place.query_route is None:
             parts: dict[str, Any] = self._modules
             modules = [parts["q_proj"]]
             if key is query and value is query:
                 modules += parts["k_proj"], parts["v_proj"]
-            found = project_together(query, *modules)
+            found = project_heads(query, modules, self.head_dim)
         return (*(found or ()), None, None, None)[:3]
 
     def _heads(
@@ -284,10 +286,13 @@ class MultiheadAttention(nn.Module):
         projected: Tensor | None,
     ) -> Tensor:
         """Tokens ``(B, L, features)`` projected, in heads, normalised: ``(B, heads, L, D)``."""
-        batch, length, _ = x.shape
         if projected is None:
-            projected = projection(x) if route is None else through(projection, x, route)
-        heads_BLHD = projected.view(batch, length, -1, self.head_dim)
+            batch, length, _ = x.shape
+            heads_BLHD = through(projection, x, route).view(batch, length, -1, self.head_dim)
+        elif norm is None:
+            return projected
+        else:
+            heads_BLHD = projected.transpose(1, 2)
         if norm is not None:
             heads_BLHD = norm(heads_BLHD)
         return heads_BLHD.transpose(1, 2)
@@ -298,8 +303,9 @@ class MultiheadAttention(nn.Module):
         if self.inner_attn_ln is not None:
             out_BTE = through(self.inner_attn_ln, out_BTE, route)
         projection: nn.Module = self._modules["out_proj"]  # type: ignore[assignment]  # never None
-        found = None if route is not None else project_together(out_BTE, projection)
-        return through(projection, out_BTE, route) if found is None else found[0]
+        return (
+            project(out_BTE, projection) if route is None else through(projection, out_BTE, route)
+        )
 
     def _extra_keys(self, query_BHTD: Tensor) -> ExtraKeys:
         """The module's own keys, for queries before their rotation: these have no position."""

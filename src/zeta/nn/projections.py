@@ -1,19 +1,44 @@
 """Several linear layers of a module at once, for the few tokens of a decoding step."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from zeta.ops.projection import FEW, Layer, project_few
+from zeta.ops.projection import FEW, Layer, project_few, project_few_heads
 
 
-def project_together(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...] | None:
-    """``module(x)`` of each; None where each has to be called, as it mostly has.
+def project_heads(
+    x: Tensor, modules: Sequence[nn.Module], head_dim: int
+) -> tuple[Tensor, ...] | None:
+    """``module(x)`` of each in heads ``(B, heads, L, head_dim)``; None where each has to be called,
+    as it mostly has.
 
     Args:
-        x: ``(B, T, E)``.
-        *modules: Any; only plain linear layers, which nobody hooks into, go together.
+        x: ``(B, L, E)``.
+        modules: Any; only plain linear layers, which nobody hooks into, go together.
+        head_dim: Features of a head.
     """
+    layers = _plain_layers(x, modules)
+    return None if layers is None else project_few_heads(x, layers, head_dim)
+
+
+def project(x: Tensor, module: nn.Module) -> Tensor:
+    """``module(x)``, by the shortest way.
+
+    Args:
+        x: ``(B, L, E)``.
+        module: Any.
+    """
+    layers = _plain_layers(x, (module,))
+    found = None if layers is None else project_few(x, layers[0])
+    out: Tensor = module(x) if found is None else found
+    return out
+
+
+def _plain_layers(x: Tensor, modules: Sequence[nn.Module]) -> list[Layer] | None:
+    """Weights and biases; None where it is not worth it, or torch has to see it."""
     # First of all: a traced size must not be compared.
     if torch.compiler.is_compiling() or x.shape[0] * x.shape[1] > FEW:
         return None
@@ -25,9 +50,7 @@ def project_together(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...] | Non
         if layer is None or (has_gradients and layer[0].requires_grad):
             return None
         layers.append(layer)
-    if torch_module._has_any_global_hook():
-        return None
-    return project_few(x, layers)
+    return None if torch_module._has_any_global_hook() else layers
 
 
 def _plain_linear(module: nn.Module) -> Layer | None:

@@ -2,6 +2,10 @@
 than it takes to describe it.
 """
 
+import functools
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from zeta.masks import Causal, Mask
@@ -22,15 +26,19 @@ def attend(
     Args:
         query, key, value, mask, scale, precision: As `zeta.attention` takes them, not checked.
     """
-    if not (mask is None or type(mask) is Causal) or not (scale is None or type(scale) is float):
+    if torch.compiler.is_compiling() or not (mask is None or type(mask) is Causal):
         return None
-    if precision not in (None, "highest", "high"):
+    # A subclass may hold its numbers elsewhere.
+    if type(query) is not Tensor or not query.is_cpu:
         return None
-    if not isinstance(query, Tensor) or not query.is_cpu:
-        return None
+    return _cpu()(query, key, value, scale, mask is not None, precision)
+
+
+@functools.cache
+def _cpu() -> Callable[..., Tensor | None]:
     from zeta.ops.backends.cpu import plain
 
-    return plain.attend(query, key, value, scale, mask is not None, precision)
+    return plain.attend
 
 
 def attend_call(call: AttentionCall) -> Tensor | None:

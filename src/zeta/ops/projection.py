@@ -3,48 +3,59 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zeta.ops.transforms import is_watched
 
-FEW = 16
+FEW = 64
 """Rows up to which asking is worth it."""
-
-_PLAIN = (Tensor, nn.Parameter)
 
 Layer = tuple[Tensor, Tensor | None]
 """Weight ``(features, width)`` and bias ``(features,)``."""
 
 
-def project_few(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...] | None:
-    """``x weight^T + bias`` of each layer, in float32 sums; None where that is for torch.
+def project_few(x: Tensor, layer: Layer) -> Tensor | None:
+    """``x weight^T + bias``, in float32 sums; None where that is for torch.
 
     So it is wherever something watches or records what torch's operators do: a gradient, a
     compiler, a transform, a mode, autocast, tensors of a class of their own.
 
     Args:
         x: ``(..., width)``.
-        layers: Of the same ``x``.
+        layer: Of ``x``.
     """
-    if torch.compiler.is_compiling() or _is_watched():
+    if _is_for_torch(x, (layer,)):
         return None
-    tensors = [x]
-    for weight, bias in layers:
-        tensors.append(weight)
-        if bias is not None:
-            tensors.append(bias)
-    has_gradients = torch.is_grad_enabled()
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
-            return None
-        if has_gradients and tensor.requires_grad:
-            return None
     from zeta.ops.backends.cpu import projection
 
-    return projection.project(x, layers)
+    return projection.project(x, layer)
 
 
-def _is_watched() -> bool:
-    return (
-        torch.is_autocast_enabled("cpu") or torch._C._len_torch_function_stack() > 0 or is_watched()
+def project_few_heads(
+    x: Tensor, layers: Sequence[Layer], head_dim: int
+) -> tuple[Tensor, ...] | None:
+    """The same of several layers, in heads ``(B, heads, L, head_dim)``.
+
+    Args:
+        x: ``(B, L, width)``.
+        layers: Of the same ``x``.
+        head_dim: Features of a head.
+    """
+    if _is_for_torch(x, layers):
+        return None
+    from zeta.ops.backends.cpu import projection
+
+    return projection.project_heads(x, layers, head_dim)
+
+
+def _is_for_torch(x: Tensor, layers: Sequence[Layer]) -> bool:
+    """Whether something watches. Classes and devices the backend looks at itself."""
+    if torch.compiler.is_compiling() or is_watched() or torch.is_autocast_enabled("cpu"):
+        return True
+    if torch._C._len_torch_function_stack() > 0:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(
+        weight.requires_grad or (bias is not None and bias.requires_grad) for weight, bias in layers
     )

@@ -18,7 +18,13 @@ def is_transforming() -> bool:
 
 def is_watched() -> bool:
     """Whether a transform or one of torch's dispatch modes must see each operator."""
-    return is_transforming() or torch._C._len_torch_dispatch_stack() > 0
+    # `is_transforming`, written out: short calls ask.
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def is_forward_mode() -> bool:

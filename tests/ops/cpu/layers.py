@@ -1,6 +1,7 @@
 """Linear layers of a few rows for the native projection, of odd and even sizes."""
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -40,10 +41,18 @@ class Projection:
         return x, layers
 
     def run(self, x: Tensor, layers: Layers) -> dict[str, Tensor]:
-        """The outputs by their number."""
-        found = projection.project(x, layers)
-        assert found is not None
-        return {str(number): out for number, out in enumerate(found)}
+        """The outputs by their number, of layers one by one; those of all together are the same."""
+        singly = [projection.project(x, layer) for layer in layers]
+        width = math.gcd(*self.features)
+        together = projection.project_heads(x, layers, width)
+        assert together is not None
+        found = {}
+        for number, (out, heads) in enumerate(zip(singly, together, strict=True)):
+            assert out is not None
+            assert heads.shape == (1, out.shape[2] // width, self.rows, width)
+            assert torch.equal(heads.transpose(1, 2).flatten(2), out)
+            found[str(number)] = out
+        return found
 
 
 PROJECTIONS = [
@@ -52,6 +61,7 @@ PROJECTIONS = [
     Projection("projection of odd sizes", rows=3, width=37, features=(65, 3, 130)),
     Projection("projection without biases", rows=2, width=96, features=(96, 24, 24), biased=False),
     Projection("projection of rows apart", rows=5, width=40, features=(33, 7), spacing=9),
-    Projection("projection of all rows", rows=16, width=80, features=(72,)),
+    Projection("projection of all rows", rows=64, width=80, features=(72, 24)),
+    Projection("projection of an odd number of rows", rows=23, width=64, features=(64, 32, 32)),
     Projection("projection of long rows", rows=4, width=1100, features=(70, 20, 20)),
 ]

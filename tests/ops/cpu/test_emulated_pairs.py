@@ -83,6 +83,12 @@ def test_float32_is_as_exact_as_is_asked_for(dtype: torch.dtype) -> None:
     assert highest < 1e-6
     assert 1e-6 < high < 3e-5
     assert error() == highest
+    for precision in ("highest", "high"):
+        shortest = attention(*operands, precision=precision)  # type: ignore[arg-type]
+        assert torch.equal(
+            shortest,
+            attention(*operands, precision=precision, backend="cpu"),  # type: ignore[arg-type]
+        )
     set_float32_precision("high")
     try:
         assert error() == high

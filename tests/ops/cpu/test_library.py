@@ -13,7 +13,7 @@ import torch
 import zeta
 from zeta import biases, masks
 from zeta.ops.backends import cpu
-from zeta.ops.backends.cpu import layout, library
+from zeta.ops.backends.cpu import layout, library, passes, projection
 from zeta.ops.call import AttentionCall
 
 HEADER = Path(cpu.__file__).parent / "native" / "abi.h"
@@ -60,6 +60,20 @@ def test_the_layout_is_that_of_the_header() -> None:
 def test_another_layout_is_seen() -> None:
     fields = declared_fields("typedef struct { int64_t bytes; ZetaRows a, b; double s; } ZetaCall;")
     assert fields == [("bytes", 1, "q"), ("a", 4, "q"), ("b", 4, "q"), ("s", 1, "d")]
+
+
+def test_the_numbers_are_those_of_the_headers() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in HEADER.parent.glob("*.h"))
+    numbers = {
+        "ZETA_MOST_FEATURES": cpu.MAX_HEAD_DIM,
+        "ZETA_STEP_ROWS": passes.DECODED_ROWS,
+        "ZETA_MOST_ROWS": projection.MOST_ROWS,
+        "ZETA_DONE": library.DONE,
+        "ZETA_NO_MEMORY": library.NO_MEMORY,
+        "ZETA_NOT_PLAIN": library.NOT_PLAIN,
+    }
+    declared = {name: re.findall(rf"\b{name} = (\d+)", text) for name in numbers}
+    assert declared == {name: [str(number)] for name, number in numbers.items()}
 
 
 def test_a_part_is_written_where_it_belongs() -> None:

@@ -4,6 +4,7 @@ Shape suffixes: B batch, H query heads, G key heads, T target length, S source l
 dimension.
 """
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 import zeta
 from zeta.masks import Causal, SlidingWindow
 from zeta.ops import plain
-from zeta.ops.backends.cpu import layout, library
+from zeta.ops.backends.cpu import library
 from zeta.ops.call import AttentionCall
 from zeta.ops.precision import Precision
 
@@ -129,20 +130,55 @@ def test_it_leaves_alone_what_is_watched() -> None:
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
 def test_the_precision_is_passed_on(precision: Precision, monkeypatch: pytest.MonkeyPatch) -> None:
-    records: list[bytes] = []
-    decode = library.load().decode
+    asked: list[bool] = []
+    native = library.load()
+    assert native.direct is not None
 
-    def kept(record: bytes) -> int:
-        records.append(bytes(record))
-        return decode(record)
+    def kept(*arguments: object) -> int:
+        asked.append(bool(arguments[6]))
+        return library.DONE
 
-    monkeypatch.setattr(library.load(), "decode", kept)
+    monkeypatch.setattr(native, "direct", native.direct._replace(attend=kept))
+    monkeypatch.setattr(native, "has_tiles", True)  # Else it does not matter.
     made = operands("a step")
     assert plain.attend(*made, None, None, precision) is not None
-    zeta.attention(*made, precision=precision, backend="cpu")
-    (short,), (long,) = (layout.Part("precision").read(record) for record in records)  # type: ignore[arg-type]
-    assert short == long == (precision == "high")
+    assert asked == [precision == "high"]
     assert plain.attend(*made, None, None, "low") is None  # type: ignore[arg-type]
+
+
+def test_the_builtin_refuses_what_it_cannot_read() -> None:
+    direct = library.load().direct
+    assert direct is not None
+    query, key, value = operands("a step")
+    out = torch.zeros_like(query)
+    options = (0.3, 0, 0, 0, 1)
+    assert direct.attend(query, key, value, out, *options) == library.DONE
+    torch.testing.assert_close(out, zeta.attention(query, key, value, scale=0.3))
+    wrong: list[tuple[object, ...]] = [
+        (),
+        (query, key, value, out),
+        (query, key, value, out, *options, 1),
+        (query, key, value, out, 1, 0, 0, 0, 1),
+        (query, key, value, out, 0.3, None, 0, 0, 1),
+        (query, key, value, out, 0.3, 0, 0, 2**70, 1),
+        (query, key, value, None, *options),
+        (query, key, value, out[..., :3], *options),
+        (query, key, value, out.double(), *options),
+        (query, key, value, out.mT.contiguous().mT.expand(2, 4, 1, 64)[..., ::2], *options),
+    ]
+    for arguments in wrong:
+        assert direct.attend(*arguments) == library.NOT_PLAIN, arguments
+    with pytest.raises(RuntimeError, match="neither the processor nor the build"):
+        library.check(direct.attend(query, key, value, out, 0.3, 0, 0, 9, 1))
+
+
+def test_it_does_not_keep_what_it_was_given() -> None:
+    made = operands("blocks")
+    before = [sys.getrefcount(tensor) for tensor in made]
+    for _ in range(10):
+        assert plain.attend(*made, None, None) is not None
+        assert plain.attend(made[0], made[1], made[2][..., :3], None, None) is None
+    assert [sys.getrefcount(tensor) for tensor in made] == before
 
 
 def test_a_call_with_anything_more_is_left_alone() -> None:

@@ -1,6 +1,7 @@
 """Linear layers of a few rows: the native pass against float64, and when it is left to torch."""
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -10,9 +11,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import zeta
 from tests.ops.cpu.layers import PROJECTIONS, Projection
 from zeta.nn import MultiheadAttention
-from zeta.nn.projections import project_together
+from zeta.nn.projections import project as project_module
+from zeta.nn.projections import project_heads
+from zeta.ops import plain
 from zeta.ops.backends.cpu import library, projection
 
 pytestmark = pytest.mark.skipif(
@@ -44,7 +48,7 @@ def test_outputs(
         pytest.skip(f"no {instructions} here")
     number = library.INSTRUCTION_SETS.index(instructions) + 1
     monkeypatch.setattr(native, "instruction_set", number)
-    monkeypatch.setattr(projection, "MOST_ROWS_BESIDE_TILES", projection.MOST_ROWS)
+    monkeypatch.setattr(projection, "FEW_ROWS_BESIDE_TILES", projection.MOST_ROWS)
     x, layers = case.tensors(dtype)
     for out, (weight, bias) in zip(case.run(x, layers).values(), layers, strict=True):
         assert_exact(out, x, weight, bias)
@@ -69,7 +73,7 @@ def test_results_do_not_depend_on_threads() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(torch.cat(projection.project(x, layers) or (), dim=-1))
+            found.append(torch.cat(projection.project_heads(x, layers, 64) or (), dim=1))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
@@ -80,36 +84,120 @@ def test_infinities_and_nans_go_where_they_belong() -> None:
     x = torch.tensor([[1.0, float("inf"), float("nan"), 0.0]])
     weight = torch.tensor([[1.0, 0.0, 0.0, 0.0], [2.0, -1.0, 1.0, 0.0]])
     for rows in (x[:, :2], x):
-        found = projection.project(rows, [(weight[:, : rows.shape[1]], None)])
+        found = projection.project(rows, (weight[:, : rows.shape[1]], None))
         assert found is not None
         expected = F.linear(rows, weight[:, : rows.shape[1]])
-        torch.testing.assert_close(found[0], expected, equal_nan=True)
+        torch.testing.assert_close(found, expected, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda x, w, b: (x.double(), w.double(), b.double()),
-        lambda x, w, b: (x, w.bfloat16(), b),
-        lambda x, w, b: (x, w, b.bfloat16()),
-        lambda x, w, b: (x, w.t().contiguous().t(), b),
-        lambda x, w, b: (x, w, b.repeat_interleave(2)[::2]),
-        lambda x, w, b: (x.repeat(17, 1), w, b),
-        lambda x, w, b: (x[:0], w, b),
-        lambda x, w, b: (x[:, :7], w, b),
-    ],
-    ids=[
-        *("float64", "weight's dtype", "bias's dtype", "weight transposed", "bias apart"),
-        *("rows", "no rows", "width"),
-    ],
-)
-def test_what_is_left_to_torch(
-    spoil: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]],
-) -> None:
-    x, weight, bias = torch.randn(1, 8), torch.randn(16, 8), torch.randn(16)
-    assert projection.project(x, [(weight, bias)]) is not None
-    x, weight, bias = spoil(x, weight, bias)
-    assert projection.project(x, [(weight, bias)]) is None
+Spoil = Callable[[Tensor, Tensor, Tensor], tuple[object, object, object]]
+
+
+class _Subclass(Tensor):
+    pass
+
+
+SPOILT: dict[str, Spoil] = {
+    "float64": lambda x, w, b: (x.double(), w.double(), b.double()),
+    "the weight's dtype": lambda x, w, b: (x, w.bfloat16(), b),
+    "the bias's dtype": lambda x, w, b: (x, w, b.bfloat16()),
+    "a weight transposed": lambda x, w, b: (x, w.t().contiguous().t(), b),
+    "a bias apart": lambda x, w, b: (x, w, b.repeat_interleave(2)[::2]),
+    "a bias of another length": lambda x, w, b: (x, w, b[:8]),
+    "a bias of two dimensions": lambda x, w, b: (x, w, b[None]),
+    "a weight of one dimension": lambda x, w, b: (x, w[0], b),
+    "a weight without features": lambda x, w, b: (x, w[:0], b[:0]),
+    "rows apart": lambda x, w, b: (x.repeat(1, 2, 2)[..., :8], w, b),
+    "too many rows": lambda x, w, b: (x.repeat(1, 65, 1), w, b),
+    "no rows": lambda x, w, b: (x[:, :0], w, b),
+    "a width": lambda x, w, b: (x[..., :7], w, b),
+    "another device": lambda x, w, b: (x, w.to("meta"), b),
+    "a sparse weight": lambda x, w, b: (x, w.to_sparse(), b),
+    "a subclass": lambda x, w, b: (x, w.as_subclass(_Subclass), b),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_what_is_left_to_torch(name: str) -> None:
+    x, weight, bias = torch.randn(1, 1, 8), torch.randn(16, 8), torch.randn(16)
+    assert projection.project(x, (weight, bias)) is not None
+    assert projection.project_heads(x, [(weight, bias)], 4) is not None
+    x, weight, bias = SPOILT[name](x, weight, bias)  # type: ignore[assignment]
+    assert projection.project(x, (weight, bias)) is None
+    assert projection.project_heads(x, [(weight, bias)], 4) is None
+    assert projection.project_heads(x, [(weight, None), (weight, bias)], 4) is None
+
+
+def test_heads_that_do_not_divide_are_left_to_torch() -> None:
+    x, layer = torch.randn(1, 1, 8), (torch.randn(16, 8), None)
+    for head_dim in (3, 0, -4, 32):
+        assert projection.project_heads(x, [layer], head_dim) is None
+    assert projection.project_heads(x[0], [layer], 4) is None
+    assert projection.project_heads(x, [layer] * 4, 4) is None
+
+
+def test_rows_of_bfloat16_are_bounded_by_their_width() -> None:
+    def is_taken(rows: int, width: int) -> bool:
+        x, weight = torch.randn(1, rows, width), torch.randn(8, width)
+        return projection.project(x.bfloat16(), (weight.bfloat16(), None)) is not None
+
+    if library.load().has_tiles:
+        assert is_taken(4, 64)
+        assert not is_taken(5, 64)
+    else:
+        assert is_taken(64, 512)
+        assert is_taken(16, 4096)
+        assert not is_taken(33, 1024)
+
+
+def test_the_builtins_refuse_what_they_cannot_read() -> None:
+    direct = library.load().direct
+    assert direct is not None
+    x, out, weight = torch.randn(1, 1, 8), torch.zeros(1, 1, 16), torch.randn(16, 8)
+    options = (64, 0, 1)
+    assert direct.project(x, out, *options, weight, None) == library.DONE
+    torch.testing.assert_close(out, F.linear(x, weight))
+    wrong: list[tuple[object, ...]] = [
+        (),
+        (x, out, *options, weight),
+        (x, out, *options, weight, None, weight, None),
+        (x, out, "64", 0, 1, weight, None),
+        (x, out, *options, weight, 0),
+        (x, out, *options, None, None),
+        (None, out, *options, weight, None),
+        (x, out[..., :15], *options, weight, None),
+        (x, torch.zeros(1, 2, 16), *options, weight, None),
+        (x, torch.zeros(1, 1, 32)[..., ::2], *options, weight, None),
+        (x, out.double(), *options, weight, None),
+        (x, torch.zeros(()), *options, weight, None),
+    ]
+    for arguments in wrong:
+        assert direct.project(*arguments) == library.NOT_PLAIN, arguments
+        assert direct.project_heads(*arguments) == library.NOT_PLAIN, arguments
+    with pytest.raises(RuntimeError, match="neither the processor nor the build"):
+        library.check(direct.project(x, out, 64, 9, 1, weight, None))
+    with pytest.raises(RuntimeError, match="neither the processor nor the build"):
+        library.check(direct.project_heads(x, 4, 64, 9, 1, weight, None))
+
+
+def test_heads_are_tensors_like_any_others() -> None:
+    """They outlive what they were made from, can be written to, and their memory is given back."""
+    x, layers = torch.randn(2, 3, 16), [(torch.randn(32, 16), None), (torch.randn(16, 16), None)]
+    made = projection.project_heads(x, layers, 8)
+    assert made is not None
+    expected = [F.linear(x, weight).view(2, 3, -1, 8).transpose(1, 2) for weight, _ in layers]
+    first, second = made
+    del made, layers
+    torch.testing.assert_close(first, expected[0])
+    assert first.stride() == expected[0].stride()
+    first.mul_(2)
+    torch.testing.assert_close(first, 2 * expected[0])
+    torch.testing.assert_close(second, expected[1])
+    with torch.inference_mode():
+        inside = projection.project_heads(x, [(torch.randn(8, 16), None)], 8)
+        assert inside is not None
+        assert inside[0].is_inference()
+    assert pickle.loads(pickle.dumps(first)).equal(first)
 
 
 class _Dispatch(TorchDispatchMode):
@@ -124,14 +212,24 @@ class _Function(TorchFunctionMode):
 
 def test_whatever_watches_torch_sees_it_compute() -> None:
     layer, x = nn.Linear(8, 4), torch.randn(1, 2, 8)
-    assert project_together(x, layer) is None  # The weights have a gradient.
+
+    def heads() -> tuple[Tensor, ...] | None:
+        return project_heads(x, [layer], 4)
+
+    assert heads() is None  # The weights have a gradient.
+    assert project_module(x, layer).requires_grad
     with torch.no_grad():
-        assert project_together(x, layer) is not None
+        assert heads() is not None
         for watching in (_Dispatch(), _Function(), torch.autocast("cpu", dtype=torch.bfloat16)):
             with watching:
-                assert project_together(x, layer) is None
-        assert project_together(x.repeat(1, 9, 1), layer) is None
-        assert torch.func.vmap(lambda x: layer(x))(x).shape == (1, 2, 4)
+                assert heads() is None
+        assert project_heads(x.repeat(1, 33, 1), [layer], 4) is None
+        mapped = torch.func.vmap(lambda x: project_module(x, layer))(x[None])
+        torch.testing.assert_close(mapped[0], layer(x))
+    layer.requires_grad_(False)
+    assert heads() is not None
+    x.requires_grad_()
+    assert heads() is None
 
 
 class _Doubled(nn.Linear):
@@ -185,16 +283,23 @@ def test_modules_that_do_more_than_multiply_are_called() -> None:
 def test_a_step_of_the_module_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """All four projections of a self-attention, in two passes; one of a cross-attention's query."""
     calls: list[int] = []
-    project = projection.project
+    project, heads = projection.project, projection.project_heads
 
-    def counted(x: Tensor, layers: list[projection.Layer]) -> tuple[Tensor, ...] | None:
+    def counted(x: Tensor, layer: projection.Layer) -> Tensor | None:
+        calls.append(1)
+        return project(x, layer)
+
+    def counted_heads(
+        x: Tensor, layers: list[projection.Layer], head_dim: int
+    ) -> tuple[Tensor, ...] | None:
         calls.append(len(layers))
-        return project(x, layers)
+        return heads(x, layers, head_dim)
 
     monkeypatch.setattr(projection, "project", counted)
+    monkeypatch.setattr(projection, "project_heads", counted_heads)
     module = MultiheadAttention(None, 16, 2, self_attention=True, need_weights=False).eval()
     cross = MultiheadAttention(None, 16, 2, encoder_decoder_attention=True).eval()
-    x, source = torch.randn(1, 1, 16), torch.randn(1, 40, 16)
+    x, source = torch.randn(1, 1, 16), torch.randn(1, 70, 16)
     with torch.no_grad():
         module(x, x, x)
         assert calls == [3, 1]
@@ -202,7 +307,13 @@ def test_a_step_of_the_module_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls == [3, 1, 1, 1]
 
 
-def test_a_record_of_another_version_is_refused() -> None:
-    record = projection._PROJECTION.pack(8, *[0] * (projection.NUM_BYTES // 8 - 1))
-    with pytest.raises(RuntimeError, match="another version"):
-        library.check(library.load().project(record))
+def test_beside_a_torch_without_the_table_torch_projects(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, layer = torch.randn(1, 1, 8), nn.Linear(8, 8)
+    native = library.load()
+    assert native.direct is not None
+    monkeypatch.setattr(native, "direct", None)
+    assert projection.project(x, (layer.weight, layer.bias)) is None
+    assert projection.project_heads(x, [(layer.weight, layer.bias)], 4) is None
+    q = torch.randn(1, 1, 1, 8)
+    assert plain.attend(q, q, q, None, None) is None
+    torch.testing.assert_close(zeta.attention(q, q, q), q)

@@ -8,6 +8,9 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
 
 from zeta.ops.backends.cpu import layout
 
@@ -15,7 +18,7 @@ PATH = Path(__file__).with_name("libzeta_cpu.so")
 INSTRUCTION_SETS = ("AVX2", "AVX-512", "AVX-512 BF16", "AMX")
 """As `ZetaIsa` numbers them, from 1 on; the last that is usable runs."""
 
-DONE, NO_MEMORY = 0, 3
+DONE, NO_MEMORY, NOT_PLAIN = 0, 3, 4
 _ANSWERS = {
     1: "it is of another version",
     2: "neither the processor nor the build has the instruction set",
@@ -23,6 +26,17 @@ _ANSWERS = {
 }
 
 Pass = Callable[[ctypes.Array[ctypes.c_char] | bytes], int]
+Direct = Callable[..., Any]
+
+
+class DirectCalls(NamedTuple):
+    """Builtins that take tensors as they are, see ``native/direct.cpp``. They answer as passes do,
+    or with `NOT_PLAIN`; those that make tensors return these.
+    """
+
+    attend: Direct
+    project: Direct
+    project_heads: Direct
 
 
 class Library:
@@ -30,9 +44,10 @@ class Library:
 
     Attributes:
         forward, backward, weights, decode: Take a `layout.Record`; return an answer, see `check`.
-        project: The same with the record that `projection` packs.
+        direct: None beside a torch that does not offer its tensors to C.
         built, processor, usable: Instruction sets that it has code for, that the processor has,
             and both.
+        has_tiles: Whether the processor multiplies matrices (AMX).
         instruction_set: The number of the one that runs; 0 for the best. Tests set it.
     """
 
@@ -55,10 +70,11 @@ class Library:
         self.backward = _pass(functions, "zeta_backward")
         self.weights = _pass(functions, "zeta_weights")
         self.decode = _pass(functions, "zeta_decode")
-        self.project = _pass(functions, "zeta_project")
+        self.direct = _direct(path)
         self.built = _sets(functions, "zeta_built")
         self.processor = _sets(functions, "zeta_processor")
         self.usable = _sets(functions, "zeta_instruction_sets")
+        self.has_tiles = INSTRUCTION_SETS[-1] in self.processor
         self.instruction_set = 0
 
 
@@ -67,6 +83,21 @@ def _pass(functions: ctypes.CDLL, name: str) -> Pass:
     # An array of char goes as its address.
     function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
     return function  # type: ignore[no-any-return]  # ctypes gives functions no type
+
+
+def _direct(path: Path) -> DirectCalls | None:
+    # Called with Python's lock, which the builtins give up while they compute.
+    functions = ctypes.PyDLL(str(path))
+    meet = functions.zeta_meet_torch
+    meet.argtypes, meet.restype = (ctypes.py_object, ctypes.py_object), ctypes.c_int64
+    if not meet(Tensor, nn.Parameter):
+        return None
+    found = []
+    for name in DirectCalls._fields:
+        make = getattr(functions, f"zeta_{name}")
+        make.restype = ctypes.py_object
+        found.append(make())
+    return DirectCalls(*found)
 
 
 def _sets(functions: ctypes.CDLL, name: str) -> tuple[str, ...]:

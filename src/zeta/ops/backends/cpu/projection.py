@@ -4,77 +4,76 @@ What takes the time is to read the weights, which torch's products of matrices d
 the memory's speed where there are few rows.
 """
 
-import struct
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from zeta.ops.backends.cpu import library
-from zeta.ops.backends.cpu.description import DTYPES
 
-MOST_LAYERS, MOST_ROWS = 3, 16
-"""As in ``native/abi.h``."""
-MOST_ROWS_BESIDE_TILES = 4
+MOST_ROWS = 64
+"""As in ``native/table.h``; of float32 and float16, where torch is slower even so."""
+MOST_BFLOAT16 = 1 << 15
+"""Rows times width; and always `FEW_ROWS`."""
+FEW_ROWS = 16
+FEW_ROWS_BESIDE_TILES = 4
 """In half precision where torch has tiles for it."""
-
-_WORDS = 9 + 6 * MOST_LAYERS
-_PROJECTION = struct.Struct(f"={_WORDS}q")
-NUM_BYTES = _PROJECTION.size
 
 Layer = tuple[Tensor, Tensor | None]
 """Weight ``(features, width)`` and bias ``(features,)``."""
 
 
-def project(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...] | None:
-    """``x weight^T + bias`` of each layer, ``(..., features)``, side by side in one memory.
+def project(x: Tensor, layer: Layer) -> Tensor | None:
+    """``x weight^T + bias``, ``(..., features)``.
 
     Args:
-        x: ``(..., width)``, on the CPU, without a gradient.
-        layers: The same.
+        x: ``(..., width)``, without a gradient.
+        layer: The same.
 
     Returns:
-        None where torch is to do it: there are too many rows, or tensors lie differently.
+        None where torch is to do it: there are too many rows, or a tensor is not plainly right.
     """
-    # One loop, and no call that can be spared: it runs twice in a step of microseconds.
-    *batch, width = x.shape
-    dtype = x.dtype
-    if dtype not in DTYPES or len(layers) > MOST_LAYERS or library.obstacle() is not None:
+    direct, options = _ways(x)
+    if direct is None:
         return None
+    weight, bias = layer
+    features = weight.shape[0]
+    out = torch.empty_like(x) if features == x.shape[-1] else x.new_empty((*x.shape[:-1], features))
+    answer = direct.project(x, out, *options, weight, bias)
+    if answer == library.NOT_PLAIN:
+        return None
+    library.check(answer)
+    return out
+
+
+def project_heads(x: Tensor, layers: Sequence[Layer], head_dim: int) -> tuple[Tensor, ...] | None:
+    """``x weight^T + bias`` of each layer, ``(B, heads, L, head_dim)``; None as `project`.
+
+    Args:
+        x: ``(B, L, width)``, without a gradient.
+        layers: The same, at most 3.
+        head_dim: Features of a head.
+    """
+    direct, options = _ways(x)
+    if direct is None:
+        return None
+    found = direct.project_heads(x, head_dim, *options, *chain.from_iterable(layers))
+    if type(found) is tuple:
+        return found
+    if found != library.NOT_PLAIN:
+        library.check(found)
+    return None
+
+
+def _ways(x: Tensor) -> tuple[library.DirectCalls | None, tuple[int, int, int]]:
+    """The library's builtins, if it has them here, and what they want to be told."""
+    if library.obstacle() is not None:
+        return None, (0, 0, 0)
     native = library.load()
-    rows = x.numel() // width
-    if not 0 < rows <= _most_rows(dtype, native):
-        return None
-    if not x.is_contiguous():
-        x = x.contiguous()
-    total = 0
-    for weight, _ in layers:
-        total += weight.shape[0]
-    out = torch.empty((*batch, total), dtype=dtype)
-    to, item_bytes = out.data_ptr(), x.itemsize
-    words = [
-        NUM_BYTES, DTYPES[dtype], native.instruction_set, torch.get_num_threads(),
-        rows, width, x.data_ptr(), width, len(layers),
-    ]  # fmt: skip
-    sizes = []
-    for weight, bias in layers:
-        strides = weight.stride()
-        features, *depth = weight.shape
-        if depth != [width] or strides[1] != 1 or weight.dtype != dtype:
-            return None
-        bias_pointer = 0
-        if bias is not None:
-            if bias.dtype != dtype or bias.stride() != (1,):
-                return None
-            bias_pointer = bias.data_ptr()
-        words += weight.data_ptr(), bias_pointer, to, strides[0], total, features
-        sizes.append(features)
-        to += features * item_bytes
-    words += (0,) * (_WORDS - len(words))
-    library.check(native.project(_PROJECTION.pack(*words)))
-    return (out,) if len(sizes) == 1 else torch.split_with_sizes(out, sizes, -1)
-
-
-def _most_rows(dtype: torch.dtype, native: library.Library) -> int:
-    is_tiled = dtype != torch.float32 and library.INSTRUCTION_SETS[-1] in native.processor
-    return MOST_ROWS_BESIDE_TILES if is_tiled else MOST_ROWS
+    most_rows = MOST_ROWS
+    if x.dtype != torch.float32 and native.has_tiles:
+        most_rows = FEW_ROWS_BESIDE_TILES
+    elif x.dtype == torch.bfloat16:
+        most_rows = max(FEW_ROWS, MOST_BFLOAT16 // x.shape[-1])
+    return native.direct, (most_rows, native.instruction_set, torch.get_num_threads())

@@ -43,6 +43,9 @@ typedef struct {
     int64_t batch;
 } ZetaLabels;
 
+// The most features of a head; so many queries that share a key head are a step for zeta_decode.
+enum { ZETA_MOST_FEATURES = 256, ZETA_STEP_ROWS = 16 };
+
 typedef struct {
     int64_t bytes;  // sizeof(ZetaCall)
     int64_t dtype, precision, isa, num_threads;
@@ -100,25 +103,6 @@ typedef struct {
     int64_t factor_batch, factor_head;
 } ZetaCall;
 
-// Linear layers of the same few rows: out = x weight^T + bias. Features are contiguous.
-enum { ZETA_MOST_LAYERS = 3, ZETA_MOST_ROWS = 16 };
-
-typedef struct {
-    const void *weight, *bias;  // (features, width) and (features); bias is null where there is none
-    void *out;                  // (rows, features)
-    int64_t weight_row, out_row, features;
-} ZetaLayer;
-
-typedef struct {
-    int64_t bytes;  // sizeof(ZetaProjection)
-    int64_t dtype, isa, num_threads;
-    int64_t rows, width;
-    const void *x;
-    int64_t x_row;
-    int64_t num_layers;
-    ZetaLayer layers[ZETA_MOST_LAYERS];
-} ZetaProjection;
-
 // What the processor has, what was built, and both, which can run: bit n for ZetaIsa n.
 int64_t zeta_processor(void);
 int64_t zeta_built(void);
@@ -131,7 +115,6 @@ int64_t zeta_backward(const ZetaCall *call);
 int64_t zeta_weights(const ZetaCall *call);
 // Short queries: keys and values are read once a key head.
 int64_t zeta_decode(const ZetaCall *call);
-int64_t zeta_project(const ZetaProjection *call);
 
 #ifdef __cplusplus
 }

@@ -10,8 +10,6 @@
 
 #include "table.h"
 
-#define ZETA_EXPORT __attribute__((visibility("default")))
-
 // Of libgomp, and of Intel's and LLVM's OpenMP too: that of torch, which is there before this library.
 // Weak, it is null where there is none.
 extern "C" __attribute__((weak)) void GOMP_parallel(
@@ -97,21 +95,23 @@ int64_t find_instruction_sets() {
 const ZetaPasses *const tables[] = {
     nullptr, &zeta_passes_avx2, &zeta_passes_avx512, &zeta_passes_avx512_bf16, &zeta_passes_amx};
 
-// A call of a pass, with the record that it takes.
-template <class Call>
-int64_t run(const Call *call, int64_t (*ZetaPasses::*pass)(const Call *)) {
-    if (call->bytes != sizeof(Call)) return ZETA_OTHER_VERSION;
+int64_t run(const ZetaCall *call, ZetaPass ZetaPasses::*pass) {
+    if (call->bytes != sizeof(ZetaCall)) return ZETA_OTHER_VERSION;
+    const ZetaPasses *passes = zeta_passes_of(call->isa);
+    return passes ? (passes->*pass)(call) : ZETA_NO_PROCESSOR;
+}
+
+}  // namespace
+
+const ZetaPasses *zeta_passes_of(int64_t isa) {
     const int64_t usable = zeta_instruction_sets();
-    int64_t isa = call->isa;
     if (isa == ZETA_BEST) {
         isa = ZETA_AMX;
         while (isa > ZETA_BEST && !(usable >> isa & 1)) --isa;
     }
-    if (isa <= ZETA_BEST || isa > ZETA_AMX || !(usable >> isa & 1)) return ZETA_NO_PROCESSOR;
-    return (tables[isa]->*pass)(call);
+    const bool can_run = isa > ZETA_BEST && isa <= ZETA_AMX && (usable >> isa & 1);
+    return can_run ? tables[isa] : nullptr;
 }
-
-}  // namespace
 
 void zeta_parallel(void (*body)(void *data), void *data, int64_t num_threads) {
     if (num_threads < 2 || is_forked || !GOMP_parallel) return body(data);
@@ -149,9 +149,5 @@ ZETA_EXPORT int64_t zeta_backward(const ZetaCall *call) { return run(call, &Zeta
 ZETA_EXPORT int64_t zeta_weights(const ZetaCall *call) { return run(call, &ZetaPasses::weights); }
 
 ZETA_EXPORT int64_t zeta_decode(const ZetaCall *call) { return run(call, &ZetaPasses::decode); }
-
-ZETA_EXPORT int64_t zeta_project(const ZetaProjection *call) {
-    return run(call, &ZetaPasses::project);
-}
 
 }  // extern "C"

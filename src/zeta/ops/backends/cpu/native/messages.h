@@ -6,4 +6,5 @@ enum ZetaAnswer {
     ZETA_OTHER_VERSION = 1,   // the struct's size is not this library's
     ZETA_NO_PROCESSOR = 2,    // the processor, or the build, lacks the instruction set
     ZETA_NO_MEMORY = 3,       // there was none left for scratch
+    ZETA_NOT_PLAIN = 4,       // a direct call has to be checked and described after all
 };

@@ -1,12 +1,13 @@
 // Linear layers for a few rows, as in a decoding step: what takes the time is to read the weights,
 // which is done once, where they lie, by all threads.
 
-constexpr int64_t LAYER_FEATURES = 64;  // of a task
+constexpr int64_t LAYER_FEATURES = 32;  // of a task
 
 // Features `first` .. `first + count - 1` of all rows of x, which are arranged.
 template <class T>
-inline void project_features(const ZetaProjection &call, const ZetaLayer &layer, const float *x,
-                             int64_t x_stride, int64_t first, int64_t count) {
+inline void project_features(const ZetaProjection &call, const ZetaLayer &layer,
+                             const typename RowProducts<T, T>::Number *x, int64_t x_stride,
+                             int64_t first, int64_t count) {
     alignas(64) float sums[ZETA_MOST_ROWS * LAYER_FEATURES];
     const T *weight = static_cast<const T *>(layer.weight) + first * layer.weight_row;
     // More rows than one block pass over weights that are near.
@@ -32,15 +33,18 @@ inline void project_features(const ZetaProjection &call, const ZetaLayer &layer,
 
 template <class T>
 inline int64_t project_in(const ZetaProjection &call) {
-    const int64_t x_stride = round_up(call.width, LANES) + LANES;
+    using Products = RowProducts<T, T>;
+    using Number = typename Products::Number;
+    const int64_t x_stride = round_up(call.width, PAIR) + PAIR;
+    const int64_t row_bytes = x_stride * static_cast<int64_t>(sizeof(Number));
     const int64_t padded_rows = round_up(call.rows, BLOCK);
-    Shared memory(padded_rows * x_stride * static_cast<int64_t>(sizeof(float)));
+    Shared memory(padded_rows * row_bytes);
     if (!memory.data()) return ZETA_NO_MEMORY;
-    float *x = reinterpret_cast<float *>(memory.data());
+    memset(memory.data() + call.rows * row_bytes, 0, (padded_rows - call.rows) * row_bytes);
+    Number *x = reinterpret_cast<Number *>(memory.data());
     for (int64_t row = 0; row < call.rows; ++row)
-        arrange<T>(static_cast<const T *>(call.x) + row * call.x_row, call.width, 1,
-                   x + row * x_stride);
-    clear(x + call.rows * x_stride, (padded_rows - call.rows) * x_stride);
+        Products::take_query(static_cast<const T *>(call.x) + row * call.x_row, call.width, 1,
+                             x + row * x_stride);
     const auto tasks_of = [&](int64_t layer) {
         return (call.layers[layer].features + LAYER_FEATURES - 1) / LAYER_FEATURES;
     };
@@ -49,7 +53,9 @@ inline int64_t project_in(const ZetaProjection &call) {
         num_tasks += tasks_of(layer);
         bytes += call.layers[layer].features * call.width * static_cast<int64_t>(sizeof(T));
     }
-    run(num_tasks, bytes < ALONE_BYTES ? 1 : call.num_threads, [&](int64_t task) {
+    // Eight rows take about as long as it takes to read the weights.
+    const bool is_short = bytes * larger(1, call.rows / 8) < ALONE_BYTES;
+    run(num_tasks, is_short ? 1 : call.num_threads, [&](int64_t task) {
         int64_t number = 0;
         for (; task >= tasks_of(number); ++number) task -= tasks_of(number);
         const ZetaLayer &layer = call.layers[number];

@@ -13,6 +13,8 @@
 #include "abi.h"
 #include "messages.h"
 
+#define ZETA_EXPORT __attribute__((visibility("default")))
+
 #ifdef __GLIBC__
 // The oldest of their versions, so that a wheel runs on older systems than it was built on.
 __asm__(".symver log, log@GLIBC_2.2.5");
@@ -21,6 +23,24 @@ __asm__(".symver log, log@GLIBC_2.2.5");
 extern "C" {
 
 typedef int64_t (*ZetaPass)(const ZetaCall *call);  // answers with a ZetaAnswer
+
+// Linear layers of the same few rows: out = x weight^T + bias. Features are contiguous.
+enum { ZETA_MOST_LAYERS = 3, ZETA_MOST_ROWS = 64 };
+
+typedef struct {
+    const void *weight, *bias;  // (features, width) and (features); bias is null where there is none
+    void *out;                  // (rows, features)
+    int64_t weight_row, out_row, features;
+} ZetaLayer;
+
+typedef struct {
+    int64_t dtype, isa, num_threads;
+    int64_t rows, width;
+    const void *x;
+    int64_t x_row;
+    int64_t num_layers;
+    ZetaLayer layers[ZETA_MOST_LAYERS];
+} ZetaProjection;
 
 typedef int64_t (*ZetaProject)(const ZetaProjection *call);
 
@@ -33,6 +53,9 @@ extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx512;
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx512_bf16;
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_amx;
+
+// The passes of an instruction set, or of the best; null where it cannot run.
+__attribute__((visibility("hidden"))) const ZetaPasses *zeta_passes_of(int64_t isa);
 
 // Runs `body(data)` on `num_threads` threads of torch's own pool, the caller's among them; on the
 // caller's alone in a forked child, whose pool has no threads. Compiled for any x86-64 processor.

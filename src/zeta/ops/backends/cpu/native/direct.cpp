@@ -1,0 +1,221 @@
+// Calls that take torch's tensors as they are, for work so short that writing a record in Python takes
+// longer: plain and causal attention, and linear layers of a few rows.
+//
+// Here, unlike behind abi.h, everything is checked: whatever is not plainly right is answered with
+// ZETA_NOT_PLAIN, and Python goes its longer way, which has the errors.
+//
+// Compiled for any x86-64 processor, as library.cpp is.
+
+#include "tensors.h"
+
+namespace {
+
+bool have_same_sizes(const Operand &one, const Operand &other, int first = 0) {
+    for (int dimension = first; dimension < one.ndim; ++dimension)
+        if (one.shape[dimension] != other.shape[dimension]) return false;
+    return true;
+}
+
+PyObject *answer(int64_t number) { return PyLong_FromLong(static_cast<long>(number)); }
+
+// Calls `pass()` while other threads of Python go on.
+template <class Pass>
+int64_t run_beside_python(const Pass &pass) {
+    PyThreadState *state = PyEval_SaveThread();
+    const int64_t found = pass();
+    PyEval_RestoreThread(state);
+    return found;
+}
+
+// Whether every number that Python gave was one.
+bool were_numbers() {
+    if (!PyErr_Occurred()) return true;
+    PyErr_Clear();
+    return false;
+}
+
+// attend(query, key, value, out, scale or None, is_causal, is_high, instruction_set, num_threads)
+PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
+    Operand query, key, value, out;
+    if (count != 9 || !query.read(arguments[0]) || !key.read(arguments[1]) ||
+        !value.read(arguments[2]) || !out.read(arguments[3]))
+        return answer(ZETA_NOT_PLAIN);
+    ZetaCall call{};
+    call.bytes = sizeof call;
+    call.dtype = query.dtype();
+    const bool has_scale = arguments[4] != &_Py_NoneStruct;
+    if (has_scale && !is_a(arguments[4], &PyFloat_Type)) return answer(ZETA_NOT_PLAIN);
+    call.scale = has_scale ? PyFloat_AsDouble(arguments[4]) : 0;
+    call.causal = PyLong_AsLong(arguments[5]);
+    call.precision = PyLong_AsLong(arguments[6]);
+    call.isa = PyLong_AsLong(arguments[7]);
+    call.num_threads = PyLong_AsLong(arguments[8]);
+    if (!were_numbers() || !query.are_rows() || !key.are_rows() || !value.are_rows() ||
+        !out.are_rows() || key.dtype() != call.dtype || value.dtype() != call.dtype ||
+        out.dtype() != call.dtype || !have_same_sizes(query, out) ||
+        !have_same_sizes(key, value) || query.shape[0] != key.shape[0] ||
+        query.shape[1] % key.shape[1] || query.shape[3] != key.shape[3] ||
+        query.shape[3] > ZETA_MOST_FEATURES)
+        return answer(ZETA_NOT_PLAIN);
+    call.batch = query.shape[0];
+    call.heads = query.shape[1];
+    call.key_heads = key.shape[1];
+    call.target = query.shape[2];
+    call.source = key.shape[2];
+    call.head_dim = call.value_dim = query.shape[3];
+    if (!has_scale) call.scale = 1 / __builtin_sqrt(static_cast<double>(call.head_dim));
+    call.query = query.rows();
+    call.key = key.rows();
+    call.value = value.rows();
+    call.out = out.rows();
+    const bool is_step = call.target * call.heads <= ZETA_STEP_ROWS * call.key_heads;
+    return answer(run_beside_python(
+        [&] { return is_step ? zeta_decode(&call) : zeta_forward(&call); }));
+}
+
+// The call of layers of x, without the layers; false where x is not for it. `numbers`: the most rows,
+// the instruction set and the number of threads.
+bool begin_projection(ZetaProjection &call, const Operand &x, PyObject *const *numbers) {
+    const int64_t most_rows = PyLong_AsLong(numbers[0]);
+    call.dtype = x.dtype();
+    call.isa = PyLong_AsLong(numbers[1]);
+    call.num_threads = PyLong_AsLong(numbers[2]);
+    if (!were_numbers() || !x.ndim || !x.numel() || !x.is_contiguous()) return false;
+    call.width = call.x_row = x.shape[x.ndim - 1];
+    call.rows = x.numel() / call.width;
+    call.x = x.address();
+    return call.rows <= most_rows && call.rows <= ZETA_MOST_ROWS;
+}
+
+// The next layer of the call, which still has to be told where its output goes.
+ZetaLayer *add_layer(ZetaProjection &call, PyObject *weight_object, PyObject *bias_object) {
+    Operand weight, bias;
+    if (!weight.read(weight_object) || weight.ndim != 2 || weight.shape[1] != call.width ||
+        !weight.shape[0] || !weight.is_dense_at(1) || weight.dtype() != call.dtype)
+        return nullptr;
+    ZetaLayer &layer = call.layers[call.num_layers++];
+    layer = {weight.address(), nullptr, nullptr, weight.strides[0], weight.shape[0],
+             weight.shape[0]};
+    if (bias_object == &_Py_NoneStruct) return &layer;
+    if (!bias.read(bias_object) || bias.ndim != 1 || bias.shape[0] != weight.shape[0] ||
+        !bias.is_dense_at(0) || bias.dtype() != call.dtype)
+        return nullptr;
+    layer.bias = bias.address();
+    return &layer;
+}
+
+int64_t run_projection(const ZetaProjection &call) {
+    const ZetaPasses *passes = zeta_passes_of(call.isa);
+    if (!passes) return ZETA_NO_PROCESSOR;
+    return run_beside_python([&] { return passes->project(&call); });
+}
+
+// project(x, out, most_rows, instruction_set, num_threads, weight, bias or None)
+PyObject *project(PyObject *, PyObject *const *arguments, intptr_t count) {
+    Operand x, out;
+    ZetaProjection call{};
+    if (count != 7 || !x.read(arguments[0]) || !out.read(arguments[1]) ||
+        !begin_projection(call, x, arguments + 2))
+        return answer(ZETA_NOT_PLAIN);
+    ZetaLayer *layer = add_layer(call, arguments[5], arguments[6]);
+    if (!layer || !out.ndim || out.shape[out.ndim - 1] != layer->features ||
+        out.numel() != call.rows * layer->features || !out.is_contiguous() ||
+        out.dtype() != call.dtype)
+        return answer(ZETA_NOT_PLAIN);
+    layer->out = out.address();
+    return answer(run_projection(call));
+}
+
+// The tensors of a tuple to be; those that are not given are freed.
+struct Made {
+    Owned *tensors[ZETA_MOST_LAYERS] = {};
+    int64_t count = 0;
+
+    ~Made() {
+        for (Owned *tensor : tensors) free(tensor);
+    }
+
+    PyObject *give() {
+        PyObject *tuple = PyTuple_New(count);
+        for (int64_t i = 0; tuple && i < count; ++i) {
+            PyObject *tensor = tensors[i]->give();
+            tensors[i] = nullptr;
+            if (!tensor) {
+                Py_DecRef(tuple);
+                return nullptr;
+            }
+            PyTuple_SetItem(tuple, i, tensor);
+        }
+        return tuple;
+    }
+};
+
+// project_heads(x, head_dim, most_rows, instruction_set, num_threads, weight, bias or None, ...):
+// x (B, L, width); a tuple of (B, heads, L, head_dim), or an answer.
+PyObject *project_heads(PyObject *, PyObject *const *arguments, intptr_t count) {
+    const intptr_t before = 5;
+    Operand x;
+    ZetaProjection call{};
+    if (count <= before || (count - before) % 2 || (count - before) / 2 > ZETA_MOST_LAYERS ||
+        !x.read(arguments[0]) || x.ndim != 3 || !begin_projection(call, x, arguments + 2))
+        return answer(ZETA_NOT_PLAIN);
+    const int64_t head_dim = PyLong_AsLong(arguments[1]);
+    if (!were_numbers() || head_dim < 1) return answer(ZETA_NOT_PLAIN);
+    Made made;
+    for (intptr_t i = before; i < count; i += 2) {
+        ZetaLayer *layer = add_layer(call, arguments[i], arguments[i + 1]);
+        if (!layer || layer->features % head_dim) return answer(ZETA_NOT_PLAIN);
+        Owned *heads = Owned::heads_of_tokens(x, x.shape[0], layer->features / head_dim,
+                                              x.shape[1], head_dim);
+        if (!heads) return answer(ZETA_NO_MEMORY);
+        made.tensors[made.count++] = heads;
+        layer->out = heads->data();
+    }
+    const int64_t found = run_projection(call);
+    return found == ZETA_DONE ? made.give() : answer(found);
+}
+
+PyMethodDef attend_method = {"attend", attend, METH_FASTCALL, nullptr};
+PyMethodDef project_method = {"project", project, METH_FASTCALL, nullptr};
+PyMethodDef project_heads_method = {"project_heads", project_heads, METH_FASTCALL, nullptr};
+
+}  // namespace
+
+extern "C" {
+
+// Reads torch's table, of the types of its tensors; 0 where they cannot be read so. With Python's
+// lock held, as for those below.
+ZETA_EXPORT int64_t zeta_meet_torch(PyObject *tensor, PyObject *parameter) {
+    if (!has_python()) return 0;
+    PyObject *capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
+    const void *found = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : nullptr;
+    if (capsule) Py_DecRef(capsule);  // The type keeps it.
+    if (!found) {
+        PyErr_Clear();
+        return 0;
+    }
+    auto *table = static_cast<const DLPackExchangeAPI *>(found);
+    while (table && table->major > 1) table = table->previous;
+    if (!table || table->major != 1 || !table->tensor_from_object ||
+        !table->object_from_managed)
+        return 0;
+    exchange = table;
+    Py_IncRef(tensor);
+    Py_IncRef(parameter);
+    tensor_types[0] = tensor;
+    tensor_types[1] = parameter;
+    return 1;
+}
+
+// Builtins for Python, after torch was met.
+ZETA_EXPORT PyObject *zeta_attend(void) {
+    return PyCFunction_NewEx(&attend_method, nullptr, nullptr);
+}
+ZETA_EXPORT PyObject *zeta_project(void) {
+    return PyCFunction_NewEx(&project_method, nullptr, nullptr);
+}
+ZETA_EXPORT PyObject *zeta_project_heads(void) {
+    return PyCFunction_NewEx(&project_heads_method, nullptr, nullptr);
+}
+
+}  // extern "C"
