@@ -8,6 +8,17 @@ constexpr int64_t TILE_KEYS = 256;
 // exponentials are at most 2^8 times too large.
 constexpr float RESCALE_FROM = 5.5f;
 
+constexpr int64_t FEW_TASKS = 4, LEAST_QUERIES = 32;
+
+// Queries of a block: fewer than usual where there is too little else to share out among threads.
+inline int64_t queries_of_block(const ZetaCall &call) {
+    const int64_t heads = call.batch * call.heads;
+    int64_t blocks = (call.target + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
+    if (heads * blocks >= FEW_TASKS) return BLOCK_QUERIES;
+    while (heads * blocks < FEW_TASKS && call.target >= 2 * blocks * LEAST_QUERIES) blocks *= 2;
+    return round_up((call.target + blocks - 1) / blocks, 4);
+}
+
 // Keys and values of one head, packed to be multiplied.
 template <class Operands>
 struct PackedHead {
@@ -142,9 +153,9 @@ inline Scores scores_of(const ZetaCall &call, const Sight &sight, const OffsetTa
 
 template <class Operands>
 inline void forward_block(ForwardBlock<Operands> &block, const Scores &scores,
-                          const PackedHead<Operands> &packed, int64_t first) {
+                          const PackedHead<Operands> &packed, int64_t first, int64_t most) {
     const ZetaCall &call = scores.call;
-    const QueryBlock queries(scores.sight, first, smaller(BLOCK_QUERIES, call.target - first));
+    const QueryBlock queries(scores.sight, first, smaller(most, call.target - first));
     const HeadRows query = head_rows(call.query, call.dtype, scores.batch, scores.head);
     block.queries.copy(query, first, queries.count, static_cast<float>(call.scale));
     clear(block.sums, BLOCK_QUERIES * block.sum_stride);
@@ -188,7 +199,7 @@ inline int64_t forward_by_heads(const ZetaCall &call, const OffsetTable &offsets
             for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
                 const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
                 for (int64_t first = 0; first < call.target; first += BLOCK_QUERIES)
-                    forward_block(block, scores, packed, first);
+                    forward_block(block, scores, packed, first, BLOCK_QUERIES);
             }
         }
     });
@@ -215,7 +226,8 @@ inline int64_t forward_by_blocks(const ZetaCall &call, const OffsetTable &offset
         packed_head(head).pack(call, sight, head / call.key_heads, head % call.key_heads, first,
                                smaller(TILE_KEYS, call.source - first));
     });
-    const int64_t blocks = (call.target + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
+    const int64_t queries = queries_of_block(call);
+    const int64_t blocks = (call.target + queries - 1) / queries;
     const int64_t group = call.heads / call.key_heads;
     Pieces block_count(nullptr);
     ForwardBlock<Operands>::plan(block_count, call);
@@ -234,8 +246,9 @@ inline int64_t forward_by_blocks(const ZetaCall &call, const OffsetTable &offset
             const Sight sight(call, batch);
             const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
             // The last blocks first: under a causal mask they are the longest.
-            const int64_t first = (blocks - 1 - task % blocks) * BLOCK_QUERIES;
-            forward_block(block, scores, packed_head(batch * call.key_heads + head / group), first);
+            const int64_t first = (blocks - 1 - task % blocks) * queries;
+            forward_block(block, scores, packed_head(batch * call.key_heads + head / group), first,
+                          queries);
         }
     });
     return answer;
@@ -249,7 +262,7 @@ inline int64_t forward_with(const ZetaCall &call) {
         if (!table.data()) return ZETA_NO_MEMORY;
         offsets = make_offsets(call, reinterpret_cast<float *>(table.data()));
     }
-    const bool has_more_tasks = call.target > BLOCK_QUERIES || call.heads > call.key_heads;
+    const bool has_more_tasks = call.target > queries_of_block(call) || call.heads > call.key_heads;
     const bool has_few_heads = call.num_threads > 1 && has_more_tasks &&
                                call.batch * call.key_heads < 4 * call.num_threads;
     return has_few_heads ? forward_by_blocks<Operands>(call, offsets)
