@@ -73,18 +73,108 @@ def test_the_scale_is_that_of_the_head_dimension() -> None:
     assert torch.equal(found, zeta.attention(*made, backend="cpu"))
 
 
+def gradients(out: Tensor, made: Operands, grad_out: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(out, made, grad_out)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("mask", [None, Causal()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_its_gradients_are_the_same_bits(
+    name: str, dtype: torch.dtype, mask: Causal | None, inside: bool
+) -> None:
+    made = operands(name, dtype, inside)
+    for tensor in made:
+        tensor.requires_grad_()
+    torch.use_deterministic_algorithms(True)  # What is allocated is full of NaN.
+    try:
+        found = plain.attend(*made, mask, 0.3)
+        assert found is not None
+        expected = zeta.attention(*made, mask=mask, scale=0.3, backend="cpu")
+        assert torch.equal(found, expected)
+        grad_out = torch.randn_like(found)
+        actual = gradients(found, made, grad_out)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(actual, gradients(expected, made, grad_out), strict=True):
+        assert torch.equal(one, other)
+
+
+def learned(name: str = "a chunk of grouped heads") -> Operands:
+    query, key, value = operands(name)
+    return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
+
+
+def test_a_gradient_for_one_operand_only() -> None:
+    query, key, value = operands("blocks")
+    key.requires_grad_()
+    for attend in (zeta.attention, lambda *made: zeta.attention(*made, backend="cpu")):
+        attend(query, key, value).sum().backward()  # A gradient that is one number everywhere.
+    assert key.grad is not None
+    (once,) = torch.autograd.grad(zeta.attention(query, key, value).sum(), key)
+    torch.testing.assert_close(key.grad, 2 * once)
+    assert query.grad is None
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    made = learned()
+    out = plain.attend(*made, None, None)
+    assert out is not None
+    (first,) = torch.autograd.grad(out.sum(), made[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiates once"):
+        first.sum().backward()
+
+
+def test_a_tensor_written_to_before_the_backward_pass_is_noticed() -> None:
+    query, key, value = learned()
+    written = key * 1
+    out = plain.attend(query, written, value, None, None)
+    assert out is not None
+    written.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_saved_tensors_may_come_back_otherwise() -> None:
+    """Of other strides, or of a class of their own."""
+    made = learned("blocks")
+    expected = gradients(zeta.attention(*made), made, torch.ones(1).expand(made[0].shape))
+
+    def spread(saved: Tensor) -> Tensor:
+        return saved.mT.contiguous().mT
+
+    def wrapped(saved: Tensor) -> Tensor:
+        return saved.as_subclass(_Subclass)
+
+    for change in (spread, wrapped):
+        with torch.autograd.graph.saved_tensors_hooks(change, lambda saved: saved):
+            out = plain.attend(*made, None, None)
+        assert out is not None
+        actual = gradients(out, made, torch.ones(1).expand(made[0].shape))
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_without_gradients_nothing_is_recorded() -> None:
+    made = learned()
+    with torch.no_grad():
+        out = plain.attend(*made, None, None)
+    assert out is not None
+    assert not out.requires_grad
+    recorded = plain.attend(*made, None, None)
+    assert recorded is not None
+    assert recorded.requires_grad
+    assert torch.equal(out, recorded)
+
+
 class _Subclass(Tensor):
     pass
 
 
-def _parameter(query: Tensor, key: Tensor, value: Tensor) -> Operands:
-    return nn.Parameter(query), key, value
-
-
 REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
     "a subclass": lambda q, k, v: (q.as_subclass(_Subclass), k, v),
-    "a parameter": _parameter,
-    "a gradient": lambda q, k, v: (q, k, v.requires_grad_()),
+    "a parameter": lambda q, k, v: (nn.Parameter(q), k, v),
     "a value that is none": lambda q, k, v: (q, k, None),
     "a query that is none": lambda q, k, v: (None, k, v),
     "three dimensions": lambda q, k, v: (q[0], k[0], v[0]),
@@ -135,7 +225,7 @@ def test_the_precision_is_passed_on(precision: Precision, monkeypatch: pytest.Mo
     assert native.direct is not None
 
     def kept(*arguments: object) -> int:
-        asked.append(bool(arguments[6]))
+        asked.append(bool(arguments[-3]))
         return library.DONE
 
     monkeypatch.setattr(native, "direct", native.direct._replace(attend=kept))
@@ -152,6 +242,16 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
     query, key, value = operands("a step")
     out = torch.zeros_like(query)
     options = (0.3, 0, 0, 0, 1)
+    lse = direct.attend_with_lse(query, key, value, out, *options)
+    gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    backwards = (query, key, value, out, lse, out)
+    assert direct.differentiate(*backwards, *gradients, *options) == library.DONE
+    assert direct.differentiate(*backwards, *gradients) == library.NOT_PLAIN
+    assert direct.differentiate(*backwards, *gradients[::-1], *options) == library.NOT_PLAIN
+    assert direct.differentiate(*backwards[:5], key, *gradients, *options) == library.NOT_PLAIN
+    for wrong_lse in (None, lse[..., :0], lse.double(), lse.bfloat16()):
+        spoilt = (query, key, value, out, wrong_lse, out)
+        assert direct.differentiate(*spoilt, *gradients, *options) == library.NOT_PLAIN
     assert direct.attend(query, key, value, out, *options) == library.DONE
     torch.testing.assert_close(out, zeta.attention(query, key, value, scale=0.3))
     wrong: list[tuple[object, ...]] = [
@@ -168,8 +268,11 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
     ]
     for arguments in wrong:
         assert direct.attend(*arguments) == library.NOT_PLAIN, arguments
+        assert direct.attend_with_lse(*arguments) == library.NOT_PLAIN, arguments
     with pytest.raises(RuntimeError, match="neither the processor nor the build"):
         library.check(direct.attend(query, key, value, out, 0.3, 0, 0, 9, 1))
+    with pytest.raises(RuntimeError, match="neither the processor nor the build"):
+        library.check(direct.attend_with_lse(query, key, value, out, 0.3, 0, 0, 9, 1))
 
 
 def test_it_does_not_keep_what_it_was_given() -> None:

@@ -13,10 +13,10 @@ from torch.autograd import Function
 from zeta.ops.backends.cpu import passes
 from zeta.ops.backends.cpu.description import Fixed
 
-_Compute = Callable[..., passes.Gradients]
+Compute = Callable[..., tuple[Tensor | None, ...]]
 
 
-class _Once(Function):
+class Once(Function):
     """Base of functions whose gradients are `_Gradients`."""
 
     @classmethod
@@ -35,7 +35,7 @@ class _Once(Function):
         )
 
 
-class Attention(_Once):
+class Attention(Once):
     """Output and log-sum-exp; see `passes.forward`."""
 
     @staticmethod
@@ -69,10 +69,10 @@ class Attention(_Once):
             fixed = without_tensors._replace(tensors=saved[7:])
             return passes.backward(grad_out, grad_lse, tuple(inputs), offsets, dense, fixed, needed)
 
-        return *_differentiated_once(compute, grad_out, grad_lse, *ctx.saved_tensors), None
+        return *differentiated_once(compute, grad_out, grad_lse, *ctx.saved_tensors), None
 
 
-class Weights(_Once):
+class Weights(Once):
     """Weights and log-sum-exp; see `passes.weights`."""
 
     @staticmethod
@@ -107,16 +107,16 @@ class Weights(_Once):
                 grad_weights, query, key, lse, offsets, dense, fixed, needed
             )
 
-        found = _differentiated_once(compute, grad_weights, *ctx.saved_tensors)
+        found = differentiated_once(compute, grad_weights, *ctx.saved_tensors)
         of_query, of_key, _, of_offsets, of_dense = found
         return of_query, of_key, of_offsets, of_dense, None, None
 
 
-class _Gradients(_Once):
+class _Gradients(Once):
     """Gradients that know what they were made from, so that a second derivative is an error."""
 
     @staticmethod
-    def forward(compute: _Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(compute(*tensors))
 
     @staticmethod
@@ -128,7 +128,8 @@ class _Gradients(_Once):
         raise RuntimeError(passes.ONCE)
 
 
-def _differentiated_once(compute: _Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def differentiated_once(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``compute(*tensors)``, gradients of which a second derivative is an error."""
     # Only under create_graph=True, or inside a transform, could anybody differentiate them.
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
         return tuple(compute(*tensors))

@@ -30,11 +30,13 @@ Direct = Callable[..., Any]
 
 
 class DirectCalls(NamedTuple):
-    """Builtins that take tensors as they are, see ``native/direct.cpp``. They answer as passes do,
-    or with `NOT_PLAIN`; those that make tensors return these.
+    """Builtins that take tensors as they are, in the order of ``native/direct.cpp``. They answer as
+    passes do, or with `NOT_PLAIN`; those that make tensors return these.
     """
 
     attend: Direct
+    attend_with_lse: Direct
+    differentiate: Direct
     project: Direct
     project_heads: Direct
 
@@ -92,12 +94,9 @@ def _direct(path: Path) -> DirectCalls | None:
     meet.argtypes, meet.restype = (ctypes.py_object, ctypes.py_object), ctypes.c_int64
     if not meet(Tensor, nn.Parameter):
         return None
-    found = []
-    for name in DirectCalls._fields:
-        make = getattr(functions, f"zeta_{name}")
-        make.restype = ctypes.py_object
-        found.append(make())
-    return DirectCalls(*found)
+    builtin = functions.zeta_builtin
+    builtin.argtypes, builtin.restype = (ctypes.c_int64,), ctypes.py_object
+    return DirectCalls(*map(builtin, range(len(DirectCalls._fields))))
 
 
 def _sets(functions: ctypes.CDLL, name: str) -> tuple[str, ...]:

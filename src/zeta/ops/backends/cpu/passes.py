@@ -109,6 +109,7 @@ def backward(
     """Gradients of `forward`; ``inputs`` are query, key, value, out and lse."""
     *operands, lse = inputs
     query, key, value, out, grad_out = map(rows, (*operands, grad_out))
+    lse = lse.contiguous()  # As it was made; but who saved it may have packed it otherwise.
     record = describe(query, key, value, fixed, library.load().instruction_set)
     _OUT.write(record, out.data_ptr(), *out.stride()[:3], lse.data_ptr())
     grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
@@ -154,6 +155,7 @@ def weights_backward(
 ) -> Gradients:
     """Gradients of `weights`."""
     query, key, grad_weights = rows(query), rows(key), grad_weights.contiguous()
+    lse = lse.contiguous()
     record = describe(query, key, None, fixed, library.load().instruction_set)
     _MEAN.write(record, grad_weights.dim() == 3)
     _GRAD_WEIGHTS.write(record, grad_weights.data_ptr())

@@ -1,4 +1,4 @@
-"""Plain and causal calls without a gradient, straight to the library.
+"""Plain and causal calls, straight to the library.
 
 To describe a call, choose for it and take it apart again takes longer than a short call itself.
 What this computes is what `cpu.run` would; whatever is not plainly right is left to it.
@@ -7,12 +7,17 @@ Shape suffixes: B batch, H query heads, G key heads, T target length, S source l
 dimension.
 """
 
-from typing import get_args
+import math
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from zeta.ops.backends.cpu import library
+from zeta.ops.backends.cpu import library, passes
+from zeta.ops.backends.cpu.description import Fixed
+from zeta.ops.backends.cpu.functions import Once, differentiated_once
+from zeta.ops.buffers import rows
 from zeta.ops.precision import Precision, float32_precision
 from zeta.ops.transforms import is_watched
 
@@ -40,22 +45,83 @@ def attend(
         return None
     if not type(key) is type(value) is Tensor:
         return None
-    if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ):
-        return None
     if precision not in _PRECISIONS or library.obstacle() is not None:
         return None
     native = library.load()
-    if native.direct is None:
+    direct = native.direct
+    if direct is None:
         return None
     out = torch.empty_like(query)
     is_high = native.has_tiles and float32_precision(precision) == "high"
-    answer = native.direct.attend(
-        query, key, value, out, scale, is_causal, is_high, native.instruction_set,
-        torch.get_num_threads(),
+    options = scale, is_causal, is_high, native.instruction_set, torch.get_num_threads()
+    if torch.is_grad_enabled() and (
+        query.requires_grad or key.requires_grad or value.requires_grad
+    ):
+        lse = direct.attend_with_lse(query, key, value, out, *options)
+        if type(lse) is Tensor:
+            return _Attended.record(query, key, value, (out, lse), options[:3])
+        answer = lse
+    else:
+        answer = direct.attend(query, key, value, out, *options)
+    if answer == library.DONE:
+        return out
+    if answer != library.NOT_PLAIN:
+        library.check(answer)
+    return None
+
+
+class _Attended(Once):
+    """The output, made already, with the gradients of a plain call."""
+
+    @classmethod
+    def record(cls, *args: Any) -> Tensor:
+        """`apply` outside of torch's transforms, of tensors that were read."""
+        found: Tensor = super(Function, cls).apply(*args)  # type: ignore[misc]  # C's
+        return found
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        made: tuple[Tensor, Tensor],
+        options: tuple[float | None, bool, bool],
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, *made)
+        ctx.options = options
+        return made[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        options = ctx.options
+
+        def compute(grad_out: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
+            return _gradients(rows(grad_out), saved, *options)
+
+        return *differentiated_once(compute, grad_out, *ctx.saved_tensors), None, None
+
+
+def _gradients(
+    grad_out: Tensor,
+    saved: tuple[Tensor, ...],
+    scale: float | None,
+    is_causal: bool,
+    is_high: bool,
+) -> tuple[Tensor | None, ...]:
+    query, key, value, out, lse = saved
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    native = library.load()
+    assert native.direct is not None
+    answer = native.direct.differentiate(
+        *saved, grad_out, *gradients,
+        scale, is_causal, is_high, native.instruction_set, torch.get_num_threads(),
     )  # fmt: skip
-    if answer == library.NOT_PLAIN:
-        return None
-    library.check(answer)
-    return out
+    if answer != library.NOT_PLAIN:
+        library.check(answer)
+        return gradients
+    # Whoever saved the tensors gave others back, of other strides or of a class of their own.
+    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
+    fixed = Fixed((), scale, is_causal, 0, 0.0, False, 0.0, is_high)
+    inputs = query, key, value, out, lse
+    return passes.backward(grad_out, None, inputs, None, None, fixed, (False, False))[:3]

@@ -159,7 +159,7 @@ def of_output(
 ) -> Backward:
     """Prepares the gradient of `forward`; ``inputs`` are query, key, value, out, statistics."""
     query, key, value, out, dout = (rows(tensor) for tensor in (*inputs[:4], dout))
-    statistics = inputs[4]
+    statistics = inputs[4].contiguous()  # Who saved it may have packed it otherwise.
     sizes = sizes_of(query, key)
     score = score_operand(query, key, offsets, dense, fixed)
     delta = torch.empty_like(statistics[0])
@@ -189,7 +189,7 @@ def of_weights(
     fixed: Fixed,
 ) -> Backward:
     """Prepares the gradient of `weights`."""
-    query, key = rows(query), rows(key)
+    query, key, statistics = rows(query), rows(key), statistics.contiguous()
     sizes = sizes_of(query, key)
     if dweights.dim() == 3:
         dweights = (dweights.float() / sizes.heads).unsqueeze(1)

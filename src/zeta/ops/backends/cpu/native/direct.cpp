@@ -10,8 +10,9 @@
 
 namespace {
 
-bool have_same_sizes(const Operand &one, const Operand &other, int first = 0) {
-    for (int dimension = first; dimension < one.ndim; ++dimension)
+// Of tensors of as many dimensions.
+bool have_same_sizes(const Operand &one, const Operand &other) {
+    for (int dimension = 0; dimension < one.ndim; ++dimension)
         if (one.shape[dimension] != other.shape[dimension]) return false;
     return true;
 }
@@ -34,29 +35,26 @@ bool were_numbers() {
     return false;
 }
 
-// attend(query, key, value, out, scale or None, is_causal, is_high, instruction_set, num_threads)
-PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
-    Operand query, key, value, out;
-    if (count != 9 || !query.read(arguments[0]) || !key.read(arguments[1]) ||
-        !value.read(arguments[2]) || !out.read(arguments[3]))
-        return answer(ZETA_NOT_PLAIN);
-    ZetaCall call{};
+// The call of these operands; false where they are not plainly right. `options`: the scale or None, and
+// as numbers whether it is causal, the precision, the instruction set, the number of threads.
+bool describe(ZetaCall &call, const Operand &query, const Operand &key, const Operand &value,
+              const Operand &out, PyObject *const *options) {
     call.bytes = sizeof call;
     call.dtype = query.dtype();
-    const bool has_scale = arguments[4] != &_Py_NoneStruct;
-    if (has_scale && !is_a(arguments[4], &PyFloat_Type)) return answer(ZETA_NOT_PLAIN);
-    call.scale = has_scale ? PyFloat_AsDouble(arguments[4]) : 0;
-    call.causal = PyLong_AsLong(arguments[5]);
-    call.precision = PyLong_AsLong(arguments[6]);
-    call.isa = PyLong_AsLong(arguments[7]);
-    call.num_threads = PyLong_AsLong(arguments[8]);
+    const bool has_scale = options[0] != &_Py_NoneStruct;
+    if (has_scale && !is_a(options[0], &PyFloat_Type)) return false;
+    call.scale = has_scale ? PyFloat_AsDouble(options[0]) : 0;
+    call.causal = PyLong_AsLong(options[1]);
+    call.precision = PyLong_AsLong(options[2]);
+    call.isa = PyLong_AsLong(options[3]);
+    call.num_threads = PyLong_AsLong(options[4]);
     if (!were_numbers() || !query.are_rows() || !key.are_rows() || !value.are_rows() ||
         !out.are_rows() || key.dtype() != call.dtype || value.dtype() != call.dtype ||
         out.dtype() != call.dtype || !have_same_sizes(query, out) ||
         !have_same_sizes(key, value) || query.shape[0] != key.shape[0] ||
         query.shape[1] % key.shape[1] || query.shape[3] != key.shape[3] ||
         query.shape[3] > ZETA_MOST_FEATURES)
-        return answer(ZETA_NOT_PLAIN);
+        return false;
     call.batch = query.shape[0];
     call.heads = query.shape[1];
     call.key_heads = key.shape[1];
@@ -68,9 +66,75 @@ PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
     call.key = key.rows();
     call.value = value.rows();
     call.out = out.rows();
+    return true;
+}
+
+// A number for each query: float32 (B, H, T).
+bool read_lse(ZetaCall &call, PyObject *object) {
+    Operand lse;
+    if (!lse.read(object) || lse.dtype() != ZETA_FLOAT32 || !lse.is_contiguous() ||
+        lse.numel() != call.batch * call.heads * call.target)
+        return false;
+    call.lse_BHT = reinterpret_cast<float *>(lse.address());
+    return true;
+}
+
+int64_t run_attention(const ZetaCall &call) {
     const bool is_step = call.target * call.heads <= ZETA_STEP_ROWS * call.key_heads;
-    return answer(run_beside_python(
-        [&] { return is_step ? zeta_decode(&call) : zeta_forward(&call); }));
+    return run_beside_python([&] { return is_step ? zeta_decode(&call) : zeta_forward(&call); });
+}
+
+// attend(query, key, value, out, options ...)
+PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
+    Operand query, key, value, out;
+    ZetaCall call{};
+    if (count != 9 || !query.read(arguments[0]) || !key.read(arguments[1]) ||
+        !value.read(arguments[2]) || !out.read(arguments[3]) ||
+        !describe(call, query, key, value, out, arguments + 4))
+        return answer(ZETA_NOT_PLAIN);
+    return answer(run_attention(call));
+}
+
+// The same; its log-sum-exp, or an answer.
+PyObject *attend_with_lse(PyObject *, PyObject *const *arguments, intptr_t count) {
+    Operand query, key, value, out;
+    ZetaCall call{};
+    if (count != 9 || !query.read(arguments[0]) || !key.read(arguments[1]) ||
+        !value.read(arguments[2]) || !out.read(arguments[3]) ||
+        !describe(call, query, key, value, out, arguments + 4))
+        return answer(ZETA_NOT_PLAIN);
+    Made made;
+    Owned *lse = made.add(ZETA_FLOAT32, 3, query.shape);
+    if (!lse) return answer(ZETA_NO_MEMORY);
+    call.lse_BHT = static_cast<float *>(lse->data());
+    const int64_t found = run_attention(call);
+    return found == ZETA_DONE ? made.give(0) : answer(found);
+}
+
+// Rows of the dtype and sizes of others.
+bool read_rows_like(ZetaRows &to, PyObject *object, const Operand &like) {
+    Operand rows;
+    if (!rows.read(object) || !rows.are_rows() || rows.dtype() != like.dtype() ||
+        !have_same_sizes(rows, like))
+        return false;
+    to = rows.rows();
+    return true;
+}
+
+// differentiate(query, key, value, out, log-sum-exp, gradient of out, and, to be written, those of query,
+// key and value, options ...)
+PyObject *differentiate(PyObject *, PyObject *const *arguments, intptr_t count) {
+    Operand query, key, value, out;
+    ZetaCall call{};
+    if (count != 14 || !query.read(arguments[0]) || !key.read(arguments[1]) ||
+        !value.read(arguments[2]) || !out.read(arguments[3]) ||
+        !describe(call, query, key, value, out, arguments + 9) || !read_lse(call, arguments[4]) ||
+        !read_rows_like(call.grad_out, arguments[5], out) ||
+        !read_rows_like(call.grad_query, arguments[6], query) ||
+        !read_rows_like(call.grad_key, arguments[7], key) ||
+        !read_rows_like(call.grad_value, arguments[8], value))
+        return answer(ZETA_NOT_PLAIN);
+    return answer(run_beside_python([&] { return zeta_backward(&call); }));
 }
 
 // The call of layers of x, without the layers; false where x is not for it. `numbers`: the most rows,
@@ -126,30 +190,6 @@ PyObject *project(PyObject *, PyObject *const *arguments, intptr_t count) {
     return answer(run_projection(call));
 }
 
-// The tensors of a tuple to be; those that are not given are freed.
-struct Made {
-    Owned *tensors[ZETA_MOST_LAYERS] = {};
-    int64_t count = 0;
-
-    ~Made() {
-        for (Owned *tensor : tensors) free(tensor);
-    }
-
-    PyObject *give() {
-        PyObject *tuple = PyTuple_New(count);
-        for (int64_t i = 0; tuple && i < count; ++i) {
-            PyObject *tensor = tensors[i]->give();
-            tensors[i] = nullptr;
-            if (!tensor) {
-                Py_DecRef(tuple);
-                return nullptr;
-            }
-            PyTuple_SetItem(tuple, i, tensor);
-        }
-        return tuple;
-    }
-};
-
 // project_heads(x, head_dim, most_rows, instruction_set, num_threads, weight, bias or None, ...):
 // x (B, L, width); a tuple of (B, heads, L, head_dim), or an answer.
 PyObject *project_heads(PyObject *, PyObject *const *arguments, intptr_t count) {
@@ -165,19 +205,21 @@ PyObject *project_heads(PyObject *, PyObject *const *arguments, intptr_t count) 
     for (intptr_t i = before; i < count; i += 2) {
         ZetaLayer *layer = add_layer(call, arguments[i], arguments[i + 1]);
         if (!layer || layer->features % head_dim) return answer(ZETA_NOT_PLAIN);
-        Owned *heads = Owned::heads_of_tokens(x, x.shape[0], layer->features / head_dim,
-                                              x.shape[1], head_dim);
+        const int64_t shape[] = {x.shape[0], x.shape[1], layer->features / head_dim, head_dim};
+        Owned *heads = made.add(call.dtype, 4, shape);
         if (!heads) return answer(ZETA_NO_MEMORY);
-        made.tensors[made.count++] = heads;
+        heads->swap_dimensions(1, 2);
         layer->out = heads->data();
     }
     const int64_t found = run_projection(call);
-    return found == ZETA_DONE ? made.give() : answer(found);
+    return found == ZETA_DONE ? made.give_all() : answer(found);
 }
 
-PyMethodDef attend_method = {"attend", attend, METH_FASTCALL, nullptr};
-PyMethodDef project_method = {"project", project, METH_FASTCALL, nullptr};
-PyMethodDef project_heads_method = {"project_heads", project_heads, METH_FASTCALL, nullptr};
+PyMethodDef methods[] = {{"attend", attend, METH_FASTCALL, nullptr},
+                         {"attend_with_lse", attend_with_lse, METH_FASTCALL, nullptr},
+                         {"differentiate", differentiate, METH_FASTCALL, nullptr},
+                         {"project", project, METH_FASTCALL, nullptr},
+                         {"project_heads", project_heads, METH_FASTCALL, nullptr}};
 
 }  // namespace
 
@@ -207,15 +249,9 @@ ZETA_EXPORT int64_t zeta_meet_torch(PyObject *tensor, PyObject *parameter) {
     return 1;
 }
 
-// Builtins for Python, after torch was met.
-ZETA_EXPORT PyObject *zeta_attend(void) {
-    return PyCFunction_NewEx(&attend_method, nullptr, nullptr);
-}
-ZETA_EXPORT PyObject *zeta_project(void) {
-    return PyCFunction_NewEx(&project_method, nullptr, nullptr);
-}
-ZETA_EXPORT PyObject *zeta_project_heads(void) {
-    return PyCFunction_NewEx(&project_heads_method, nullptr, nullptr);
+// After torch was met: a builtin by its number, in the order above.
+ZETA_EXPORT PyObject *zeta_builtin(int64_t number) {
+    return PyCFunction_NewEx(&methods[number], nullptr, nullptr);
 }
 
 }  // extern "C"

@@ -63,32 +63,41 @@ struct Operand : DLTensor {
     ZetaRows rows() const { return {address(), strides[0], strides[1], strides[2]}; }
 };
 
-// A tensor that torch will own, its numbers after it in one block. Only a few rows are made so: these
-// blocks are none of torch's allocator.
+// A contiguous tensor that torch will own, its numbers after it in one block. For what is small and
+// inside: these blocks are none of torch's allocator.
 struct Owned {
     static constexpr int64_t BEFORE = 192;  // the numbers begin at a cache line
 
     DLManagedTensorVersioned managed;
     int64_t shape[4], strides[4];
 
-    // (B, heads, length, features), each token's heads side by side; null where there is no memory.
-    static Owned *heads_of_tokens(const Operand &like, int64_t batch, int64_t heads,
-                                  int64_t length, int64_t features) {
-        const int64_t bytes = batch * heads * length * features * (like.bits / 8);
+    // Of 32 bits if it is float32, else of 16; null where there is no memory.
+    static Owned *make(int64_t dtype, int ndim, const int64_t *shape) {
+        int64_t bytes = dtype == ZETA_FLOAT32 ? 4 : 2;
+        const auto bits = static_cast<uint8_t>(8 * bytes);
+        for (int dimension = 0; dimension < ndim; ++dimension) bytes *= shape[dimension];
         void *block = aligned_alloc(64, (BEFORE + bytes + 63) / 64 * 64);
         if (!block) return nullptr;
         auto *owned = static_cast<Owned *>(block);
-        const int64_t token = heads * features;
-        *owned = {{1, 0, nullptr, [](DLManagedTensorVersioned *tensor) { free(tensor); }, 0, like},
-                  {batch, heads, length, features},
-                  {length * token, features, token, 1}};
-        DLTensor &tensor = owned->managed.tensor;
-        tensor.data = static_cast<char *>(block) + BEFORE;
-        tensor.byte_offset = 0;
-        tensor.ndim = 4;
-        tensor.shape = owned->shape;
-        tensor.strides = owned->strides;
+        int64_t stride = 1;
+        for (int dimension = ndim - 1; dimension >= 0; --dimension) {
+            owned->shape[dimension] = shape[dimension];
+            owned->strides[dimension] = stride;
+            stride *= shape[dimension];
+        }
+        const auto code = static_cast<uint8_t>(dtype == ZETA_BFLOAT16 ? kDLBfloat : kDLFloat);
+        owned->managed = {1, 0, nullptr, [](DLManagedTensorVersioned *tensor) { free(tensor); }, 0,
+                          {static_cast<char *>(block) + BEFORE, kDLCPU, 0, ndim, code, bits, 1,
+                           owned->shape, owned->strides, 0}};
         return owned;
+    }
+
+    void swap_dimensions(int one, int other) {
+        const int64_t size = shape[one], stride = strides[one];
+        shape[one] = shape[other];
+        strides[one] = strides[other];
+        shape[other] = size;
+        strides[other] = stride;
     }
 
     void *data() const { return managed.tensor.data; }
@@ -102,5 +111,39 @@ struct Owned {
     }
 };
 static_assert(sizeof(Owned) <= Owned::BEFORE && offsetof(Owned, managed) == 0);
+
+// Owned tensors that torch has not been given yet; they are freed.
+struct Made {
+    Owned *tensors[ZETA_MOST_LAYERS] = {};
+    int64_t count = 0;
+
+    ~Made() {
+        for (Owned *tensor : tensors) free(tensor);
+    }
+
+    Owned *add(int64_t dtype, int ndim, const int64_t *shape) {
+        return tensors[count++] = Owned::make(dtype, ndim, shape);
+    }
+
+    PyObject *give(int64_t number) {
+        Owned *tensor = tensors[number];
+        tensors[number] = nullptr;
+        return tensor->give();
+    }
+
+    // A tuple of all.
+    PyObject *give_all() {
+        PyObject *tuple = PyTuple_New(count);
+        for (int64_t i = 0; tuple && i < count; ++i) {
+            PyObject *tensor = give(i);
+            if (!tensor) {
+                Py_DecRef(tuple);
+                return nullptr;
+            }
+            PyTuple_SetItem(tuple, i, tensor);
+        }
+        return tuple;
+    }
+};
 
 }  // namespace
