@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from zeta import attention, attention_weights, attention_with_lse, biases, masks
+from zeta.ops.attention import run_with_weights
 from zeta.ops.backends import load
 from zeta.ops.call import AttentionCall
 
@@ -87,6 +88,15 @@ class Case:
         leaves = {name: leaf for name, leaf in made.items() if name != "value"}
         loss = (weights.double() * _weighting(weights)).sum()
         return {"weights": weights} | _gradients(loss, leaves)
+
+    @torch.no_grad()
+    def run_both(self, made: Made, backend: str, reduce: str | None) -> dict[str, Tensor]:
+        """Output and weights of one pass."""
+        call = AttentionCall.checked(
+            made["query"], made["key"], made["value"], **self.arguments(made)
+        )
+        out, weights = run_with_weights(call, mean=reduce == "mean", backend=backend)
+        return {"out": out, "weights": weights}
 
     def arguments(self, made: Made) -> dict[str, object]:
         """Keyword arguments of the op."""

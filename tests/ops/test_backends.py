@@ -72,6 +72,17 @@ def test_weights_and_gradients(
     assert_within_bound(actual, low, oracle)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("reduce", [None, "mean"])
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", CPU_CASES, ids=_id)
+def test_output_and_weights_at_once(case: Case, dtype: torch.dtype, reduce: str | None) -> None:
+    made = case.tensors(dtype)
+    actual = case.run_both(made, "cpu", reduce)
+    low = case.run_both(made, "reference", reduce)
+    assert_within_bound(actual, low, case.run_both(widened(made), "reference", reduce))
+
+
 @pytest.mark.parametrize("backend", EXACT)
 def test_nan_in_keys_that_no_query_sees_does_not_leak(backend: str) -> None:
     case = Case("padding", mask=lambda: masks.Padding(torch.tensor([7, 3])) & masks.Causal())

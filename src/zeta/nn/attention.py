@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from zeta.caches import Cache, Cached, CrossCache
 from zeta.nn import checks
 from zeta.nn.anchors import Blocks
-from zeta.nn.calls import NeedWeights, attention_call, uncached, weights_of
+from zeta.nn.calls import NeedWeights, attend, attention_call, uncached
 from zeta.nn.config import AttentionConfig
 from zeta.nn.extra_keys import ExtraKeys
 from zeta.nn.initialization import draw_extra_key, draw_inputs, draw_output, reset_norms
@@ -27,7 +27,6 @@ from zeta.nn.placement import Placement, Route, SplitArgument, batched_split, th
 from zeta.nn.positions import Rotation, XPos
 from zeta.nn.projections import project, project_heads
 from zeta.nn.state import IncrementalState, open_state
-from zeta.ops.attention import run
 from zeta.ops.weights import without_batch
 
 
@@ -248,7 +247,7 @@ class MultiheadAttention(nn.Module):
                 dropout_p=self.dropout if self.training else 0.0,
             )  # fmt: skip
             keys: Blocks | ExtraKeys | None = blocks if extra is None else extra.beside(blocks)
-            out_BHTD = run(call)[0] if keys is None else keys.run(call)
+            out_BHTD, weights = attend(call, need_weights, keys)
         except BaseException:
             if cache is not None:
                 cache.take_back()
@@ -256,7 +255,7 @@ class MultiheadAttention(nn.Module):
         out_BTE = self._joined(out_BHTD, place.query_route)
         if self.multiway and isinstance(cache, CrossCache):
             cache.count_queries(query)
-        return out_BTE, weights_of(call, need_weights, keys)
+        return out_BTE, weights
 
     if TYPE_CHECKING:
         # Of `nn.Module` a checker only learns that it returns something.

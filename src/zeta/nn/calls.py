@@ -13,7 +13,7 @@ from zeta.masks import Mask
 from zeta.nn.anchors import Blocks
 from zeta.nn.extra_keys import ExtraKeys
 from zeta.nn.masking import AttentionMask, RelativePosition, join, structured_mask
-from zeta.ops.attention import run_weights
+from zeta.ops.attention import run, run_weights, run_with_weights
 from zeta.ops.call import AttentionCall
 from zeta.ops.deferred import Compute
 from zeta.ops.weights import lazy_weights
@@ -86,16 +86,27 @@ def attention_call(
     )
 
 
-def weights_of(
+def attend(
     call: AttentionCall, need_weights: NeedWeights, keys: Blocks | ExtraKeys | None
-) -> Tensor | None:
-    """``(H, B, T, S)``, ``(B, T, S)`` averaged over heads, or None, as ``need_weights`` says.
+) -> tuple[Tensor, Tensor | None]:
+    """The output ``(B, H, T, D)``; and weights, ``(H, B, T, S)``, ``(B, T, S)`` averaged over
+    heads, or None, as ``need_weights`` says.
 
     Args:
-        call: Of the output.
+        call: Of the tokens' keys.
         need_weights: As `MultiheadAttention.forward` takes it.
-        keys: What ran the call, if not the op itself. Extra keys are further columns.
+        keys: What runs the call, if not the op itself. Extra keys are further columns.
     """
+    if keys is None and need_weights in (True, "mean"):
+        out, weights = run_with_weights(call, mean=need_weights == "mean")
+        return out, weights.transpose(0, 1) if need_weights is True else weights
+    out = run(call)[0] if keys is None else keys.run(call)
+    return out, _weights(call, need_weights, keys)
+
+
+def _weights(
+    call: AttentionCall, need_weights: NeedWeights, keys: Blocks | ExtraKeys | None
+) -> Tensor | None:
     if need_weights is False:
         return None
     # Without the values, which lazy weights would keep alive.

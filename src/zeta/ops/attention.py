@@ -223,6 +223,27 @@ def run_weights(call: AttentionCall, backend: str = "auto") -> Tensor:
     )
 
 
+def run_with_weights(
+    call: AttentionCall, *, mean: bool, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """The output of a checked call and its weights before dropout, each as its own call makes it.
+
+    Args:
+        call: Its ``result`` is ``"output"``.
+        mean: Average the weights over heads.
+        backend: As in `attention`.
+    """
+    if call.sinks is None and not stored.is_stored(call):
+        weigher = backends.weigher(_choose(call, backend))
+        found = None if weigher is None else weigher.run_with_weights(call, mean)
+        if found is not None:
+            return found
+    of_weights = dataclasses.replace(
+        call, value=call.key, dropout_p=0.0, seed=None, result="mean_weights" if mean else "weights"
+    )
+    return run(call, backend)[0], run_weights(of_weights, backend)
+
+
 def _choose(call: AttentionCall, backend: str) -> Backend:
     if backend == "auto":
         for name in backends.order(call):

@@ -21,7 +21,10 @@ from tests.ops.cpu.caches import CACHES, Cache
 from tests.ops.cpu.guards import Guards, guarded
 from tests.ops.cpu.layers import PROJECTIONS, Projection
 from zeta import biases, masks
-from zeta.ops.backends.cpu import layout, library
+from zeta.ops.backends.cpu import layout, library, passes
+from zeta.ops.backends.cpu.description import Fixed
+from zeta.ops.call import AttentionCall
+from zeta.ops.lowering import lower
 
 Results = dict[str, Tensor]
 
@@ -99,10 +102,27 @@ def _attention(case: Case, dtype: torch.dtype, at_end: bool | None) -> Results:
 
 def _weights(case: Case, dtype: torch.dtype, reduce: str | None, at_end: bool | None) -> Results:
     made = _leaves(case, dtype, at_end)
+
+    def run() -> Results:
+        found = case.run_weights(made, "cpu", reduce)
+        return found if case.dropout_p else found | _output_and_weights(case, made, reduce)
+
     if at_end is None:
-        return case.run_weights(made, "cpu", reduce)
+        return run()
     with Guards(at_end):
-        return case.run_weights(made, "cpu", reduce)
+        return run()
+
+
+@torch.no_grad()
+def _output_and_weights(case: Case, made: Results, reduce: str | None) -> Results:
+    # Not through the backend, which takes two passes where a mode watches.
+    call = AttentionCall.checked(made["query"], made["key"], made["value"], **case.arguments(made))
+    lowered = lower(call)
+    operands = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
+    out, weights = passes.output_and_weights(
+        *operands, reduce == "mean", Fixed(*lowered.fixed(), False)
+    )
+    return {"out": out, "weights of the same pass": weights}
 
 
 def _decode(cache: Cache, dtype: torch.dtype, at_end: bool | None) -> Results:

@@ -67,6 +67,9 @@ def test_weights_and_gradients(name: str, dtype: torch.dtype, reduce: str | None
     actual = case.run_weights(made, "cpu", reduce)
     low = case.run_weights(made, "reference", reduce)
     assert_within_bound(actual, low, case.run_weights(widened(made), "reference", reduce))
+    both, low = case.run_both(made, "cpu", reduce), case.run_both(made, "reference", reduce)
+    assert_within_bound(both, low, case.run_both(widened(made), "reference", reduce))
+    assert torch.equal(both["weights"], actual["weights"])
 
 
 @pytest.mark.parametrize("dtype", [("AMX", torch.float32)], indirect=True, ids=["AMX"])

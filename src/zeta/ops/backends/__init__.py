@@ -3,7 +3,8 @@
 A backend is a module with ``NAME``, ``unsupported(call) -> list[str]`` (empty: it can) and
 ``run(call) -> (out, lse)``, differentiable; ``lse`` may be None unless ``call.result`` is
 ``"lse"``. One that can make attention weights has ``weights(call)`` as well; one that can read keys
-and values where a cache keeps them is a `Reader`. Backends do not import each other.
+and values where a cache keeps them is a `Reader`, one that makes output and weights at once a
+`Weigher`. Backends do not import each other.
 """
 
 from collections.abc import Iterator
@@ -40,6 +41,15 @@ class Backend(Protocol):
     def weights(self, call: AttentionCall) -> Tensor: ...
 
 
+class Weigher(Backend, Protocol):
+    """A backend that makes output and weights, or their mean over heads, in one pass.
+
+    None: this call takes `run` and `weights`.
+    """
+
+    def run_with_weights(self, call: AttentionCall, mean: bool) -> tuple[Tensor, Tensor] | None: ...
+
+
 class Reader(Backend, Protocol):
     """A backend that reads keys and values in the form in which a cache keeps them.
 
@@ -70,6 +80,11 @@ def order(call: AttentionCall) -> tuple[str, ...]:
     if call.key_heads < call.heads and packed <= MOST_PACKED and call.source >= LONG_CACHE:
         return ORDER_OF_GROUPS
     return ORDER
+
+
+def weigher(found: Backend) -> Weigher | None:
+    """The backend, if it is one."""
+    return cast(Weigher, found) if hasattr(found, "run_with_weights") else None
 
 
 def readers(call: AttentionCall, backend: str) -> Iterator[Reader]:

@@ -105,6 +105,17 @@ def weights(call: AttentionCall) -> Tensor:
     return found
 
 
+def run_with_weights(call: AttentionCall, mean: bool) -> tuple[Tensor, Tensor] | None:
+    """The output and the weights in one pass; None where that takes two."""
+    if call.dropout_p or not _is_eager(call.query) or _is_transforming():
+        return None
+    lowered = lower(call)
+    operands = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
+    if _is_learned(operands):
+        return None
+    return passes.output_and_weights(*operands, mean, Fixed(*lowered.fixed(), _is_high(call)))
+
+
 def _is_high(call: AttentionCall) -> bool:
     return call.query.dtype == torch.float32 and float32_precision(call.precision) == "high"
 

@@ -127,16 +127,46 @@ def weights(
     fixed: Fixed,
 ) -> tuple[Tensor, Tensor]:
     """Weights ``(B, H, T, S)`` or their mean ``(B, T, S)``, and the log-sum-exp."""
+    return _weights(query, key, None, None, offsets, dense, mean, fixed)
+
+
+def output_and_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    mean: bool,
+    fixed: Fixed,
+) -> tuple[Tensor, Tensor]:
+    """The output ``(B, H, T, Dv)`` of a call that drops nothing, and its `weights`."""
+    assert not fixed.dropout_p
+    out = empty_rows(query, value.shape[3])
+    return out, _weights(query, key, rows(value), out, offsets, dense, mean, fixed)[0]
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    out: Tensor | None,
+    offsets: Tensor | None,
+    dense: Tensor | None,
+    mean: bool,
+    fixed: Fixed,
+) -> tuple[Tensor, Tensor]:
     batch, heads, target, _ = query.shape
     planes = (batch,) if mean else (batch, heads)
     found = query.new_empty((*planes, target, key.shape[2]))
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     query, key = rows(query), rows(key)
     native = library.load()
-    record = describe(query, key, None, fixed, native.instruction_set)
+    record = describe(query, key, value, fixed, native.instruction_set)
     kept = describe_scores(record, offsets, dense, fixed)
     _WEIGHTS.write(record, mean, found.data_ptr())
     _LSE.write(record, lse.data_ptr())
+    if out is not None:
+        _OUT.write(record, out.data_ptr(), *out.stride()[:3], lse.data_ptr())
     answer = native.weights(record)
     del kept
     library.check(answer)

@@ -89,8 +89,9 @@ typedef struct {
     float *grad_offsets_HR;
     ZetaPlane grad_dense;  // in the shape of dense
 
-    // Made by weights, (B, H, T, S) or (B, T, S) in the query's dtype, contiguous; and their
-    // gradient, which arrives at backward in place of grad_out.
+    // Made by weights, (B, H, T, S) or (B, T, S) in the query's dtype, contiguous, with out where
+    // that has a place and nothing is dropped; and their gradient, which arrives at backward in
+    // place of grad_out.
     int64_t mean_weights;
     void *weights;
     const void *grad_weights;

@@ -1,10 +1,11 @@
 // Attention weights, before dropout: of every head, or averaged over heads, which are then looped
-// over inside, so that nothing larger than the result is held. lse is made too, where it has a place.
+// over inside, so that nothing larger than the result is held. lse and the output of a call without
+// dropout are made too, where they have a place.
 //
 // A block of queries holds its scores of all keys; products, softmax and result follow each other
 // while they are near. The order of all sums depends on the call's sizes alone.
 
-constexpr int64_t WEIGHT_FLOATS = 1 << 16;  // as many scores as a block of queries should have
+constexpr int64_t WEIGHT_FLOATS = 1 << 17;  // as many scores as a block of queries should have
 constexpr int64_t MOST_WEIGHT_ROWS = 96;
 constexpr int64_t ALONE_SCORES = 1 << 14;  // as many as one thread makes before others wake up
 
@@ -28,15 +29,22 @@ struct WeightsBlock {
     float *maxima;
     KeyTile *tile;
     bool *is_seen;  // of each tile of keys
+    typename Operands::Weights weights;  // of a tile; this and the sums for an output
+    float *sums;
+    int64_t sum_stride;
 
     static WeightsBlock plan(Pieces &pieces, const ZetaCall &call, const WeightsPlan &plan) {
-        WeightsBlock block;
+        WeightsBlock block{};
         block.queries = Operands::Rows::plan(pieces, plan.rows, call.head_dim, false);
         block.scores = pieces.take<float>(plan.rows * plan.stride);
         block.means = pieces.take<float>(call.mean_weights ? plan.rows * plan.stride : 0);
         block.maxima = pieces.take<float>(plan.rows);
         block.tile = pieces.take<KeyTile>(1);
         block.is_seen = pieces.take<bool>(plan.num_tiles);
+        block.sum_stride = row_stride(call.value_dim);
+        if (!call.out.data) return block;
+        block.weights = Operands::Weights::plan(pieces, plan.rows, MOST_KEYS, true, false);
+        block.sums = pieces.take<float>(plan.rows * block.sum_stride);
         return block;
     }
 };
@@ -103,15 +111,81 @@ inline void write_weights(T *to, const float *from, float factor, int64_t count)
     if (key < count) store_first(to + key, load(from + key) * splat(factor), count - key);
 }
 
+// Keys, and values for an output, of all heads, packed.
+template <class Operands>
+struct PackedHeads {
+    char *data;
+    int64_t head_bytes;
+
+    static PackedHead<Operands> plan(Pieces &pieces, const ZetaCall &call,
+                                     const WeightsPlan &plan) {
+        const int64_t length = plan.num_tiles * MOST_KEYS;
+        PackedHead<Operands> head{};
+        head.keys = Operands::Columns::plan(pieces, length, call.head_dim);
+        if (call.out.data) head.values = Operands::Values::plan(pieces, length, call.value_dim);
+        return head;
+    }
+
+    static int64_t bytes_of_head(const ZetaCall &call, const WeightsPlan &of_weights) {
+        Pieces pieces(nullptr);
+        plan(pieces, call, of_weights);
+        return pieces.bytes();
+    }
+
+    PackedHead<Operands> head(const ZetaCall &call, const WeightsPlan &of_weights, int64_t batch,
+                              int64_t key_head) const {
+        Pieces pieces(data + (batch * call.key_heads + key_head) * head_bytes);
+        return plan(pieces, call, of_weights);
+    }
+
+    void pack(const ZetaCall &call, const WeightsPlan &plan, int64_t num_threads) const {
+        run(call.batch * call.key_heads * plan.num_tiles, num_threads, [&](int64_t task) {
+            const int64_t first = task % plan.num_tiles * MOST_KEYS, rest = task / plan.num_tiles;
+            const int64_t batch = rest / call.key_heads, key_head = rest % call.key_heads;
+            const Sight sight(call, batch);
+            const int64_t count = smaller(MOST_KEYS, call.source - first);
+            const PackedHead<Operands> to = head(call, plan, batch, key_head);
+            if (call.out.data)
+                to.pack(call, sight, batch, key_head, first, count);
+            else
+                to.keys.pack(head_rows(call.key, call.dtype, batch, key_head), sight.existing,
+                             first, count, first);
+        });
+    }
+};
+
+// The output of a block of queries of one head, from exponentials and their sums.
+template <class Operands>
+inline void add_up_values(WeightsBlock<Operands> &block, const WeightsPlan &plan,
+                          const QueryBlock &queries, const Scores &scores,
+                          const typename Operands::Values &values, const float *factors) {
+    const ZetaCall &call = scores.call;
+    clear(block.sums, queries.count * block.sum_stride);
+    for_tiles(block, call, [&](int64_t first, int64_t count, bool is_seen) {
+        if (!is_seen) return;
+        block.weights.take(block.scores + first, plan.stride, queries.count, count);
+        Operands::make_outputs(block.weights, queries.count, values, first, count, block.sums,
+                               block.sum_stride, true);
+    });
+    HeadRows out = head_rows(call.out, call.dtype, scores.batch, scores.head);
+    for (int64_t row = 0; row < queries.count; ++row) {
+        const float *sums = block.sums + row * block.sum_stride;
+        for (int64_t column = 0; column < call.value_dim; column += LANES)
+            store_dtype(out.at(queries.first + row), call.dtype, column,
+                        load(sums + column) * splat(factors[row]), call.value_dim - column);
+    }
+}
+
 // The weights of a block of queries of one head, or what it adds to the mean.
 template <class T, class Operands>
-inline void weigh_block(const WeightsBlock<Operands> &block, const WeightsPlan &plan,
+inline void weigh_block(WeightsBlock<Operands> &block, const WeightsPlan &plan,
                         const QueryBlock &queries, const Scores &scores,
-                        const typename Operands::Columns &keys) {
+                        const PackedHead<Operands> &packed) {
     const ZetaCall &call = scores.call;
-    score_all(block, plan, queries, scores, keys);
+    score_all(block, plan, queries, scores, packed.keys);
     const int64_t first_row =
         (scores.batch * call.heads + scores.head) * call.target + queries.first;
+    float factors[MOST_WEIGHT_ROWS];
     for (int64_t row = 0; row < queries.count; ++row) {
         float *from = block.scores + row * plan.stride;
         const float highest = block.maxima[row];
@@ -119,7 +193,7 @@ inline void weigh_block(const WeightsBlock<Operands> &block, const WeightsPlan &
         if (call.lse_BHT)
             call.lse_BHT[first_row + row] =
                 total == 0 ? -INFINITY : static_cast<float>(highest + log(total * 1.0));
-        const float factor = total == 0 ? 0 : 1 / total;
+        const float factor = factors[row] = total == 0 ? 0 : 1 / total;
         float *means = block.means + row * plan.stride;
         T *to = static_cast<T *>(call.weights) + (first_row + row) * call.source;
         for_tiles(block, call, [&](int64_t first, int64_t count, bool is_seen) {
@@ -134,41 +208,12 @@ inline void weigh_block(const WeightsBlock<Operands> &block, const WeightsPlan &
                 store(means + key, fma(load(from + key), splat(factor), load(means + key)));
         });
     }
+    if (call.out.data) add_up_values(block, plan, queries, scores, packed.values, factors);
 }
-
-// Keys of all heads, packed.
-template <class Operands>
-struct PackedKeys {
-    char *data;
-    int64_t head_bytes;
-
-    static int64_t bytes_of_head(const ZetaCall &call, const WeightsPlan &plan) {
-        Pieces pieces(nullptr);
-        Operands::Columns::plan(pieces, plan.num_tiles * MOST_KEYS, call.head_dim);
-        return pieces.bytes();
-    }
-
-    typename Operands::Columns head(const ZetaCall &call, const WeightsPlan &plan, int64_t batch,
-                                    int64_t key_head) const {
-        Pieces pieces(data + (batch * call.key_heads + key_head) * head_bytes);
-        return Operands::Columns::plan(pieces, plan.num_tiles * MOST_KEYS, call.head_dim);
-    }
-
-    void pack(const ZetaCall &call, const WeightsPlan &plan, int64_t num_threads) const {
-        run(call.batch * call.key_heads * plan.num_tiles, num_threads, [&](int64_t task) {
-            const int64_t first = task % plan.num_tiles * MOST_KEYS, rest = task / plan.num_tiles;
-            const int64_t batch = rest / call.key_heads, key_head = rest % call.key_heads;
-            const Sight sight(call, batch);
-            head(call, plan, batch, key_head)
-                .pack(head_rows(call.key, call.dtype, batch, key_head), sight.existing, first,
-                      smaller(MOST_KEYS, call.source - first), first);
-        });
-    }
-};
 
 template <class T, class Operands>
 inline void weights_task(const ZetaCall &call, const WeightsPlan &plan,
-                         const WeightsBlock<Operands> &block, const PackedKeys<Operands> &packed,
+                         WeightsBlock<Operands> &block, const PackedHeads<Operands> &packed,
                          const OffsetTable &offsets, int64_t task) {
     const int64_t heads = call.mean_weights ? call.heads : 1;
     const int64_t first = task % plan.blocks * plan.rows, rest = task / plan.blocks * heads;
@@ -189,16 +234,16 @@ inline void weights_task(const ZetaCall &call, const WeightsPlan &plan,
 template <class T, class Operands>
 inline int64_t weights_in(const ZetaCall &call) {
     const WeightsPlan plan(call);
-    PackedKeys<Operands> packed{nullptr, PackedKeys<Operands>::bytes_of_head(call, plan)};
-    const int64_t key_bytes = call.batch * call.key_heads * packed.head_bytes;
+    PackedHeads<Operands> packed{nullptr, PackedHeads<Operands>::bytes_of_head(call, plan)};
+    const int64_t packed_bytes = call.batch * call.key_heads * packed.head_bytes;
     const int64_t offset_floats =
         call.offsets_HR ? call.heads * OffsetTable::length_of(call) : 0;
-    Shared memory(key_bytes + offset_floats * static_cast<int64_t>(sizeof(float)));
+    Shared memory(packed_bytes + offset_floats * static_cast<int64_t>(sizeof(float)));
     if (!memory.data()) return ZETA_NO_MEMORY;
     packed.data = memory.data();
     OffsetTable offsets{};
     if (call.offsets_HR)
-        offsets = make_offsets(call, reinterpret_cast<float *>(memory.data() + key_bytes));
+        offsets = make_offsets(call, reinterpret_cast<float *>(memory.data() + packed_bytes));
     Pieces count(nullptr);
     WeightsBlock<Operands>::plan(count, call, plan);
     const bool is_small = call.batch * call.heads * call.target * call.source < ALONE_SCORES;
@@ -214,7 +259,7 @@ inline int64_t weights_in(const ZetaCall &call) {
         }
         [[maybe_unused]] const typename Operands::Session session;
         Pieces pieces(scratch.data());
-        const auto block = WeightsBlock<Operands>::plan(pieces, call, plan);
+        auto block = WeightsBlock<Operands>::plan(pieces, call, plan);
         for (int64_t task; (task = tasks.take()) >= 0;)
             weights_task<T>(call, plan, block, packed, offsets, task);
     });
