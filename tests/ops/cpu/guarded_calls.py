@@ -62,6 +62,16 @@ ODD = [
 ]
 
 
+DIRECT = [
+    (1, 1, 1, 1, 1, 1),
+    (2, 4, 2, 3, 301, 17),
+    (1, 4, 1, 1, 1033, 33),
+    (1, 2, 2, 131, 261, 65),
+    (1, 1, 1, 70, 70, 64),
+]
+"""Batch, heads, key heads, lengths and head dimension of calls that skip the description."""
+
+
 def calls(dtype: torch.dtype, only: str) -> Iterator[tuple[str, Callable[[bool | None], Results]]]:
     """Names of calls, and what makes one: in ordinary memory, or at an end of guarded memory."""
     for name, run in _all_calls(dtype):
@@ -79,6 +89,12 @@ def _all_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[bool | None]
                     f"{case.name}, weights {reduce or 'each'}",
                     lambda at_end, case=case, reduce=reduce: _weights(case, dtype, reduce, at_end),
                 )
+    for sizes in DIRECT:
+        for causal in (False, True):
+            yield (
+                f"direct {sizes}{' causal' if causal else ''}",
+                lambda at_end, sizes=sizes, causal=causal: _direct(sizes, causal, dtype, at_end),
+            )
     for cache in CACHES:
         yield cache.name, lambda at_end, cache=cache: _decode(cache, dtype, at_end)
     for case in PROJECTIONS:
@@ -123,6 +139,39 @@ def _output_and_weights(case: Case, made: Results, reduce: str | None) -> Result
         *operands, reduce == "mean", Fixed(*lowered.fixed(), False)
     )
     return {"out": out, "weights of the same pass": weights}
+
+
+def _direct(
+    sizes: tuple[int, ...], causal: bool, dtype: torch.dtype, at_end: bool | None
+) -> Results:
+    batch, heads, key_heads, target, source, head_dim = sizes
+    generator = torch.Generator().manual_seed(sum(sizes))
+
+    def placed(*shape: int) -> Tensor:
+        tensor = torch.randn(shape, generator=generator).to(dtype)
+        return tensor if at_end is None else guarded(tensor, at_end)
+
+    query, key, value, out, grad_out, grad_query, grad_key, grad_value = (
+        placed(batch, number, length, head_dim)
+        for number, length in (
+            (heads, target), (key_heads, source), (key_heads, source), (heads, target),
+            (heads, target), (heads, target), (key_heads, source), (key_heads, source),
+        )
+    )  # fmt: skip
+    native = library.load()
+    direct = native.direct
+    assert direct is not None
+    options = None, causal, False, native.instruction_set, 2
+    assert direct.attend(query, key, value, out, *options) == library.DONE
+    alone = out.clone()
+    lse = direct.attend_with_lse(query, key, value, out, *options)
+    assert torch.equal(alone, out)
+    gradients = grad_query, grad_key, grad_value
+    saved = query, key, value, out, lse if at_end is None else guarded(lse, at_end)
+    assert direct.differentiate(*saved, grad_out, *gradients, *options) == library.DONE
+    return {"out": out, "lse": lse} | {
+        f"gradient {number}": gradient for number, gradient in enumerate(gradients)
+    }
 
 
 def _decode(cache: Cache, dtype: torch.dtype, at_end: bool | None) -> Results:

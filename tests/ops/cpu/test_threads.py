@@ -49,6 +49,25 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_a_backward_pass_may_be_a_threads_first_work() -> None:
+    """A step's forward pass is one thread's; the others begin with a gradient of many keys."""
+    found: Results = []
+
+    def run() -> None:
+        torch.set_num_threads(2)
+        query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 400, 16)
+        query.requires_grad_()
+        out = zeta.attention(query, key, key, backend="cpu")
+        found.extend(torch.autograd.grad(out.sum(), query))
+
+    # A thread of Python's own has a pool of its own, whose threads have not worked yet.
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(found) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("two_threads")
 def test_any_number_of_threads_gives_the_same_bits(dtype: torch.dtype) -> None:

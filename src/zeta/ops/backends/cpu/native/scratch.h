@@ -40,7 +40,7 @@ static thread_local KeptBlock kept_block;
 class Scratch {
   public:
     explicit Scratch(int64_t bytes) : is_kept_(!kept_block.is_used) {
-        bytes = round_up(bytes, 4096);
+        bytes = round_up(larger(bytes, 1), 4096);  // Of no bytes too, null would be a failure.
         if (!is_kept_) {
             data_ = static_cast<char *>(aligned_alloc(4096, bytes));
             return;
