@@ -320,3 +320,15 @@ def small_rows(quick: bool) -> Iterator[Row]:
 
                     name = f"{dtype} small{' causal' if causal else ''}"
                     yield Row(name, f"H {heads} T {length}", make, 0.95, 1.3)
+
+                def make_training(
+                    dtype: str = dtype, shape: Shape = (1, heads, length, 64)
+                ) -> Work:
+                    work = _work(shape, DTYPES[dtype], Features(), True)
+                    return dataclasses.replace(work, calls=20)
+
+                # The weights of a single token are 1, and its gradients 0.
+                if length > 1:
+                    yield Row(
+                        f"{dtype} small training", f"H {heads} T {length}", make_training, 0.95
+                    )

@@ -70,6 +70,15 @@ def test_the_native_kernel_is_described(capsys: pytest.CaptureFixture[str]) -> N
     assert f"  library      {found.path}\n" in part
     assert f"  built for    {', '.join(found.built)}\n" in part
     assert f"  runs         {found.usable[-1]}, on {torch.get_num_threads()} threads" in part
+    assert "short calls" not in part
+
+
+def test_a_torch_that_does_not_offer_its_tensors_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library.load(), "direct", None)
+    main(["doctor"])
+    assert "  short calls  take longer: this torch does not" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

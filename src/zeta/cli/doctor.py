@@ -75,6 +75,8 @@ def _describe_native() -> None:
     for name in found.processor:
         if name not in found.built:
             row("", f"the compiler that built it knew no {name}")
+    if found.direct is None:
+        row("short calls", "take longer: this torch does not offer its tensors to C")
     if "AMX" in found.usable:
         row("float32", f"precision {float32_precision()!r}")
 
