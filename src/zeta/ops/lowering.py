@@ -8,10 +8,13 @@ import operator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zeta import biases, masks
 from zeta.ops.call import AttentionCall
+from zeta.ops.transforms import is_watched
+from zeta.positions import t5_buckets
 
 MAX_REACH = 1 << 20
 """The longest offset vector worth making: beyond, a bias is no function of a bounded distance."""
@@ -160,7 +163,35 @@ def _offset_vector(call: AttentionCall, terms: tuple[biases.Bias, ...]) -> Tenso
     if not vectors:
         return None
     reach = max(1, *(term.reach(_longest(call)) for term in vectors))
-    return functools.reduce(operator.add, (t.offset_vector(reach).float() for t in vectors))
+    return functools.reduce(operator.add, (_at_offsets(t, reach).float() for t in vectors))
+
+
+def _at_offsets(term: biases.OffsetBias, reach: int) -> Tensor:
+    """``term.offset_vector(reach)``, without finding T5's buckets each time.
+
+    On a GPU they are found: what is made while a graph is recorded lasts for its replays only.
+    """
+    if not isinstance(term, biases.Bucketed) or torch.compiler.is_compiling() or is_watched():
+        return term.offset_vector(reach)
+    table, middle = term.table, term.max_distance
+    if not table.is_cpu or reach > middle:
+        return term.offset_vector(reach)
+    buckets_R = _buckets(term.bidirectional, table.shape[0], middle)
+    found: Tensor = F.embedding(buckets_R[middle - reach : middle + reach + 1], table)
+    return found.T
+
+
+@functools.lru_cache(maxsize=16)
+def _buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+    """Buckets of offsets ``-max_distance .. max_distance``, which nobody changes."""
+    # One made in inference mode could never take part in a gradient.
+    with torch.inference_mode(False):
+        return t5_buckets(
+            torch.arange(-max_distance, max_distance + 1, device="cpu"),
+            bidirectional=bidirectional,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
+        )
 
 
 def _slopes(terms: tuple[biases.Bias, ...]) -> Tensor | None:

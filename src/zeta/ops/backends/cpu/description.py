@@ -114,8 +114,7 @@ def _describe_fixed(record: Filled, tensors: Sequence[Tensor | None], kept: list
         _SLOPES.write(record, _vector(slopes, torch.float32, kept))
     for part, lengths in ((_PREFIX, prefix), (_PADDING, padding)):
         if lengths is not None:
-            bounded = lengths.to(torch.int64).clamp(0, _BEYOND)
-            part.write(record, _vector(bounded, torch.int64, kept))
+            part.write(record, _vector(lengths, torch.int64, kept))
     labels = zip(_LABELS, (document_rows, document_columns, *positions), strict=True)
     for (part, dtype), label in labels:
         if label is not None:
@@ -127,7 +126,8 @@ def _describe_fixed(record: Filled, tensors: Sequence[Tensor | None], kept: list
 
 def _vector(tensor: Tensor, dtype: torch.dtype, kept: list[Tensor]) -> int:
     """The address of the tensor's numbers, contiguous and of that dtype."""
-    tensor = tensor.detach().to(dtype).contiguous()
+    if tensor.dtype != dtype or not tensor.is_contiguous():
+        tensor = tensor.detach().to(dtype).contiguous()
     kept.append(tensor)
     return tensor.data_ptr()
 

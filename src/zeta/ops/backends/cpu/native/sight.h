@@ -17,7 +17,7 @@ struct Sight {
     Sight(const ZetaCall &call, int64_t batch)
         : is_causal(call.causal),
           window(call.window),
-          prefix(call.prefix_B ? call.prefix_B[batch] : -1),
+          prefix(call.prefix_B ? larger(0, call.prefix_B[batch]) : -1),
           padding(INT32_MAX),
           target(call.target),
           source(call.source),

@@ -1,0 +1,54 @@
+"""Masks and biases taken apart: T5's offset vectors by buckets that are found once."""
+
+import pytest
+import torch
+
+from zeta import attention, biases
+from zeta.ops.call import AttentionCall
+from zeta.ops.lowering import lower
+
+
+def lowered(table: torch.Tensor, length: int, **options: object) -> torch.Tensor:
+    query = torch.zeros(1, table.shape[1], length, 8, device="cpu")
+    bias = biases.Bucketed(table, **options)  # type: ignore[arg-type]
+    found = lower(AttentionCall.checked(query, query, query, bias=bias)).offsets
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("length", [1, 5, 40, 41, 90])
+def test_the_vector_of_a_t5_bias(length: int, bidirectional: bool) -> None:
+    table = torch.randn(16, 2)
+    bias = biases.Bucketed(table, bidirectional=bidirectional, max_distance=40)
+    expected = bias.offset_vector(bias.reach(length))
+    found = lowered(table, length, bidirectional=bidirectional, max_distance=40)
+    assert torch.equal(found, expected)
+
+
+def test_the_vector_of_two_t5_biases_that_reach_differently_far() -> None:
+    near, far = torch.randn(8, 2), torch.randn(32, 2)
+    query = torch.randn(1, 2, 150, 8)
+    bias = biases.Bucketed(near, max_distance=10) + biases.Bucketed(far, max_distance=100)
+    found = attention(query, query, query, bias=bias, backend="cpu")
+    torch.testing.assert_close(
+        found, attention(query, query, query, bias=bias, backend="reference")
+    )
+
+
+def test_buckets_found_in_inference_mode_serve_a_gradient() -> None:
+    # Of a number of buckets that no other test uses: they are found here.
+    table = torch.randn(22, 2)
+    with torch.inference_mode():
+        lowered(table, 30, max_distance=77)
+    learned = table.clone().requires_grad_()
+    lowered(learned, 30, max_distance=77).sum().backward()
+    assert learned.grad is not None
+    assert learned.grad.sum() == 2 * 61
+
+
+def test_under_a_default_device_they_are_found_on_the_cpu() -> None:
+    table = torch.randn(26, 2)
+    with torch.device("meta"):
+        found = lowered(table, 9, max_distance=31)
+    assert torch.equal(found, lowered(table, 9, max_distance=31))
