@@ -8,7 +8,7 @@ constexpr int64_t TILE_KEYS = 256;
 // exponentials are at most 2^8 times too large.
 constexpr float RESCALE_FROM = 5.5f;
 
-constexpr int64_t FEW_TASKS = 4, LEAST_QUERIES = 32;
+constexpr int64_t FEW_TASKS = 4, LEAST_QUERIES = 64;
 
 // Queries of a block: fewer than usual where there is too little else to share out among threads.
 inline int64_t queries_of_block(const ZetaCall &call) {

@@ -49,6 +49,12 @@ def tile_start(index, low, one, two, three, four, BLOCK: tl.constexpr, CLEAN: tl
 
 
 @triton.jit
+def load_length(lengths, sizes, batch):
+    """A number of keys, in 32 bits: whoever means all of them may give any that is large enough."""
+    return tl.minimum(tl.maximum(tl.load(lengths + batch), 0), sizes.keys).to(tl.int32)
+
+
+@triton.jit
 def column_parts(score, sizes, batch, row0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The six ends of the parts of the loop over key columns, for a tile of query rows."""
     first = row0 + (sizes.keys - sizes.queries)
@@ -63,11 +69,11 @@ def column_parts(score, sizes, batch, row0, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
         clean_high = low
     else:
         if score.padding is not None:
-            length = tl.load(score.padding + batch).to(tl.int32)
+            length = load_length(score.padding, sizes, batch)
             high = tl.minimum(high, length)
             clean_high = tl.minimum(clean_high, length)
         if score.prefix is not None:
-            prefix = tl.load(score.prefix + batch).to(tl.int32)
+            prefix = load_length(score.prefix, sizes, batch)
             high = tl.minimum(high, tl.maximum(last + 1, prefix))
             clean_high = tl.minimum(clean_high, tl.maximum(first + 1, prefix))
         if score.causal:
@@ -108,7 +114,7 @@ def row_parts(score, sizes, batch, column0, BLOCK_M: tl.constexpr, BLOCK_N: tl.c
         clean_high = low
     else:
         if score.prefix is not None:
-            prefix = tl.load(score.prefix + batch).to(tl.int32) - shift
+            prefix = load_length(score.prefix, sizes, batch) - shift
             low = tl.where(first < prefix, low, tl.maximum(low, floor_to(first, BLOCK_M)))
             clean_low = tl.where(last < prefix, low, tl.maximum(low, ceil_to(last, BLOCK_M)))
         if score.causal:
