@@ -7,6 +7,8 @@ import torch
 
 from tests.ops.cases import CASES, Case, assert_within_bound, reasons, widened
 from zeta import BackendUnsupported, attention, masks
+from zeta.ops.attention import run_with_weights
+from zeta.ops.call import AttentionCall
 
 EXACT = ("reference", "chunked")
 """The backends that must do every call."""
@@ -81,6 +83,17 @@ def test_output_and_weights_at_once(case: Case, dtype: torch.dtype, reduce: str 
     actual = case.run_both(made, "cpu", reduce)
     low = case.run_both(made, "reference", reduce)
     assert_within_bound(actual, low, case.run_both(widened(made), "reference", reduce))
+
+
+def test_nan_that_no_query_sees_stays_out_of_an_output_with_weights() -> None:
+    query, key, value = (torch.randn(1, 2, 300, 16) for _ in range(3))
+    key[:, :, 150:] = value[:, :, 150:] = float("nan")
+    call = AttentionCall.checked(query, key, value, mask=masks.Causal())
+    out, weights = run_with_weights(call, mean=False, backend="cpu")
+    alone = attention(query, key, value, mask=masks.Causal(), backend="cpu")
+    assert torch.equal(out.isfinite(), alone.isfinite())
+    assert out[:, :, :90].isfinite().all()
+    assert weights[:, :, :150].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", EXACT)

@@ -45,6 +45,7 @@ def test_shapes_that_do_not_fit(shapes: dict[str, tuple[int, ...]], words: str) 
     ("arguments", "error", "words"),
     [
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\); got 1.0"),
+        ({"dropout_p": None}, TypeError, "'float' and 'NoneType'"),
         ({"dropout_p": -0.1}, ValueError, "got -0.1"),
         ({"dropout_p": float("nan")}, ValueError, "got nan"),
         ({"mask": torch.ones(5, 7)}, TypeError, "masks.keep.*got a torch.float32 tensor"),

@@ -5,7 +5,7 @@ import torch
 
 from zeta import attention, biases
 from zeta.ops.call import AttentionCall
-from zeta.ops.lowering import lower
+from zeta.ops.lowering import _buckets, lower
 
 
 def lowered(table: torch.Tensor, length: int, **options: object) -> torch.Tensor:
@@ -34,6 +34,12 @@ def test_the_vector_of_two_t5_biases_that_reach_differently_far() -> None:
     torch.testing.assert_close(
         found, attention(query, query, query, bias=bias, backend="reference")
     )
+
+
+def test_buckets_of_a_reach_without_end_are_not_kept() -> None:
+    before = _buckets.cache_info().misses
+    lowered(torch.randn(16, 2), 4, max_distance=2**40)
+    assert _buckets.cache_info().misses == before
 
 
 def test_buckets_found_in_inference_mode_serve_a_gradient() -> None:

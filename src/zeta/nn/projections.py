@@ -8,6 +8,9 @@ from torch.nn.modules import module as torch_module
 
 from zeta.ops.projection import FEW, Layer, project_few, project_few_heads
 
+_FORWARD = nn.Linear.forward
+"""As torch has it; who replaces it is asked."""
+
 
 def project_heads(
     x: Tensor, modules: Sequence[nn.Module], head_dim: int
@@ -50,7 +53,9 @@ def _plain_layers(x: Tensor, modules: Sequence[nn.Module]) -> list[Layer] | None
         if layer is None or (has_gradients and layer[0].requires_grad):
             return None
         layers.append(layer)
-    return None if torch_module._has_any_global_hook() else layers
+    if nn.Linear.forward is not _FORWARD or torch_module._has_any_global_hook():
+        return None
+    return layers
 
 
 def _plain_linear(module: nn.Module) -> Layer | None:

@@ -9,8 +9,18 @@ import torch
 from torch import Tensor
 
 
+def written_out(tensor: Tensor) -> Tensor:
+    """The tensor, copied if its memory does not hold its numbers: negated ones, zeros that are none
+    anywhere.
+    """
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
 def rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied unless its last dimension is dense."""
+    """The tensor, written out, copied unless its last dimension is dense."""
+    tensor = written_out(tensor)
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 

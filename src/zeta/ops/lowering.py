@@ -20,6 +20,10 @@ MAX_REACH = 1 << 20
 """The longest offset vector worth making: beyond, a bias is no function of a bounded distance."""
 
 
+MAX_KEPT_REACH = 1 << 13
+"""The longest reach of a T5 bias whose buckets are kept: 128 kB."""
+
+
 class Lowered(NamedTuple):
     """A call's mask and bias, taken apart.
 
@@ -174,7 +178,7 @@ def _at_offsets(term: biases.OffsetBias, reach: int) -> Tensor:
     if not isinstance(term, biases.Bucketed) or torch.compiler.is_compiling() or is_watched():
         return term.offset_vector(reach)
     table, middle = term.table, term.max_distance
-    if not table.is_cpu or reach > middle:
+    if not table.is_cpu or not reach <= middle <= MAX_KEPT_REACH:
         return term.offset_vector(reach)
     buckets_R = _buckets(term.bidirectional, table.shape[0], middle)
     found: Tensor = F.embedding(buckets_R[middle - reach : middle + reach + 1], table)

@@ -52,7 +52,7 @@ def _is_for_torch(x: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether something watches. Classes and devices the backend looks at itself."""
     if torch.compiler.is_compiling() or is_watched() or torch.is_autocast_enabled("cpu"):
         return True
-    if torch._C._len_torch_function_stack() > 0:
+    if not x.is_cpu or x.is_neg() or torch._C._len_torch_function_stack() > 0:
         return True
     if not torch.is_grad_enabled():
         return False

@@ -23,7 +23,18 @@ def is_watched() -> bool:
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or has_dispatch_modes()
+    )
+
+
+def has_dispatch_modes() -> bool:
+    """Whether one of torch's dispatch modes must see each operator."""
+    if torch._C._len_torch_dispatch_stack():
+        return True
+    # `make_fx` before dispatch has a stack of its own for them, beside a mode of the other kind.
+    return (
+        torch._C._len_torch_function_stack() > 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() > 0
     )
 
 

@@ -3,6 +3,7 @@
 import platform
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,15 @@ def test_a_broken_file_is_no_library(elsewhere: Path) -> None:
     elsewhere.write_bytes(b"\x7fELF, and then nothing")
     (reason,) = cpu.unsupported(_call())
     assert reason.startswith("the native library cannot be loaded: ")
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no compiler")
+def test_a_library_without_direct_calls_is_of_another_version(elsewhere: Path) -> None:
+    source = elsewhere.with_suffix(".c")
+    source.write_text(f"long zeta_abi_bytes(void) {{ return {layout.NUM_BYTES}; }}")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", elsewhere, source], check=True)
+    (reason,) = cpu.unsupported(_call())
+    assert reason.endswith("is of another version: it has no direct calls")
 
 
 def test_an_old_processor_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,17 @@ def test_modules_that_do_more_than_multiply_are_called() -> None:
         handle.remove()
 
 
+@torch.no_grad()
+def test_a_linear_layer_that_somebody_replaced_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, layer = torch.randn(1, 1, 8), nn.Linear(8, 8)
+    expected = 2 * layer(x)
+    monkeypatch.setattr(
+        nn.Linear, "forward", lambda self, x: 2 * F.linear(x, self.weight, self.bias)
+    )
+    torch.testing.assert_close(project_module(x, layer), expected)
+    assert project_heads(x, [layer], 4) is None
+
+
 def test_a_step_of_the_module_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """All four projections of a self-attention, in two passes; one of a cross-attention's query."""
     calls: list[int] = []

@@ -50,6 +50,25 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("target", [60, 128, 200])
+@pytest.mark.parametrize(
+    "mask", [None, masks.Causal(), masks.SlidingWindow(600), masks.SlidingWindow(50)], ids=str
+)
+def test_one_head_gives_the_same_bits_on_any_number_of_threads(
+    mask: masks.Mask | None, target: int, dtype: torch.dtype
+) -> None:
+    """Its queries are cut finer than those of many heads; tiles of keys begin where they see."""
+    query, key = torch.randn(1, 1, target, 40).to(dtype), torch.randn(1, 1, 1100, 40).to(dtype)
+    found = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        found.append(zeta.attention(query, key, key, mask=mask, backend="cpu"))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_a_backward_pass_may_be_a_threads_first_work() -> None:
     """A step's forward pass is one thread's; the others begin with a gradient of many keys."""
     found: Results = []

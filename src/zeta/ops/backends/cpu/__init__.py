@@ -14,11 +14,13 @@ from zeta.ops.backends.cpu.description import DTYPES, LAST_POSITION, Fixed
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
 from zeta.ops.precision import float32_precision
-from zeta.ops.transforms import reasons_of_opaque
+from zeta.ops.transforms import has_dispatch_modes, reasons_of_opaque
 
 NAME = "cpu"
 
 MAX_HEAD_DIM = 256
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def unsupported(call: AttentionCall) -> list[str]:
@@ -60,7 +62,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     lowered = lower(call)
     operands = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
     fixed = (*lowered.fixed(), _is_high(call))
-    if not _is_eager(call.query):
+    if not _are_eager(operands):
         from zeta.ops.backends.cpu import operators
 
         out, lse = operators.attention(*operands, *fixed)
@@ -94,7 +96,7 @@ def weights(call: AttentionCall) -> Tensor:
     mean = call.result == "mean_weights"
     fixed = (*lowered.fixed(), _is_high(call))
     found: Tensor
-    if not _is_eager(call.query):
+    if not _are_eager(operands):
         from zeta.ops.backends.cpu import operators
 
         found, _ = operators.weights(*operands, mean, *fixed)
@@ -111,7 +113,7 @@ def run_with_weights(call: AttentionCall, mean: bool) -> tuple[Tensor, Tensor] |
         return None
     lowered = lower(call)
     operands = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
-    if _is_learned(operands):
+    if _is_learned(operands) or not _are_eager(operands):
         return None
     return passes.output_and_weights(*operands, mean, Fixed(*lowered.fixed(), _is_high(call)))
 
@@ -122,9 +124,16 @@ def _is_high(call: AttentionCall) -> bool:
 
 def _is_eager(tensor: Tensor) -> bool:
     """Whether nothing traces or watches what is computed: the library may run on the spot."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or has_dispatch_modes():
         return False
-    return type(tensor) in (Tensor, torch.nn.Parameter)
+    return type(tensor) in _PLAIN
+
+
+def _are_eager(operands: tuple[Tensor | None, ...]) -> bool:
+    assert operands[0] is not None
+    return _is_eager(operands[0]) and all(
+        tensor is None or type(tensor) in _PLAIN for tensor in operands
+    )
 
 
 def _is_learned(operands: tuple[Tensor | None, ...]) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zeta.ops.backends.cpu.layout import NUM_BYTES, Part, Record
+from zeta.ops.buffers import written_out
 from zeta.ops.dropout import threshold
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -25,6 +26,21 @@ _BEYOND = 2**31 - 1
 """A length or a window that hides nothing."""
 
 Filled = ctypes.Array[ctypes.c_char]
+
+
+def address(tensor: Tensor) -> int:
+    """Where the tensor's numbers begin.
+
+    Raises:
+        RuntimeError: Nowhere.
+    """
+    found = tensor.data_ptr()
+    if not found and tensor.numel():
+        raise RuntimeError(
+            f"a {type(tensor).__name__} of shape {tuple(tensor.shape)} has no memory of its own: "
+            "its storage was given back, or its class keeps the numbers elsewhere"
+        )
+    return found
 
 
 class Fixed(NamedTuple):
@@ -59,12 +75,12 @@ def describe(
     if value is None:
         value_dim, value_rows = 0, (0, 0, 0, 0)
     else:
-        value_dim, value_rows = value.shape[3], (value.data_ptr(), *value.stride()[:3])
+        value_dim, value_rows = value.shape[3], (address(value), *value.stride()[:3])
     _HEAD.write(
         record,
         NUM_BYTES, DTYPES[query.dtype], fixed.high, instruction_set, torch.get_num_threads(),
         batch, heads, key_heads, target, source, head_dim, value_dim,
-        query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3], *value_rows,
+        address(query), *query.stride()[:3], address(key), *key.stride()[:3], *value_rows,
         fixed.scale, fixed.causal, min(fixed.window, _BEYOND),
     )  # fmt: skip
     return record
@@ -87,9 +103,10 @@ def describe_scores(
         assert offsets.shape == (_HEADS.read(record)[0], offsets.shape[1] | 1)
         _OFFSETS.write(record, _vector(offsets, torch.float32, kept), offsets.shape[1] // 2)
     if dense is not None:
+        dense = written_out(dense)
         if dense.dtype not in DTYPES:
             dense = dense.float()
-            kept.append(dense)
+        kept.append(dense)
         describe_plane(record, DENSE, dense)
     if fixed.dropout_p:
         seed = fixed.tensors[-1]
@@ -99,13 +116,13 @@ def describe_scores(
 
 
 def describe_plane(record: Filled, part: Part, tensor: Tensor) -> None:
-    """Write a tensor that broadcasts to ``(B, H, T, S)``."""
+    """Write a tensor, kept by the caller, that broadcasts to ``(B, H, T, S)``."""
     strides = [
         0 if size == 1 else stride
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
     dtype = 0 if tensor.dtype == torch.uint8 else DTYPES[tensor.dtype]
-    part.write(record, tensor.data_ptr(), dtype, *strides)
+    part.write(record, address(tensor), dtype, *strides)
 
 
 def _describe_fixed(record: Filled, tensors: Sequence[Tensor | None], kept: list[Tensor]) -> None:
@@ -126,10 +143,11 @@ def _describe_fixed(record: Filled, tensors: Sequence[Tensor | None], kept: list
 
 def _vector(tensor: Tensor, dtype: torch.dtype, kept: list[Tensor]) -> int:
     """The address of the tensor's numbers, contiguous and of that dtype."""
+    tensor = written_out(tensor)
     if tensor.dtype != dtype or not tensor.is_contiguous():
         tensor = tensor.detach().to(dtype).contiguous()
     kept.append(tensor)
-    return tensor.data_ptr()
+    return address(tensor)
 
 
 _HEADS = Part("heads")

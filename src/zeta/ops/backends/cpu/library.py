@@ -67,6 +67,8 @@ class Library:
                 f"{path} is of another version: its calls have {size()} bytes, "
                 f"not {layout.NUM_BYTES}"
             )
+        if not hasattr(functions, "zeta_meet_torch"):
+            raise OSError(f"{path} is of another version: it has no direct calls")
         self.path = path
         self.forward = _pass(functions, "zeta_forward")
         self.backward = _pass(functions, "zeta_backward")

@@ -12,12 +12,13 @@ from zeta.ops.backends.cpu import library
 from zeta.ops.backends.cpu.description import (
     Filled,
     Fixed,
+    address,
     describe,
     describe_plane,
     describe_scores,
 )
 from zeta.ops.backends.cpu.layout import Part
-from zeta.ops.buffers import empty_rows, rows
+from zeta.ops.buffers import empty_rows, rows, written_out
 
 DECODED_ROWS = 16
 """Up to so many queries that share a key head, keys are read once for all of them."""
@@ -111,10 +112,10 @@ def backward(
     query, key, value, out, grad_out = map(rows, (*operands, grad_out))
     lse = lse.contiguous()  # As it was made; but who saved it may have packed it otherwise.
     record = describe(query, key, value, fixed, library.load().instruction_set)
-    _OUT.write(record, out.data_ptr(), *out.stride()[:3], lse.data_ptr())
-    grad_lse = None if grad_lse is None else grad_lse.float().contiguous()
-    incoming_lse = 0 if grad_lse is None else grad_lse.data_ptr()
-    _GRAD_OUT.write(record, grad_out.data_ptr(), *grad_out.stride()[:3], incoming_lse)
+    _OUT.write(record, address(out), *out.stride()[:3], address(lse))
+    grad_lse = None if grad_lse is None else written_out(grad_lse).float().contiguous()
+    incoming_lse = 0 if grad_lse is None else address(grad_lse)
+    _GRAD_OUT.write(record, address(grad_out), *grad_out.stride()[:3], incoming_lse)
     return _gradients(record, (query, key, value), offsets, dense, fixed, needed)
 
 
@@ -184,12 +185,12 @@ def weights_backward(
     needed: tuple[bool, bool],
 ) -> Gradients:
     """Gradients of `weights`."""
-    query, key, grad_weights = rows(query), rows(key), grad_weights.contiguous()
+    query, key, grad_weights = rows(query), rows(key), rows(grad_weights).contiguous()
     lse = lse.contiguous()
     record = describe(query, key, None, fixed, library.load().instruction_set)
     _MEAN.write(record, grad_weights.dim() == 3)
-    _GRAD_WEIGHTS.write(record, grad_weights.data_ptr())
-    _LSE.write(record, lse.data_ptr())
+    _GRAD_WEIGHTS.write(record, address(grad_weights))
+    _LSE.write(record, address(lse))
     return _gradients(record, (query, key), offsets, dense, fixed, needed)
 
 

@@ -45,6 +45,9 @@ def attend(
         return None
     if not type(key) is type(value) is Tensor:
         return None
+    # What is negated is so on paper only, and C would not see it.
+    if query.is_neg() or key.is_neg() or value.is_neg():
+        return None
     if precision not in _PRECISIONS or library.obstacle() is not None:
         return None
     native = library.load()

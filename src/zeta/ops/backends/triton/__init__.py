@@ -49,11 +49,10 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     from zeta.ops.backends.triton import operators
 
     lowered = lower(call)
-    eager = operators.is_eager(call.query)
+    given = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
+    eager = all(operators.is_eager(tensor) for tensor in given if tensor is not None)
     run_one = operators.EagerAttention.apply if eager else operators.attention
-    out, lse, _ = run_one(  # type: ignore[no-untyped-call]
-        call.query, call.key, call.value, lowered.offsets, lowered.dense, *lowered.fixed()
-    )
+    out, lse, _ = run_one(*given, *lowered.fixed())  # type: ignore[no-untyped-call]
     return out, lse
 
 

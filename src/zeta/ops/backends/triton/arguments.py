@@ -27,6 +27,7 @@ from zeta.ops.backends.triton.kernels.operands import (
     Sizes,
     Softcap,
 )
+from zeta.ops.buffers import written_out
 
 LOG2E = 1.4426950408889634
 PAD = 256
@@ -52,6 +53,7 @@ def rows_operand(tensor: Tensor) -> Rows:
 
 
 def plane_operand(tensor: Tensor) -> Plane:
+    tensor = written_out(tensor)
     strides = (
         0 if size == 1 else stride
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)

@@ -177,7 +177,7 @@ inline void forward_block(ForwardBlock<Operands> &block, const Scores &scores,
 // A task is a key head and all that look at it; it packs for itself.
 template <class Operands>
 inline int64_t forward_by_heads(const ZetaCall &call, const OffsetTable &offsets) {
-    const int64_t group = call.heads / call.key_heads;
+    const int64_t group = call.heads / call.key_heads, queries = queries_of_block(call);
     Pieces count(nullptr);
     PackedHead<Operands>::plan(count, call);
     ForwardBlock<Operands>::plan(count, call);
@@ -198,8 +198,8 @@ inline int64_t forward_by_heads(const ZetaCall &call, const OffsetTable &offsets
             packed.pack(call, sight, batch, key_head, 0, call.source);
             for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
                 const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
-                for (int64_t first = 0; first < call.target; first += BLOCK_QUERIES)
-                    forward_block(block, scores, packed, first, BLOCK_QUERIES);
+                for (int64_t first = 0; first < call.target; first += queries)
+                    forward_block(block, scores, packed, first, queries);
             }
         }
     });

@@ -26,7 +26,8 @@ struct Operand : DLTensor {
             PyErr_Clear();
             return false;
         }
-        return device_type == kDLCPU && lanes == 1 && dtype() >= 0;
+        // Null: nothing of it is in memory, or nowhere that C could find it.
+        return data && device_type == kDLCPU && lanes == 1 && dtype() >= 0;
     }
 
     int64_t dtype() const {
@@ -102,12 +103,11 @@ struct Owned {
 
     void *data() const { return managed.tensor.data; }
 
-    // Torch's tensor of it, which takes it; null, with Python's error set, where torch refuses.
+    // Torch's tensor of it, which takes it whatever happens; null, with Python's error set, where torch
+    // fails.
     PyObject *give() {
         PyObject *object = nullptr;
-        if (!exchange->object_from_managed(&managed, &object)) return object;
-        free(this);
-        return nullptr;
+        return exchange->object_from_managed(&managed, &object) ? nullptr : object;
     }
 };
 static_assert(sizeof(Owned) <= Owned::BEFORE && offsetof(Owned, managed) == 0);

@@ -162,7 +162,9 @@ inline void add_up_values(WeightsBlock<Operands> &block, const WeightsPlan &plan
     const ZetaCall &call = scores.call;
     clear(block.sums, queries.count * block.sum_stride);
     for_tiles(block, call, [&](int64_t first, int64_t count, bool is_seen) {
-        if (!is_seen) return;
+        // Not what lies behind the last key that is seen: it may be NaN.
+        count = smaller(count, queries.keys.high - first);
+        if (!is_seen || count <= 0) return;
         block.weights.take(block.scores + first, plan.stride, queries.count, count);
         Operands::make_outputs(block.weights, queries.count, values, first, count, block.sums,
                                block.sum_stride, true);
