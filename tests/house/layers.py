@@ -15,7 +15,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "zeta": (
         ("cli",),
         ("",),
-        ("bench", "examples", "plots", "convert", "distributed"),
+        ("bench", "examples", "plots", "convert"),
         ("integrations",),
         ("generation",),
         ("nn",),
@@ -30,7 +30,8 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("stored", "plain"),
         ("weights", "backends", "sinks"),
         ("deferred", "reading"),
-        ("parts", "dropout", "transforms", "lowering", "buffers"),
+        ("parts", "dropout", "lowering"),
+        ("transforms", "buffers"),
         ("call",),
         ("precision",),
     ),
