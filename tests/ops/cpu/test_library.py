@@ -67,7 +67,8 @@ def test_the_numbers_are_those_of_the_headers() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in HEADER.parent.glob("*.h"))
     numbers = {
         "ZETA_MOST_FEATURES": cpu.MAX_HEAD_DIM,
-        "ZETA_STEP_ROWS": passes.DECODED_ROWS,
+        "ZETA_STEP_ROWS": passes.STEP_ROWS,
+        "ZETA_STEP_ROWS_BESIDE_TILES": passes.STEP_ROWS_BESIDE_TILES,
         "ZETA_MOST_ROWS": projection.MOST_ROWS,
         "ZETA_DONE": library.DONE,
         "ZETA_NO_MEMORY": library.NO_MEMORY,

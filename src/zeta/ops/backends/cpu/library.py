@@ -81,6 +81,12 @@ class Library:
         self.has_tiles = INSTRUCTION_SETS[-1] in self.processor
         self.instruction_set = 0
 
+    @property
+    def multiplies_tiles(self) -> bool:
+        """Whether what runs is made of tiles (AMX)."""
+        number = self.instruction_set or len(INSTRUCTION_SETS)
+        return number == len(INSTRUCTION_SETS) and INSTRUCTION_SETS[-1] in self.usable
+
 
 def _pass(functions: ctypes.CDLL, name: str) -> Pass:
     function = getattr(functions, name)

@@ -20,8 +20,8 @@ from zeta.ops.backends.cpu.description import (
 from zeta.ops.backends.cpu.layout import Part
 from zeta.ops.buffers import empty_rows, rows, written_out
 
-DECODED_ROWS = 16
-"""Up to so many queries that share a key head, keys are read once for all of them."""
+STEP_ROWS, STEP_ROWS_BESIDE_TILES = 48, 16
+"""As in ``native/abi.h``."""
 
 ONCE = "the backend 'cpu' differentiates once; for second derivatives use backend='reference'"
 
@@ -49,9 +49,15 @@ def forward(
     return _forward(query, key, value, offsets, dense, fixed, lse), lse
 
 
+def step_rows() -> int:
+    """Up to so many queries that share a key head, keys are read once for all of them."""
+    has_tiles = library.obstacle() is None and library.load().multiplies_tiles
+    return STEP_ROWS_BESIDE_TILES if has_tiles else STEP_ROWS
+
+
 def is_step(query: Tensor, key: Tensor) -> bool:
-    """Whether there are so few queries that each key is read once for all that share it."""
-    return query.shape[2] * query.shape[1] <= DECODED_ROWS * key.shape[1]
+    """Whether there are no more queries than that."""
+    return query.shape[2] * query.shape[1] <= step_rows() * key.shape[1]
 
 
 def step(

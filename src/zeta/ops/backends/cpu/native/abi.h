@@ -43,8 +43,9 @@ typedef struct {
     int64_t batch;
 } ZetaLabels;
 
-// The most features of a head; so many queries that share a key head are a step for zeta_decode.
-enum { ZETA_MOST_FEATURES = 256, ZETA_STEP_ROWS = 16 };
+// The most features of a head; up to so many queries that share a key head, zeta_decode is faster than
+// zeta_forward, beside whose tiles (AMX) it is so for fewer.
+enum { ZETA_MOST_FEATURES = 256, ZETA_STEP_ROWS = 48, ZETA_STEP_ROWS_BESIDE_TILES = 16 };
 
 typedef struct {
     int64_t bytes;  // sizeof(ZetaCall)

@@ -347,7 +347,9 @@ inline int64_t decode_in(const ZetaCall &call) {
     if (call.offsets_HR)
         offsets = make_offsets(call, shared.offsets);
     const int64_t row_bytes = (call.head_dim + call.value_dim) * static_cast<int64_t>(sizeof(K));
-    const bool is_small = heads * call.source * row_bytes < ALONE_BYTES;
+    // Eight rows take about as long as it takes to read the keys.
+    const bool is_small =
+        heads * call.source * row_bytes * larger(1, plan.rows / 8) < ALONE_BYTES;
     int64_t answer = ZETA_DONE;
     run_on_threads(heads * plan.parts, is_small ? 1 : call.num_threads, [&](Tasks &tasks) {
         Scratch scratch(block_count.bytes());

@@ -80,8 +80,13 @@ bool read_lse(ZetaCall &call, PyObject *object) {
 }
 
 int64_t run_attention(const ZetaCall &call) {
-    const bool is_step = call.target * call.heads <= ZETA_STEP_ROWS * call.key_heads;
-    return run_beside_python([&] { return is_step ? zeta_decode(&call) : zeta_forward(&call); });
+    const ZetaPasses *passes = zeta_passes_of(call.isa);
+    if (!passes) return ZETA_NO_PROCESSOR;
+    const int64_t most =
+        passes == &zeta_passes_amx ? ZETA_STEP_ROWS_BESIDE_TILES : ZETA_STEP_ROWS;
+    const ZetaPass pass =
+        call.target * call.heads <= most * call.key_heads ? passes->decode : passes->forward;
+    return run_beside_python([&] { return pass(&call); });
 }
 
 // attend(query, key, value, out, options ...)
