@@ -101,9 +101,14 @@ def tolerance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """How close a case must come, with Zeta's op or with one that rounds as TorchScale does."""
     if request.param == "zeta":
         return ERROR_OF_A_FLOAT32_SOFTMAX
-    monkeypatch.setattr(
-        "zeta.nn.attention.run", lambda call: (textbook_weights(call) @ call.value, None)
-    )
+
+    def with_weights(call: AttentionCall, *, mean: bool = False) -> tuple[Tensor, Tensor]:
+        assert not mean
+        weights = textbook_weights(call)
+        return weights @ call.value, weights
+
+    monkeypatch.setattr("zeta.nn.calls.run", with_weights)
+    monkeypatch.setattr("zeta.nn.calls.run_with_weights", with_weights)
     monkeypatch.setattr("zeta.nn.calls.run_weights", textbook_weights)
     return (
         EXACT

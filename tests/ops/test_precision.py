@@ -43,6 +43,7 @@ class Spy:
     def __init__(self, native: library.Library) -> None:
         self.seen: list[float] = []
         self.usable, self.instruction_set = native.usable, native.instruction_set
+        self.multiplies_tiles = native.multiplies_tiles
         for name in ("forward", "backward", "weights", "decode"):
             setattr(self, name, self._wrapped(getattr(native, name)))
 
@@ -58,7 +59,7 @@ class Spy:
 def test_it_reaches_every_pass(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(library.load())
     monkeypatch.setattr(library, "load", lambda: spy)
-    query = torch.randn(1, 2, 40, 16, dtype=dtype, requires_grad=True)
+    query = torch.randn(1, 2, 60, 16, dtype=dtype, requires_grad=True)
     high = dtype == torch.float32
 
     def run(**options: Any) -> set[float]:
