@@ -1,8 +1,19 @@
 """Fixtures of the op."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from zeta.ops.backends.chunked import blocks
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """What a backend allocates is full of NaN until it writes there."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

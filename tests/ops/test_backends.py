@@ -1,7 +1,5 @@
 """Every backend on one grid: outputs and all gradients against the reference in float64."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -26,14 +24,6 @@ OF_WEIGHTS = [
     *(("chunked", case, dtype) for case in CASES for dtype in DTYPES[:3]),
     *(("cpu", case, dtype) for case in CPU_CASES for dtype in DTYPES[1:]),
 ]
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """What a backend allocates is full of NaN until it writes there."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _id(value: object) -> str:

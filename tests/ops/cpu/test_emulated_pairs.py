@@ -47,14 +47,11 @@ def _id(value: object) -> str:
     return value.name if isinstance(value, Case) else str(value)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("case", [*TAKEN, TILED], ids=_id)
 def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
     made = case.tensors(dtype)
-    torch.use_deterministic_algorithms(True)  # What is allocated is full of NaN.
-    try:
-        actual = case.run(made, "cpu")
-    finally:
-        torch.use_deterministic_algorithms(False)
+    actual = case.run(made, "cpu")
     low, oracle = case.run(made, "reference"), case.run(widened(made), "reference")
     assert_within_bound(actual, low, oracle)
 

@@ -127,6 +127,18 @@ def check(answer: int) -> None:
     raise MemoryError(message) if answer == NO_MEMORY else RuntimeError(message)
 
 
+def is_done(answer: int) -> bool:
+    """Whether a direct call was computed; otherwise it is for the longer way.
+
+    Raises:
+        MemoryError, RuntimeError: As `check`.
+    """
+    if answer == NOT_PLAIN:
+        return False
+    check(answer)
+    return True
+
+
 @functools.cache
 def load() -> Library:
     """The library; the same one each time.

@@ -171,9 +171,8 @@ def _weights(
     record = describe(query, key, value, fixed, native.instruction_set)
     kept = describe_scores(record, offsets, dense, fixed)
     _WEIGHTS.write(record, mean, found.data_ptr())
-    _LSE.write(record, lse.data_ptr())
-    if out is not None:
-        _OUT.write(record, out.data_ptr(), *out.stride()[:3], lse.data_ptr())
+    to_out = (0, 0, 0, 0) if out is None else (out.data_ptr(), *out.stride()[:3])
+    _OUT.write(record, *to_out, lse.data_ptr())
     answer = native.weights(record)
     del kept
     library.check(answer)

@@ -41,10 +41,7 @@ def project(x: Tensor, layer: Layer) -> Tensor | None:
     features = weight.shape[0]
     out = torch.empty_like(x) if features == x.shape[-1] else x.new_empty((*x.shape[:-1], features))
     answer = direct.project(x, out, *options, weight, bias)
-    if answer == library.NOT_PLAIN:
-        return None
-    library.check(answer)
-    return out
+    return out if library.is_done(answer) else None
 
 
 def project_heads(x: Tensor, layers: Sequence[Layer], head_dim: int) -> tuple[Tensor, ...] | None:
@@ -59,11 +56,7 @@ def project_heads(x: Tensor, layers: Sequence[Layer], head_dim: int) -> tuple[Te
     if direct is None:
         return None
     found = direct.project_heads(x, head_dim, *options, *chain.from_iterable(layers))
-    if type(found) is tuple:
-        return found
-    if found != library.NOT_PLAIN:
-        library.check(found)
-    return None
+    return found if type(found) is tuple or library.is_done(found) else None
 
 
 def _ways(x: Tensor) -> tuple[library.DirectCalls | None, tuple[int, int, int]]:

@@ -7,6 +7,11 @@ constexpr int64_t WANTED_TASKS = 64;
 constexpr int64_t LEAST_KEYS = 256;     // of a part
 constexpr int64_t ALONE_BYTES = 1 << 17;  // as much as one thread reads before others wake up
 
+// Of so many bytes that so many rows meet. Eight rows take about as long as it takes to read them.
+inline bool is_for_one_thread(int64_t bytes, int64_t rows) {
+    return bytes * larger(1, rows / 8) < ALONE_BYTES;
+}
+
 // How a call is cut.
 struct DecodePlan {
     int64_t group, rows, padded_rows, parts;
@@ -347,9 +352,7 @@ inline int64_t decode_in(const ZetaCall &call) {
     if (call.offsets_HR)
         offsets = make_offsets(call, shared.offsets);
     const int64_t row_bytes = (call.head_dim + call.value_dim) * static_cast<int64_t>(sizeof(K));
-    // Eight rows take about as long as it takes to read the keys.
-    const bool is_small =
-        heads * call.source * row_bytes * larger(1, plan.rows / 8) < ALONE_BYTES;
+    const bool is_small = is_for_one_thread(heads * call.source * row_bytes, plan.rows);
     int64_t answer = ZETA_DONE;
     run_on_threads(heads * plan.parts, is_small ? 1 : call.num_threads, [&](Tasks &tasks) {
         Scratch scratch(block_count.bytes());

@@ -35,10 +35,19 @@ bool were_numbers() {
     return false;
 }
 
-// The call of these operands; false where they are not plainly right. `options`: the scale or None, and
-// as numbers whether it is causal, the precision, the instruction set, the number of threads.
-bool describe(ZetaCall &call, const Operand &query, const Operand &key, const Operand &value,
-              const Operand &out, PyObject *const *options) {
+struct AttentionOperands {
+    Operand query, key, value, out;
+};
+
+// Reads the operands, and makes the call of them; false where they are not plainly right. `options`:
+// the scale or None, and as numbers whether it is causal, the precision, the instruction set, the number
+// of threads.
+bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *objects,
+               PyObject *const *options) {
+    auto &[query, key, value, out] = operands;
+    if (!query.read(objects[0]) || !key.read(objects[1]) || !value.read(objects[2]) ||
+        !out.read(objects[3]))
+        return false;
     call.bytes = sizeof call;
     call.dtype = query.dtype();
     const bool has_scale = options[0] != &_Py_NoneStruct;
@@ -91,25 +100,21 @@ int64_t run_attention(const ZetaCall &call) {
 
 // attend(query, key, value, out, options ...)
 PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
-    Operand query, key, value, out;
+    AttentionOperands operands;
     ZetaCall call{};
-    if (count != 9 || !query.read(arguments[0]) || !key.read(arguments[1]) ||
-        !value.read(arguments[2]) || !out.read(arguments[3]) ||
-        !describe(call, query, key, value, out, arguments + 4))
+    if (count != 9 || !read_call(call, operands, arguments, arguments + 4))
         return answer(ZETA_NOT_PLAIN);
     return answer(run_attention(call));
 }
 
 // The same; its log-sum-exp, or an answer.
 PyObject *attend_with_lse(PyObject *, PyObject *const *arguments, intptr_t count) {
-    Operand query, key, value, out;
+    AttentionOperands operands;
     ZetaCall call{};
-    if (count != 9 || !query.read(arguments[0]) || !key.read(arguments[1]) ||
-        !value.read(arguments[2]) || !out.read(arguments[3]) ||
-        !describe(call, query, key, value, out, arguments + 4))
+    if (count != 9 || !read_call(call, operands, arguments, arguments + 4))
         return answer(ZETA_NOT_PLAIN);
     Made made;
-    Owned *lse = made.add(ZETA_FLOAT32, 3, query.shape);
+    Owned *lse = made.add(ZETA_FLOAT32, 3, operands.query.shape);
     if (!lse) return answer(ZETA_NO_MEMORY);
     call.lse_BHT = static_cast<float *>(lse->data());
     const int64_t found = run_attention(call);
@@ -129,15 +134,14 @@ bool read_rows_like(ZetaRows &to, PyObject *object, const Operand &like) {
 // differentiate(query, key, value, out, log-sum-exp, gradient of out, and, to be written, those of query,
 // key and value, options ...)
 PyObject *differentiate(PyObject *, PyObject *const *arguments, intptr_t count) {
-    Operand query, key, value, out;
+    AttentionOperands operands;
     ZetaCall call{};
-    if (count != 14 || !query.read(arguments[0]) || !key.read(arguments[1]) ||
-        !value.read(arguments[2]) || !out.read(arguments[3]) ||
-        !describe(call, query, key, value, out, arguments + 9) || !read_lse(call, arguments[4]) ||
-        !read_rows_like(call.grad_out, arguments[5], out) ||
-        !read_rows_like(call.grad_query, arguments[6], query) ||
-        !read_rows_like(call.grad_key, arguments[7], key) ||
-        !read_rows_like(call.grad_value, arguments[8], value))
+    if (count != 14 || !read_call(call, operands, arguments, arguments + 9) ||
+        !read_lse(call, arguments[4]) ||
+        !read_rows_like(call.grad_out, arguments[5], operands.out) ||
+        !read_rows_like(call.grad_query, arguments[6], operands.query) ||
+        !read_rows_like(call.grad_key, arguments[7], operands.key) ||
+        !read_rows_like(call.grad_value, arguments[8], operands.value))
         return answer(ZETA_NOT_PLAIN);
     return answer(run_beside_python([&] { return zeta_backward(&call); }));
 }

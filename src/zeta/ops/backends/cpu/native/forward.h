@@ -8,14 +8,12 @@ constexpr int64_t TILE_KEYS = 256;
 // exponentials are at most 2^8 times too large.
 constexpr float RESCALE_FROM = 5.5f;
 
-constexpr int64_t FEW_TASKS = 4, LEAST_QUERIES = 64;
+constexpr int64_t FEW_TASKS = 4;
 
-// Queries of a block: fewer than usual where there is too little else to share out among threads.
+// Queries of a block: cut evenly where there are only a few blocks to share out among threads.
 inline int64_t queries_of_block(const ZetaCall &call) {
-    const int64_t heads = call.batch * call.heads;
-    int64_t blocks = (call.target + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
-    if (heads * blocks >= FEW_TASKS) return BLOCK_QUERIES;
-    while (heads * blocks < FEW_TASKS && call.target >= 2 * blocks * LEAST_QUERIES) blocks *= 2;
+    const int64_t blocks = (call.target + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
+    if (call.batch * call.heads * blocks >= FEW_TASKS) return BLOCK_QUERIES;
     return round_up((call.target + blocks - 1) / blocks, 4);
 }
 
@@ -123,6 +121,13 @@ inline void forward_tile(ForwardBlock<Operands> &block, const QueryBlock &querie
                            block.sums, block.sum_stride, true);
 }
 
+// A row of the output.
+inline void store_sums(const ZetaCall &call, const float *sums, float factor, void *to) {
+    for (int64_t column = 0; column < call.value_dim; column += LANES)
+        store_dtype(to, call.dtype, column, load(sums + column) * splat(factor),
+                    call.value_dim - column);
+}
+
 template <class Operands>
 inline void store_block(const ForwardBlock<Operands> &block, const QueryBlock &queries,
                         const Scores &scores) {
@@ -134,9 +139,7 @@ inline void store_block(const ForwardBlock<Operands> &block, const QueryBlock &q
         const float factor = total == 0 ? 0 : static_cast<float>(1 / (1 - call.dropout_p)) / total;
         const float *sums = block.sums + row * block.sum_stride;
         void *to = out.at(queries.first + row);
-        for (int64_t column = 0; column < call.value_dim; column += LANES)
-            store_dtype(to, call.dtype, column, load(sums + column) * splat(factor),
-                        call.value_dim - column);
+        store_sums(call, sums, factor, to);
         if (!call.lse_BHT) continue;
         call.lse_BHT[first_row + queries.first + row] =
             total == 0 ? -INFINITY

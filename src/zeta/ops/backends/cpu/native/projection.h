@@ -53,9 +53,7 @@ inline int64_t project_in(const ZetaProjection &call) {
         num_tasks += tasks_of(layer);
         bytes += call.layers[layer].features * call.width * static_cast<int64_t>(sizeof(T));
     }
-    // Eight rows take about as long as it takes to read the weights.
-    const bool is_short = bytes * larger(1, call.rows / 8) < ALONE_BYTES;
-    run(num_tasks, is_short ? 1 : call.num_threads, [&](int64_t task) {
+    run(num_tasks, is_for_one_thread(bytes, call.rows) ? 1 : call.num_threads, [&](int64_t task) {
         int64_t number = 0;
         for (; task >= tasks_of(number); ++number) task -= tasks_of(number);
         const ZetaLayer &layer = call.layers[number];

@@ -170,12 +170,9 @@ inline void add_up_values(WeightsBlock<Operands> &block, const WeightsPlan &plan
                                block.sum_stride, true);
     });
     HeadRows out = head_rows(call.out, call.dtype, scores.batch, scores.head);
-    for (int64_t row = 0; row < queries.count; ++row) {
-        const float *sums = block.sums + row * block.sum_stride;
-        for (int64_t column = 0; column < call.value_dim; column += LANES)
-            store_dtype(out.at(queries.first + row), call.dtype, column,
-                        load(sums + column) * splat(factors[row]), call.value_dim - column);
-    }
+    for (int64_t row = 0; row < queries.count; ++row)
+        store_sums(call, block.sums + row * block.sum_stride, factors[row],
+                   out.at(queries.first + row));
 }
 
 // The weights of a block of queries of one head, or what it adds to the mean.
