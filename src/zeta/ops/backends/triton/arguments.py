@@ -26,12 +26,18 @@ from zeta.ops.backends.triton.kernels.operands import (
     Score,
     Sizes,
     Softcap,
+    Spread,
 )
+from zeta.ops.backends.triton.kernels.spreading import spread_kernel
 from zeta.ops.buffers import written_out
 
 LOG2E = 1.4426950408889634
 PAD = 256
 """Repeated ends of an offset vector: twice the largest side of a tile."""
+SPREAD_SCORES = 1 << 20
+"""From so many scores of a head on, an offset bias is written out for the tiles that its band cuts:
+read as a vector, in a tile where few elements are next to each other, it takes longer.
+"""
 HASH_BLOCK = 1024
 
 
@@ -102,6 +108,7 @@ def score_operand(
         positions=_labels(query_positions, key_positions),
         softcap=_softcap(fixed, unit),
         offsets=_offsets(offsets, unit),
+        spread=None,
         slopes=None if slopes is None else slopes * unit,
         dense=None if dense is None else plane_operand(dense),
         dropout=None,
@@ -132,6 +139,43 @@ def _offsets(offsets: Tensor | None, unit: float) -> Offsets | None:
         return None
     padded = F.pad(offsets.detach() * unit, (PAD, PAD), mode="replicate")
     return Offsets(padded, padded.stride(0), offsets.shape[1] // 2, PAD)
+
+
+def spread(
+    score: Score, sizes: Sizes, rows: int, columns: int, *, key_major: bool = False
+) -> Score:
+    """The same with an offset bias written out for tiles of that shape, where that pays."""
+    if score.offsets is None or score.positions is not None:
+        return score
+    if sizes.queries * sizes.keys < SPREAD_SCORES:
+        return score
+    # Tiles begin at multiples of the smaller length, but for where the first query is aligned.
+    step, reach = min(rows, columns), score.offsets.reach
+    shift = (sizes.queries - sizes.keys) % step
+    first = (-reach - columns + 1 - shift) // step * step + shift
+    count = -(-(reach + rows - 1 - first) // step) + 1
+    return spread_from(score, sizes, (rows, columns), first, step, count, key_major=key_major)
+
+
+def spread_from(
+    score: Score,
+    sizes: Sizes,
+    tile: tuple[int, int],
+    first: int,
+    step: int,
+    count: int,
+    *,
+    key_major: bool = False,
+) -> Score:
+    """`spread` for tiles that begin with the given offsets."""
+    offsets = score.offsets
+    tiles = offsets.pointer.new_empty((sizes.heads, count, *tile))
+    launch(
+        spread_kernel, (sizes.heads * count,), offsets.pointer, offsets.head, offsets.reach,
+        offsets.pad, tiles, count, first, step, BLOCK_M=tile[0], BLOCK_N=tile[1],
+        KEY_MAJOR=key_major,
+    )  # fmt: skip
+    return score._replace(spread=Spread(tiles, count, first, step))
 
 
 def _dropout(seed: Tensor, dropout_p: float, score: Score, sizes: Sizes) -> Dropout:

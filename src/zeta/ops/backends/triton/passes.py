@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from zeta.ops.backends.triton import hopper
 from zeta.ops.backends.triton.arguments import (
     Fixed,
     is_exact,
@@ -19,6 +20,8 @@ from zeta.ops.backends.triton.arguments import (
     score_operand,
     shape_of_tiles,
     sizes_of,
+    spread,
+    spread_from,
     statistics_shape,
 )
 from zeta.ops.backends.triton.configs import SPLIT_ROWS
@@ -73,6 +76,7 @@ def forward(
         has_dense=dense is not None,
     )  # fmt: skip
     grid = (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
+    score = spread(score, sizes, constants["BLOCK_M"], constants["BLOCK_N"])
     launch(
         forward_kernel, grid, *inputs, *results, score, sizes,
         EVEN=sizes.keys % constants["BLOCK_N"] == 0, VALUES=wanted, **constants,
@@ -255,22 +259,22 @@ def keys_gradient(given: Backward) -> tuple[Tensor, Tensor]:
     grid = (triton.cdiv(sizes.keys, constants["BLOCK_N"]) * sizes.batch * given.key.shape[1],)
     launch(
         keys_kernel, grid, *given.operands(), rows_operand(dkey), rows_operand(dvalue),
-        given.score, sizes, EVEN=sizes.queries % constants["BLOCK_M"] == 0, **constants,
+        spread(given.score, sizes, constants["BLOCK_M"], constants["BLOCK_N"], key_major=True), sizes, EVEN=sizes.queries % constants["BLOCK_M"] == 0, **constants,
     )  # fmt: skip
     return dkey, dvalue
 
 
 def queries_gradient(
-    given: Backward, far: bool
+    given: Backward, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Gradient of queries; if asked for, the sums ``(H,)`` of dS beyond the reach on each side."""
+    """Gradient of queries; where wanted, the sums ``(H,)`` of dS beyond the reach on each side."""
     sizes, constants = given.sizes, given.constants("queries")
     dquery = empty_rows(given.query, given.query.shape[-1])
-    left, right = _needed_sums(given) if far else (False, False)
-    sums = [torch.empty_like(given.delta) if needed else None for needed in (left, right)]
+    sums = [torch.empty_like(given.delta) if each else None for each in wanted]
     grid = (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
     launch(
-        queries_kernel, grid, *given.operands(), rows_operand(dquery), *sums, given.score, sizes,
+        queries_kernel, grid, *given.operands(), rows_operand(dquery), *sums,
+        spread(given.score, sizes, constants["BLOCK_M"], constants["BLOCK_N"]), sizes,
         EVEN=sizes.keys % constants["BLOCK_N"] == 0, **constants,
     )  # fmt: skip
     totals = [None if sum_BHT is None else sum_BHT.sum((0, 2)) for sum_BHT in sums]
@@ -288,10 +292,12 @@ def _sums_are_known(given: Backward) -> bool:
     return given.fixed.softcap == 0.0 or given.fixed.softcap_first
 
 
-def _needed_sums(given: Backward) -> tuple[bool, bool]:
+def _wanted_sums(given: Backward, needs_offsets: bool) -> tuple[bool, bool]:
     """Which far sums must be taken from dS itself: all but one, or all where rows' sums are
     unknown.
     """
+    if not needs_offsets:
+        return False, False
     left, right = _far_sides(given)
     if _sums_are_known(given):
         return left and right, False
@@ -302,15 +308,18 @@ def gradients(
     given: Backward, dense: Tensor | None, needs_offsets: bool, needs_dense: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Of query, key, value, offset vector and dense bias; the last two where needed."""
-    dkey, dvalue = keys_gradient(given)
-    dquery, far = queries_gradient(given, needs_offsets)
+    if hopper.takes(given):
+        (dquery, dkey, dvalue), far = hopper.inputs_gradient(given, _wanted_sums(given, needs_offsets))
+    else:
+        dkey, dvalue = keys_gradient(given)
+        dquery, far = queries_gradient(given, _wanted_sums(given, needs_offsets))
     doffsets = offsets_gradient(given, far) if needs_offsets else None
     ddense = dense_gradient(given, dense) if needs_dense and dense is not None else None
     return dquery, dkey, dvalue, doffsets, ddense
 
 
 def offsets_gradient(given: Backward, far: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    """Gradient ``(H, 2 * reach + 1)`` of an offset vector, given `queries_gradient`'s far sums."""
+    """Gradient ``(H, 2 * reach + 1)`` of an offset vector, given the far sums."""
     sizes, constants = given.sizes, given.constants("band")
     reach = given.score.offsets.reach
     rows_, columns = constants["BLOCK_M"], constants["BLOCK_N"]
@@ -320,9 +329,12 @@ def offsets_gradient(given: Backward, far: tuple[Tensor | None, Tensor | None]) 
     work = triton.cdiv(sizes.queries, rows_) * sizes.batch
     num_splits = max(1, min(work, triton.cdiv(BAND_PROGRAMS, sizes.heads * num_diagonals)))
     tiles = given.delta.new_empty((sizes.heads, num_diagonals, num_splits, rows_, columns))
+    score = spread_from(
+        given.score, sizes, (rows_, columns), 1 - reach, columns, num_diagonals
+    )
     launch(
-        band_kernel, (sizes.heads * num_diagonals * num_splits,), *given.operands(), tiles,
-        given.score, sizes, num_diagonals, num_splits, **constants,
+        band_kernel, (sizes.heads * num_diagonals * num_splits,), *given.operands(), tiles, score,
+        sizes, num_diagonals, num_splits, **constants,
     )  # fmt: skip
     gradient = given.delta.new_zeros((sizes.heads, 2 * reach + 1))
     launch(

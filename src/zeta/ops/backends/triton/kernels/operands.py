@@ -66,6 +66,15 @@ class Plane(NamedTuple):
     column: Any
 
 
+class Turns(NamedTuple):
+    """Whose turn it is among programs that add to the same sums: `begun` counts those that have
+    begun, `done` says of each how far it has come. All are 0 at first.
+    """
+
+    begun: Any
+    done: Any
+
+
 class Labels(NamedTuple):
     """A number per query (B, T) and per key (B, S): document ids, or positions. Batch stride 0
     where shared.
@@ -83,6 +92,18 @@ class Softcap(NamedTuple):
     inner: Any
     outer: Any
     first: Any
+
+
+class Spread(NamedTuple):
+    """An offset bias written out for the tiles that its band cuts: (H, count, a tile), by the
+    offset of a tile's first element, `first` and `step` more each. The first and the last tile are
+    those that lie beyond the reach.
+    """
+
+    pointer: Any
+    count: Any
+    first: Any
+    step: Any
 
 
 class Offsets(NamedTuple):
@@ -127,6 +148,7 @@ class Score(NamedTuple):
     positions: Any
     softcap: Any
     offsets: Any
+    spread: Any
     slopes: Any
     dense: Any
     dropout: Any

@@ -101,15 +101,33 @@ def load_plane(plane, sizes, batch, head, row0, column0, row, column, other):
 
 
 @triton.jit
+def spread_bias(score, sizes, head, row0, column0, row, column):
+    """A tile of an offset bias that was written out for tiles of this shape."""
+    spread = score.spread
+    start = column0 - row0 - (sizes.keys - sizes.queries)
+    # Of a tile's two lengths, the inner one: elements are then a power of two apart, and the
+    # compiler finds each at a constant distance from a thread's first.
+    if row.shape[0] == 1:
+        place = column * row.shape[1] + row
+    else:
+        place = row * column.shape[1] + column
+    size: tl.constexpr = row.shape[0] * row.shape[1] * column.shape[0] * column.shape[1]
+    index = tl.minimum(tl.maximum((start - spread.first) // spread.step, 0), spread.count - 1)
+    return tl.load(spread.pointer + (head * spread.count + index).to(tl.int64) * size + place)
+
+
+@triton.jit
 def offset_bias(score, sizes, batch, head, row0, column0, row, column):
     """A tile of an offset bias."""
     offsets = score.offsets
     base = offsets.pointer + head * offsets.head + offsets.pad + offsets.reach
-    if score.positions is None:
+    if score.spread is not None:
+        return spread_bias(score, sizes, head, row0, column0, row, column)
+    elif score.positions is None:
         start = column0 - row0 - (sizes.keys - sizes.queries)
         local = column - row
         bound = offsets.reach + offsets.pad // 2
-        tile = tl.zeros(local.shape, tl.float32)
+        tile = local.to(tl.float32) * 0.0
         if start > bound:
             tile += tl.load(base + offsets.reach)
         elif start < -bound:

@@ -1,0 +1,448 @@
+"""Attention backward on Hopper: the gradients of queries, keys and values in one pass.
+
+A program owns 128 keys. One warp fetches tiles of queries and of the output's gradient by the copy
+engine; two groups of warps each take 64 of the keys, and multiply asynchronously. Weights are made
+once, where the portable kernels make them twice. What a tile gives to the queries is added to sums
+in memory, in a fixed order of the programs: two runs give the same bits.
+
+M: query rows of a tile, N: key columns of a tile, D: padded width. Tiles of scores are [N, M].
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from zeta.ops.backends.triton.kernels.backward import far_sums
+from zeta.ops.backends.triton.kernels.gradients import weights_tile
+from zeta.ops.backends.triton.kernels.ranges import row_parts
+from zeta.ops.backends.triton.kernels.scores import (
+    column_hashes,
+    far_bias,
+    kept,
+    key_exists,
+    row_hashes,
+    store_rows,
+)
+
+LAST: gl.constexpr = gl.constexpr(2**31 - 1)
+"""A position after every other."""
+
+
+@gluon.jit
+def fetch(
+    q, k, v, dout, norms, deltas, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, fetched, full,
+    empty, sizes, batch, key_head, column0, low, high,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Fetches a tile of keys and values, then tiles of rows, last first, as places become free."""
+    mbarrier.expect(fetched, 2 * BLOCK_N * BLOCK_D * 2)
+    wide: gl.constexpr = [1, 1, BLOCK_N, BLOCK_D]
+    tma.async_copy_global_to_shared(
+        k, [batch, key_head, column0, 0], fetched, k_ND._reinterpret(k.dtype, wide, k.layout)
+    )
+    tma.async_copy_global_to_shared(
+        v, [batch, key_head, column0, 0], fetched, v_ND._reinterpret(v.dtype, wide, v.layout)
+    )
+    num_tiles = gl.cdiv(high - low, BLOCK_M)
+    step = low * 0
+    for member in range(sizes.group):
+        head = key_head * sizes.group + member
+        for index in range(num_tiles):
+            row0 = low + (num_tiles - 1 - index) * BLOCK_M
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, 2 * BLOCK_M * BLOCK_D * 2 + 2 * BLOCK_M * 4)
+            tall: gl.constexpr = [1, 1, BLOCK_M, BLOCK_D]
+            tma.async_copy_global_to_shared(
+                q, [batch, head, row0, 0], bar,
+                q_SMD.index(stage)._reinterpret(q.dtype, tall, q.layout),
+            )  # fmt: skip
+            plane = batch * sizes.heads + head
+            tma.async_copy_global_to_shared(norms, [plane, row0], bar, norms_SM.index(stage))
+            tma.async_copy_global_to_shared(
+                dout, [batch, head, row0, 0], bar,
+                dout_SMD.index(stage)._reinterpret(dout.dtype, tall, dout.layout),
+            )  # fmt: skip
+            tma.async_copy_global_to_shared(deltas, [plane, row0], bar, deltas_SM.index(stage))
+            step += 1
+
+
+@builtin
+def add_to_global(descriptor, coordinates, source, _semantic=None):
+    """Adds a tile of shared memory to a tensor, by the copy engine: Gluon has no name for it."""
+    places = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, places, source.handle)
+
+
+@gluon.jit
+def tell(own, finished, PENDING: gl.constexpr):
+    """Tells the next program how far this one has come, once what it added has arrived, but for
+    the last tile where PENDING.
+    """
+    if PENDING:
+        finished = gl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 1; mov.b32 $0, $1;", "=r,r", [finished], gl.int32, False, 1
+        )
+    else:
+        finished = gl.inline_asm_elementwise(
+            "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [finished], gl.int32, False, 1
+        )
+    gl.atomic_xchg(own, finished, sem="release", scope="gpu")
+
+
+@gluon.jit
+def add(
+    sums, dq_MD, written, taken, own, follows, sizes, batch, key_head, low, high,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """Adds what each tile of rows gives to the queries, after all programs whose turn is earlier."""
+    num_tiles = gl.cdiv(high - low, BLOCK_M)
+    finished = low * 0
+    step = low * 0
+    for member in range(sizes.group):
+        head = key_head * sizes.group + member
+        last = (member + 1) * gl.cdiv(sizes.queries, BLOCK_M) - 1
+        for index in range(num_tiles):
+            row0 = low + (num_tiles - 1 - index) * BLOCK_M
+            position = last - row0 // BLOCK_M
+            # Read early: where the one before is ahead, as mostly, nothing waits for it.
+            seen = gl.load(own - 1, mask=follows, other=LAST, volatile=True)
+            mbarrier.wait(written, step & 1)
+            while seen <= position:
+                seen = gl.load(own - 1, volatile=True)
+            tile: gl.constexpr = [1, BLOCK_M, BLOCK_D]
+            add_to_global(
+                sums, [batch * sizes.heads + head, row0, 0],
+                dq_MD._reinterpret(gl.float32, tile, sums.layout),
+            )  # fmt: skip
+            tma.store_wait(0)
+            mbarrier.arrive(taken, count=1)
+            # To wait for this tile at once would take longer.
+            tell(own, finished, True)
+            finished = position + 1
+            step += 1
+    tell(own, finished, False)
+
+
+@gluon.jit
+def gather(
+    dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM,
+    ds_SNM, dq_MD, full, empty, exchanged, written, taken, score, sizes, batch, head, column0,
+    start, stop, side,
+    PART: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, CLEAN: gl.constexpr, LATE: gl.constexpr,
+    SCORES: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr,
+):  # fmt: skip
+    """Adds what one part of one query head's rows, last first, gives to half a tile of keys."""
+    local_N = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    local_M = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
+    column = local_N[:, None]
+    row = local_M[None, :]
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=KEYS, k_width=2)
+    own_k_ND = k_ND.slice(PART * 64, 64, 0)
+    own_v_ND = v_ND.slice(PART * 64, 64, 0)
+    column_hash_N = column_hashes(score, sizes, batch, column0, local_N)
+    zero_NM = gl.zeros([64, BLOCK_M], gl.float32, layout=SCORES)
+    # A tile of the queries' gradient is shared by its rows, or else by its columns.
+    by_rows: gl.constexpr = BLOCK_M == 128
+    first_row: gl.constexpr = PART * 64 if by_rows else 0
+    first_inner: gl.constexpr = 0 if by_rows else PART * 64
+    zero_MD = gl.zeros([64, 64], gl.float32, layout=QUERIES)
+    num_tiles = gl.cdiv(stop - start, BLOCK_M)
+    for index in range(num_tiles):
+        row0 = start + (num_tiles - 1 - index) * BLOCK_M
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        q_MD = q_SMD.index(stage)
+        dout_MD = dout_SMD.index(stage)
+        dots = warpgroup_mma(own_k_ND, q_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
+        if CLEAN:
+            dp = warpgroup_mma(
+                own_v_ND, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True
+            )
+            dots_NM = warpgroup_mma_wait(1, [dots])
+        else:
+            # The registers of another product are wanted for what is added to the scores.
+            dots_NM = warpgroup_mma_wait(0, [dots])
+        norm_M = norms_SM.index(stage).load(SCORES)
+        p_NM, slope_NM = weights_tile(
+            dots_NM, norm_M, norm_M, score, sizes, batch, head, row0, column0, row, column, side,
+            CLEAN,
+        )  # fmt: skip
+        given_NM = p_NM
+        if score.dropout is not None:
+            # The sign says which are dropped: it costs no register.
+            row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
+            keep_NM = kept(score, row_hash_M[None, :], column_hash_N[:, None])
+            p_NM = gl.where(keep_NM, p_NM, -p_NM)
+            given_NM = gl.maximum(p_NM, 0.0)
+        given_NM = gl.convert_layout(given_NM.to(q_MD.dtype), operand)
+        if not CLEAN:
+            dp = warpgroup_mma(
+                own_v_ND, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True
+            )
+        dp_NM = warpgroup_mma_wait(0, [dp])
+        dv = warpgroup_mma(given_NM, dout_MD, dv_ND, is_async=True)
+        if score.dropout is not None:
+            dp_NM = gl.where(p_NM > 0.0, dp_NM, 0.0)
+            p_NM = gl.abs(p_NM)
+        ds_NM = p_NM * (dp_NM - deltas_SM.index(stage).load(SCORES))
+        added_NM = ds_NM
+        if score.softcap is not None:
+            ds_NM = ds_NM * slope_NM
+            if not score.softcap.first:
+                added_NM = ds_NM
+        if (LEFT or RIGHT) and not CLEAN:
+            first = column0 - row0 - (sizes.keys - sizes.queries)
+            if LEFT:
+                left_N = far_sums(left_N, added_NM, -first, column, row, 1, score.offsets.reach)
+            if RIGHT:
+                right_N = far_sums(right_N, added_NM, first, column, row, -1, score.offsets.reach)
+        elif LEFT and LATE:
+            left_N += gl.sum(added_NM, 1)
+        elif RIGHT and not LATE:
+            right_N += gl.sum(added_NM, 1)
+        low_NM = ds_NM.to(q_MD.dtype)
+        place = ds_SNM.index(step % 2)
+        place.slice(PART * 64, 64, 0).store(low_NM)
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(exchanged.index(step % 2), count=1)
+        dk = warpgroup_mma(gl.convert_layout(low_NM, operand), q_MD, dk_ND, is_async=True)
+        mbarrier.wait(exchanged.index(step % 2), (step // 2) & 1)
+        ds_MN = place.permute((1, 0))
+        if by_rows:
+            dq = warpgroup_mma(
+                ds_MN.slice(first_row, 64, 0), k_ND, zero_MD, use_acc=False, is_async=True
+            )
+        else:
+            dq = warpgroup_mma(
+                ds_MN, k_ND.slice(first_inner, 64, 1), zero_MD, use_acc=False, is_async=True
+            )
+        dv_ND, dk_ND, part_MD = warpgroup_mma_wait(0, [dv, dk, dq])
+        mbarrier.wait(taken, (step & 1) ^ 1)
+        if by_rows:
+            dq_MD.slice(first_row, 64, 0).store(part_MD)
+        else:
+            dq_MD.slice(first_inner, 64, 1).store(part_MD)
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.arrive(written, count=1)
+        step += 1
+    return dk_ND, dv_ND, left_N, right_N, step
+
+
+@gluon.jit
+def consume(
+    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, full, empty,
+    exchanged, written, taken, dk, dv, left_sums, right_sums, score, sizes, batch, key_head, column0, low, one,
+    two, three, four, high,
+    PART: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, WHOLE: gl.constexpr,
+):  # fmt: skip
+    """The gradients of 64 keys, and half of what the tile gives to the queries."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
+    )
+    KEYS: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
+    )
+    QUERIES: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16]
+    )
+    column0 += PART * 64
+    dk_ND = gl.zeros([64, BLOCK_D], gl.float32, layout=KEYS)
+    dv_ND = gl.zeros([64, BLOCK_D], gl.float32, layout=KEYS)
+    LEFT: gl.constexpr = left_sums is not None
+    RIGHT: gl.constexpr = right_sums is not None
+    placed: gl.constexpr = score.positions is not None
+    banded: gl.constexpr = score.offsets is not None and not placed
+    windowed: gl.constexpr = score.window is not None and not placed
+    # Nothing lies right of the band then, and one part is cut where there were two.
+    merged: gl.constexpr = banded and score.causal
+    step = low * 0
+    local_N = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    mbarrier.wait(fetched, 0)
+    for member in range(sizes.group):
+        head = key_head * sizes.group + member
+        left = far_bias(score, head, False)
+        right = far_bias(score, head, True)
+        left_N = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, SCORES))
+        right_N = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, SCORES))
+        # From the last rows to the first. Parts that are empty with any mask and bias of this kind
+        # are left out.
+        if windowed and banded:
+            dk_ND, dv_ND, left_N, right_N, step = gather(
+                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD,
+                norms_SM, deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
+                sizes, batch, head, column0, four, high, 0.0, PART, BLOCK_M, BLOCK_D,
+                STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
+            )  # fmt: skip
+        if banded:
+            dk_ND, dv_ND, left_N, right_N, step = gather(
+                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD,
+                norms_SM, deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
+                sizes, batch, head, column0, three, four, left, PART, BLOCK_M, BLOCK_D,
+                STAGES, LEFT, RIGHT, True, True, SCORES, KEYS, QUERIES,
+            )  # fmt: skip
+        if placed or (windowed or banded) and not merged:
+            dk_ND, dv_ND, left_N, right_N, step = gather(
+                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD,
+                norms_SM, deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
+                sizes, batch, head, column0, two, three, 0.0, PART, BLOCK_M, BLOCK_D,
+                STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
+            )  # fmt: skip
+        if not placed and not merged:
+            dk_ND, dv_ND, left_N, right_N, step = gather(
+                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD,
+                norms_SM, deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
+                sizes, batch, head, column0, one, two, right, PART, BLOCK_M, BLOCK_D,
+                STAGES, LEFT, RIGHT, True, False, SCORES, KEYS, QUERIES,
+            )  # fmt: skip
+        if not placed and (score.causal or score.prefix is not None or not WHOLE):
+            dk_ND, dv_ND, left_N, right_N, step = gather(
+                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD,
+                norms_SM, deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
+                sizes, batch, head, column0, low, gl.where(merged, three, one), 0.0, PART, BLOCK_M, BLOCK_D,
+                STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
+            )  # fmt: skip
+        if LEFT or RIGHT:
+            exists_N = key_exists(score, sizes, batch, column0, local_N)
+            index = (batch * sizes.heads + head) * sizes.keys + column0 + local_N
+            if LEFT:
+                gl.store(left_sums + index, left_N, mask=exists_N)
+            if RIGHT:
+                gl.store(right_sums + index, right_N, mask=exists_N)
+    inverse = 1.0
+    if score.dropout is not None:
+        inverse = 1.0 / score.dropout.keep
+    outer_N = gl.arange(0, 64, layout=gl.SliceLayout(1, KEYS))
+    inner_D = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, KEYS))
+    exists = key_exists(score, sizes, batch, column0, outer_N)[:, None]
+    dk_ND = gl.where(exists, dk_ND * (score.slope * inverse), 0.0)
+    dv_ND = gl.where(exists, dv_ND * inverse, 0.0)
+    store_rows(dk, batch, key_head, column0, outer_N, sizes.keys, inner_D, WIDTH, dk_ND)
+    store_rows(dv, batch, key_head, column0, outer_N, sizes.keys, inner_D, WIDTH, dv_ND)
+
+
+@gluon.jit
+def inputs_kernel(
+    q, k, v, dout, norms, deltas, dk, dv, left_sums, right_sums, sums, turns, score, sizes,
+    interleaved,
+    WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    WHOLE: gl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values, over every row of every query head that shares them,
+    and what it gives to the queries'; where wanted, each column's sum of dS beyond the reach.
+
+    WHOLE: the keys fill whole tiles, and none is padding.
+    """
+    BLOCK_N: gl.constexpr = 128
+    num_tiles = gl.cdiv(sizes.keys, BLOCK_N)
+    key_heads = sizes.heads // sizes.group
+    # In the order in which programs begin: one whose turn is earlier is never still to come.
+    program = gl.atomic_add(turns.begun, 1, sem="relaxed", scope="gpu")
+    # Earlier keys are seen by more rows under a causal mask, and come first as they are. Heads are
+    # taken some at a time, so that the tiles of one do not all begin, and wait, together.
+    first_head = program // (num_tiles * interleaved) * interleaved
+    some = gl.minimum(interleaved, sizes.batch * key_heads - first_head)
+    rest = program - first_head * num_tiles
+    tile = rest // some
+    column0 = tile * BLOCK_N
+    batch_head = first_head + rest % some
+    key_head = batch_head % key_heads
+    entry = batch_head // key_heads
+    batch = entry.to(gl.int64)
+    low, one, two, three, four, high = row_parts(score, sizes, batch, column0, BLOCK_M, BLOCK_N)
+    before = row_parts(score, sizes, batch, column0 - BLOCK_N, BLOCK_M, BLOCK_N)
+    follows = (tile > 0) & (before[0] < before[5])
+    if not WHOLE and score.positions is None:
+        # A row's gradient is no column's own: here, columns without a key are cut out.
+        length = sizes.keys
+        if score.padding is not None:
+            length = gl.minimum(gl.load(score.padding + batch), length).to(gl.int32)
+        partial = column0 + BLOCK_N > length
+        one = gl.where(partial, high, one)
+        two = gl.where(partial, high, two)
+        three = gl.where(partial, high, three)
+        four = gl.where(partial, high, four)
+    dtype: gl.constexpr = q.dtype
+    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    scores: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
+    q_SMD = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], rows)
+    dout_SMD = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], rows)
+    k_ND = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], keys)
+    v_ND = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], keys)
+    ds_SNM = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_M], scores)
+    sums_MD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], gl.float32)
+    dq_MD = gl.allocate_shared_memory(gl.float32, [BLOCK_M, BLOCK_D], sums_MD)
+    norms_SM = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], norms.layout)
+    deltas_SM = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], deltas.layout)
+    fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    exchanged = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(fetched, count=1)
+    mbarrier.init(written, count=2)
+    mbarrier.init(taken, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=2)
+    for index in gl.static_range(2):
+        mbarrier.init(exchanged.index(index), count=2)
+    own = turns.done + batch_head * num_tiles + tile
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, full,
+                    empty, exchanged, written, taken, dk, dv, left_sums, right_sums, score,
+                    sizes, batch, key_head, column0, low, one, two, three, four, high,
+                    0, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
+                ),
+            ),
+            (
+                consume,
+                (
+                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, full,
+                    empty, exchanged, written, taken, dk, dv, left_sums, right_sums, score,
+                    sizes, batch, key_head, column0, low, one, two, three, four, high,
+                    1, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
+                ),
+            ),
+            (
+                fetch,
+                (
+                    q, k, v, dout, norms, deltas, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM,
+                    fetched, full, empty, sizes, entry, key_head, column0, low, high,
+                    BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+                ),
+            ),
+            (
+                add,
+                (
+                    sums, dq_MD, written, taken, own, follows, sizes, entry, key_head, low, high,
+                    BLOCK_M, BLOCK_D,
+                ),
+            ),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )  # fmt: skip
