@@ -71,6 +71,10 @@ def forward(
     if wanted and sizes.queries * sizes.group <= SPLIT_ROWS and sizes.keys >= SPLIT_KEYS:
         _split(query, value.shape[-1], (*inputs, None), results, score, sizes, fixed)
         return out, lse, statistics
+    # In padding may lie anything, and tiles are fetched whole.
+    if wanted and score.padding is None and hopper.takes(query, key, value):
+        hopper.forward(query, key, value, results, score, sizes)
+        return out, lse, statistics
     constants = shape_of_tiles(
         "forward", query, fixed.causal, query.shape[-1], value.shape[-1],
         has_dense=dense is not None,
@@ -308,7 +312,8 @@ def gradients(
     given: Backward, dense: Tensor | None, needs_offsets: bool, needs_dense: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Of query, key, value, offset vector and dense bias; the last two where needed."""
-    if hopper.takes(given):
+    fetched = (given.query, given.key, given.value, given.dout)
+    if given.dweights is None and hopper.takes(*fetched):
         (dquery, dkey, dvalue), far = hopper.inputs_gradient(given, _wanted_sums(given, needs_offsets))
     else:
         dkey, dvalue = keys_gradient(given)

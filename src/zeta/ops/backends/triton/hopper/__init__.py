@@ -20,7 +20,8 @@ from zeta.ops.backends.triton.arguments import (
     spread,
 )
 from zeta.ops.backends.triton.hopper.backward import inputs_kernel
-from zeta.ops.backends.triton.kernels.operands import Turns
+from zeta.ops.backends.triton.hopper.forward import forward_kernel
+from zeta.ops.backends.triton.kernels.operands import Rows, Score, Sizes, Turns
 from zeta.ops.buffers import empty_rows
 
 if TYPE_CHECKING:
@@ -28,22 +29,24 @@ if TYPE_CHECKING:
 
 KEYS, PART = 128, 64
 """Keys of a program, and of each of its two groups of warps."""
+QUERIES, COLUMNS = 128, 128
+"""Queries of a program, and keys of a tile, in the forward pass."""
 ROWS = {64: 128, 128: 64}
 """Query rows of a tile, by the padded width of a head."""
 STAGES = 2
+FORWARD_STAGES = {64: 4, 128: 2}
 PROGRAMS = 132
 """About how many programs run at once: the multiprocessors of the device."""
 
 
-def takes(given: Backward) -> bool:
-    """Whether the kernel serves this backward pass."""
-    tensors = (given.query, given.key, given.value, given.dout)
-    width = given.query.shape[-1]
+def takes(*tensors: Tensor) -> bool:
+    """Whether the kernels serve queries, keys, values and what else they are to fetch."""
+    query, _, value, *_ = tensors
+    width = query.shape[-1]
     return (
-        device_capability(given.query) == (9, 0)
-        and not is_exact(given.query)
-        and given.dweights is None
-        and given.value.shape[-1] == width
+        device_capability(query) == (9, 0)
+        and not is_exact(query)
+        and value.shape[-1] == width
         and 32 < width <= 128
         and all(_is_aligned(tensor) for tensor in tensors)
     )
@@ -53,6 +56,26 @@ def _is_aligned(tensor: Tensor) -> bool:
     """Whether the copy engine can read it: 16 bytes at a time."""
     strides = tensor.stride()[:-1]
     return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    results: tuple[Rows, Tensor, Tensor],
+    score: Score,
+    sizes: Sizes,
+) -> None:
+    """Writes the output, lse and statistics."""
+    width = query.shape[-1]
+    padded = 64 if width <= 64 else 128
+    programs = triton.cdiv(sizes.queries, QUERIES) * sizes.batch * sizes.heads
+    launch(
+        forward_kernel, (programs,), _tiles(query, QUERIES, padded),
+        _tiles(key, COLUMNS, padded), _tiles(value, COLUMNS, padded), *results,
+        spread(score, sizes, PART, COLUMNS), sizes, WIDTH=width, BLOCK_D=padded, BLOCK_N=COLUMNS,
+        STAGES=FORWARD_STAGES[padded], EVEN=sizes.keys % COLUMNS == 0, num_warps=4,
+    )  # fmt: skip
 
 
 def inputs_gradient(

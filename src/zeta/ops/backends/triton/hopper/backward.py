@@ -137,9 +137,45 @@ def add(
 
 
 @gluon.jit
+def own_part(tile_MD, PART: gl.constexpr, BLOCK_M: gl.constexpr):
+    """What a group of warps computes of a tile of the queries' gradient: half of its rows where it
+    has 128, or else half of its columns.
+    """
+    if BLOCK_M == 128:
+        return tile_MD.slice(PART * 64, 64, 0)
+    else:
+        return tile_MD.slice(PART * 64, 64, 1)
+
+
+@gluon.jit
+def wait_for_both(exchanged, step):
+    """Until both groups of warps have done a step; none waits for the step before the first."""
+    mbarrier.wait(exchanged.index((step + 2) % 2), ((step + 2) // 2 + 1) & 1)
+
+
+@gluon.jit
+def give_to_queries(
+    ds_SNM, k_ND, step, PART: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Begins to multiply what both groups have written in a step with all keys. Before the first
+    step the product means nothing.
+    """
+    ds_MN = ds_SNM.index((step + 2) % 2).permute((1, 0))
+    zero_MD = gl.zeros([64, 64], gl.float32, layout=LAYOUT)
+    if BLOCK_M == 128:
+        return warpgroup_mma(
+            ds_MN.slice(PART * 64, 64, 0), k_ND, zero_MD, use_acc=False, is_async=True
+        )
+    else:
+        return warpgroup_mma(
+            ds_MN, k_ND.slice(PART * 64, 64, 1), zero_MD, use_acc=False, is_async=True
+        )
+
+
+@gluon.jit
 def gather(
-    dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM,
-    ds_SNM, dq_MD, full, empty, exchanged, written, taken, score, sizes, batch, head, column0,
+    dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM,
+    dq_MD, full, empty, exchanged, written, taken, score, sizes, batch, head, column0,
     start, stop, side,
     PART: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CLEAN: gl.constexpr, LATE: gl.constexpr,
@@ -155,11 +191,6 @@ def gather(
     own_v_ND = v_ND.slice(PART * 64, 64, 0)
     column_hash_N = column_hashes(score, sizes, batch, column0, local_N)
     zero_NM = gl.zeros([64, BLOCK_M], gl.float32, layout=SCORES)
-    # A tile of the queries' gradient is shared by its rows, or else by its columns.
-    by_rows: gl.constexpr = BLOCK_M == 128
-    first_row: gl.constexpr = PART * 64 if by_rows else 0
-    first_inner: gl.constexpr = 0 if by_rows else PART * 64
-    zero_MD = gl.zeros([64, 64], gl.float32, layout=QUERIES)
     num_tiles = gl.cdiv(stop - start, BLOCK_M)
     for index in range(num_tiles):
         row0 = start + (num_tiles - 1 - index) * BLOCK_M
@@ -215,39 +246,46 @@ def gather(
         elif RIGHT and not LATE:
             right_N += gl.sum(added_NM, 1)
         low_NM = ds_NM.to(q_MD.dtype)
-        place = ds_SNM.index(step % 2)
-        place.slice(PART * 64, 64, 0).store(low_NM)
-        fence_async_shared()
-        gl.thread_barrier()
-        mbarrier.arrive(exchanged.index(step % 2), count=1)
+        # Both groups have done the step before, and none waits for the other in this one.
+        wait_for_both(exchanged, step - 1)
+        ds_SNM.index(step % 2).slice(PART * 64, 64, 0).store(low_NM)
+        dq = give_to_queries(ds_SNM, k_ND, step - 1, PART, BLOCK_M, QUERIES)
         dk = warpgroup_mma(gl.convert_layout(low_NM, operand), q_MD, dk_ND, is_async=True)
-        mbarrier.wait(exchanged.index(step % 2), (step // 2) & 1)
-        ds_MN = place.permute((1, 0))
-        if by_rows:
-            dq = warpgroup_mma(
-                ds_MN.slice(first_row, 64, 0), k_ND, zero_MD, use_acc=False, is_async=True
-            )
-        else:
-            dq = warpgroup_mma(
-                ds_MN, k_ND.slice(first_inner, 64, 1), zero_MD, use_acc=False, is_async=True
-            )
         dv_ND, dk_ND, part_MD = warpgroup_mma_wait(0, [dv, dk, dq])
-        mbarrier.wait(taken, (step & 1) ^ 1)
-        if by_rows:
-            dq_MD.slice(first_row, 64, 0).store(part_MD)
-        else:
-            dq_MD.slice(first_inner, 64, 1).store(part_MD)
+        if step > 0:
+            mbarrier.wait(taken, step & 1)
+            own_part(dq_MD, PART, BLOCK_M).store(part_MD)
         fence_async_shared()
         gl.thread_barrier()
         mbarrier.arrive(empty.index(stage), count=1)
-        mbarrier.arrive(written, count=1)
+        mbarrier.arrive(exchanged.index(step % 2), count=1)
+        mbarrier.arrive(written, count=1, pred=step > 0)
         step += 1
     return dk_ND, dv_ND, left_N, right_N, step
 
 
 @gluon.jit
+def clear_padding(
+    k_ND, v_ND, cleared, score, sizes, batch, column0, PART: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Writes 0 where there is no key: what lies there would reach the queries, with weights of 0."""
+    local_N = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    exists = key_exists(score, sizes, batch, column0, local_N)[:, None]
+    own_k_ND = k_ND.slice(PART * 64, 64, 0)
+    own_v_ND = v_ND.slice(PART * 64, 64, 0)
+    tile_ND = own_k_ND.load(LAYOUT)
+    own_k_ND.store(gl.where(exists, tile_ND, gl.zeros_like(tile_ND)))
+    tile_ND = own_v_ND.load(LAYOUT)
+    own_v_ND.store(gl.where(exists, tile_ND, gl.zeros_like(tile_ND)))
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(cleared, count=1)
+    mbarrier.wait(cleared, 0)
+
+
+@gluon.jit
 def consume(
-    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, full, empty,
+    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, cleared, full, empty,
     exchanged, written, taken, dk, dv, left_sums, right_sums, score, sizes, batch, key_head, column0, low, one,
     two, three, four, high,
     PART: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
@@ -275,7 +313,12 @@ def consume(
     merged: gl.constexpr = banded and score.causal
     step = low * 0
     local_N = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    inverse = 1.0
+    if score.dropout is not None:
+        inverse = 1.0 / score.dropout.keep
     mbarrier.wait(fetched, 0)
+    if score.padding is not None:
+        clear_padding(k_ND, v_ND, cleared, score, sizes, batch, column0, PART, KEYS)
     for member in range(sizes.group):
         head = key_head * sizes.group + member
         left = far_bias(score, head, False)
@@ -286,36 +329,36 @@ def consume(
         # are left out.
         if windowed and banded:
             dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD,
-                norms_SM, deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
+                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
+                deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
                 sizes, batch, head, column0, four, high, 0.0, PART, BLOCK_M, BLOCK_D,
                 STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if banded:
             dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD,
-                norms_SM, deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
+                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
+                deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
                 sizes, batch, head, column0, three, four, left, PART, BLOCK_M, BLOCK_D,
                 STAGES, LEFT, RIGHT, True, True, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if placed or (windowed or banded) and not merged:
             dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD,
-                norms_SM, deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
+                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
+                deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
                 sizes, batch, head, column0, two, three, 0.0, PART, BLOCK_M, BLOCK_D,
                 STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if not placed and not merged:
             dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD,
-                norms_SM, deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
+                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
+                deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
                 sizes, batch, head, column0, one, two, right, PART, BLOCK_M, BLOCK_D,
                 STAGES, LEFT, RIGHT, True, False, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if not placed and (score.causal or score.prefix is not None or not WHOLE):
             dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD,
-                norms_SM, deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
+                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
+                deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
                 sizes, batch, head, column0, low, gl.where(merged, three, one), 0.0, PART, BLOCK_M, BLOCK_D,
                 STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
             )  # fmt: skip
@@ -323,12 +366,19 @@ def consume(
             exists_N = key_exists(score, sizes, batch, column0, local_N)
             index = (batch * sizes.heads + head) * sizes.keys + column0 + local_N
             if LEFT:
-                gl.store(left_sums + index, left_N, mask=exists_N)
+                gl.store(left_sums + index, left_N * inverse, mask=exists_N)
             if RIGHT:
-                gl.store(right_sums + index, right_N, mask=exists_N)
-    inverse = 1.0
-    if score.dropout is not None:
-        inverse = 1.0 / score.dropout.keep
+                gl.store(right_sums + index, right_N * inverse, mask=exists_N)
+    wait_for_both(exchanged, step - 1)
+    part_MD = warpgroup_mma_wait(
+        0, [give_to_queries(ds_SNM, k_ND, step - 1, PART, BLOCK_M, QUERIES)]
+    )
+    if step > 0:
+        mbarrier.wait(taken, step & 1)
+        own_part(dq_MD, PART, BLOCK_M).store(part_MD)
+        fence_async_shared()
+        gl.thread_barrier()
+        mbarrier.arrive(written, count=1)
     outer_N = gl.arange(0, 64, layout=gl.SliceLayout(1, KEYS))
     inner_D = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, KEYS))
     exists = key_exists(score, sizes, batch, column0, outer_N)[:, None]
@@ -393,12 +443,14 @@ def inputs_kernel(
     norms_SM = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], norms.layout)
     deltas_SM = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], deltas.layout)
     fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    cleared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     exchanged = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(fetched, count=1)
+    mbarrier.init(cleared, count=2)
     mbarrier.init(written, count=2)
     mbarrier.init(taken, count=1)
     for stage in gl.static_range(STAGES):
@@ -412,8 +464,8 @@ def inputs_kernel(
             (
                 consume,
                 (
-                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, full,
-                    empty, exchanged, written, taken, dk, dv, left_sums, right_sums, score,
+                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, cleared,
+                    full, empty, exchanged, written, taken, dk, dv, left_sums, right_sums, score,
                     sizes, batch, key_head, column0, low, one, two, three, four, high,
                     0, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
                 ),
@@ -421,8 +473,8 @@ def inputs_kernel(
             (
                 consume,
                 (
-                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, full,
-                    empty, exchanged, written, taken, dk, dv, left_sums, right_sums, score,
+                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, cleared,
+                    full, empty, exchanged, written, taken, dk, dv, left_sums, right_sums, score,
                     sizes, batch, key_head, column0, low, one, two, three, four, high,
                     1, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
                 ),

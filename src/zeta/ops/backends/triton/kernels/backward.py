@@ -154,11 +154,15 @@ def far_sums(total_M, added_MN, first, row, column, REACH_SIGN: tl.constexpr, re
 
     `first` is the offset of the tile's first element, signed so that beyond is above.
     """
-    signed = first + (column - row) * REACH_SIGN
     if first - added_MN.shape[0] - added_MN.shape[1] + 2 >= reach:
         total_M += tl.sum(added_MN, 1)
     elif first + added_MN.shape[0] + added_MN.shape[1] - 2 >= reach:
-        total_M += tl.sum(tl.where(signed >= reach, added_MN, 0.0), 1)
+        # Not by the difference of both: the compiler would keep that of every element.
+        if REACH_SIGN == 1:
+            beyond = column + (first - reach) >= row
+        else:
+            beyond = row >= column + (reach - first)
+        total_M += tl.sum(tl.where(beyond, added_MN, 0.0), 1)
     return total_M
 
 

@@ -1,0 +1,271 @@
+"""Attention forward on Hopper.
+
+A program owns 128 rows of queries. One warp fetches tiles of keys and of values by the copy engine;
+two groups of warps each take 64 of the rows, and multiply asynchronously: while one weighs, the
+other multiplies.
+
+M: query rows of a group, N: key columns of a tile, D: padded width.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from zeta.ops.backends.triton.kernels.forward import store_statistics, weigh
+from zeta.ops.backends.triton.kernels.ranges import column_parts, count_tiles, tile_start
+from zeta.ops.backends.triton.kernels.scores import (
+    column_hashes,
+    exponential,
+    far_bias,
+    kept,
+    row_hashes,
+    store_rows,
+)
+
+
+@gluon.jit
+def fetch_tiles(
+    k, v, k_SND, v_SND, k_full, k_empty, v_full, v_empty, step, batch, key_head, low, one, two,
+    three, four, high,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CLEAN: gl.constexpr,
+):  # fmt: skip
+    """Fetches the clean tiles, or the others, as places become free."""
+    tile: gl.constexpr = [1, 1, BLOCK_N, BLOCK_D]
+    for index in range(count_tiles(low, one, two, three, four, high, BLOCK_N, CLEAN)):
+        column0 = tile_start(index, low, one, two, three, four, BLOCK_N, CLEAN)
+        stage = step % STAGES
+        phase = ((step // STAGES) & 1) ^ 1
+        mbarrier.wait(k_empty.index(stage), phase)
+        mbarrier.expect(k_full.index(stage), BLOCK_N * BLOCK_D * 2)
+        tma.async_copy_global_to_shared(
+            k, [batch, key_head, column0, 0], k_full.index(stage),
+            k_SND.index(stage)._reinterpret(k.dtype, tile, k.layout),
+        )  # fmt: skip
+        mbarrier.wait(v_empty.index(stage), phase)
+        mbarrier.expect(v_full.index(stage), BLOCK_N * BLOCK_D * 2)
+        tma.async_copy_global_to_shared(
+            v, [batch, key_head, column0, 0], v_full.index(stage),
+            v_SND.index(stage)._reinterpret(v.dtype, tile, v.layout),
+        )  # fmt: skip
+        step += 1
+    return step
+
+
+@gluon.jit
+def fetch(
+    q, k, v, q_MD, k_SND, v_SND, fetched, k_full, k_empty, v_full, v_empty, score, batch, head,
+    key_head, row0, low, one, two, three, four, high,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CUT: gl.constexpr,
+):  # fmt: skip
+    """Fetches the program's queries, then every tile that they meet."""
+    mbarrier.expect(fetched, 128 * BLOCK_D * 2)
+    tile: gl.constexpr = [1, 1, 128, BLOCK_D]
+    tma.async_copy_global_to_shared(
+        q, [batch, head, row0, 0], fetched, q_MD._reinterpret(q.dtype, tile, q.layout)
+    )
+    step = low * 0
+    if score.positions is None:
+        step = fetch_tiles(
+            k, v, k_SND, v_SND, k_full, k_empty, v_full, v_empty, step, batch, key_head, low, one,
+            two, three, four, high, BLOCK_N, BLOCK_D, STAGES, True,
+        )  # fmt: skip
+    if CUT:
+        step = fetch_tiles(
+            k, v, k_SND, v_SND, k_full, k_empty, v_full, v_empty, step, batch, key_head, low, one,
+            two, three, four, high, BLOCK_N, BLOCK_D, STAGES, False,
+        )  # fmt: skip
+
+
+@gluon.jit
+def add_values(acc_MD, p_MN, v_SND, step, STAGES: gl.constexpr):
+    """Begins to add the weighted values of a step. What was there before the first is not added to;
+    before it there is nothing to add, and the result means nothing.
+    """
+    values_ND = v_SND.index(gl.maximum(step, 0) % STAGES)
+    return warpgroup_mma(p_MN, values_ND, acc_MD, use_acc=step > 0, is_async=True)
+
+
+@gluon.jit
+def attend(
+    acc_MD, p_MN, total_M, peak_M, step, q_MD, k_SND, v_SND, k_full, k_empty, v_full, v_empty,
+    score, sizes, batch, head, row0, low, one, two, three, four, high,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CLEAN: gl.constexpr,
+    SCORES: gl.constexpr, OUTPUTS: gl.constexpr,
+):  # fmt: skip
+    """Weighs the clean tiles of keys, or the others; and adds the values of each tile's predecessor
+    meanwhile.
+    """
+    local_M = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
+    local_N = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
+    row = local_M[:, None]
+    column = local_N[None, :]
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUTS, k_width=2)
+    zero_MN = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
+    row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
+    left = far_bias(score, head, False)
+    right = far_bias(score, head, True)
+    for index in range(count_tiles(low, one, two, three, four, high, BLOCK_N, CLEAN)):
+        column0 = tile_start(index, low, one, two, three, four, BLOCK_N, CLEAN)
+        stage = step % STAGES
+        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        dots = warpgroup_mma(
+            q_MD, k_SND.index(stage).permute((1, 0)), zero_MN, use_acc=False, is_async=True
+        )
+        before = gl.maximum(step - 1, 0)
+        mbarrier.wait(v_full.index(before % STAGES), (before // STAGES) & 1)
+        acc = add_values(acc_MD, p_MN, v_SND, step - 1, STAGES)
+        dots_MN = warpgroup_mma_wait(1, [dots])
+        weights_MN, new_peak_M, safe_M = weigh(
+            dots_MN, peak_M, score, sizes, batch, head, row0, column0, row, column,
+            gl.where(column0 < two, left, right), CLEAN,
+        )  # fmt: skip
+        decay_M = exponential(peak_M - safe_M, score)
+        total_M = total_M * decay_M + gl.sum(weights_MN, 1)
+        peak_M = new_peak_M
+        if score.dropout is not None:
+            column_hash_N = column_hashes(score, sizes, batch, column0, local_N)
+            keep_MN = kept(score, row_hash_M[:, None], column_hash_N[None, :])
+            weights_MN = gl.where(keep_MN, weights_MN, 0.0)
+        acc_MD = warpgroup_mma_wait(0, [acc])
+        p_MN = gl.convert_layout(weights_MN.to(q_MD.dtype), operand)
+        acc_MD = acc_MD * gl.convert_layout(decay_M, gl.SliceLayout(1, OUTPUTS))[:, None]
+        gl.thread_barrier()
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.arrive(v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+        step += 1
+    return acc_MD, p_MN, total_M, peak_M, step
+
+
+@gluon.jit
+def consume(
+    q_MD, k_SND, v_SND, fetched, k_full, k_empty, v_full, v_empty, out, lse, statistics, score,
+    sizes, batch, head, row0, low, one, two, three, four, high,
+    PART: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    STAGES: gl.constexpr, CUT: gl.constexpr,
+):  # fmt: skip
+    """The output and the normalisers of 64 rows."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
+    )
+    OUTPUTS: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_D, 16]
+    )
+    row0 += PART * 64
+    rows: gl.constexpr = gl.SliceLayout(1, SCORES)
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUTS, k_width=2)
+    acc_MD = gl.zeros([64, BLOCK_D], gl.float32, layout=OUTPUTS)
+    p_MN = gl.zeros([64, BLOCK_N], q_MD.dtype, layout=operand)
+    total_M = gl.zeros([64], gl.float32, layout=rows)
+    peak_M = gl.full([64], float("-inf"), gl.float32, layout=rows)
+    step = low * 0
+    own_q_MD = q_MD.slice(PART * 64, 64, 0)
+    mbarrier.wait(fetched, 0)
+    if score.positions is None:
+        acc_MD, p_MN, total_M, peak_M, step = attend(
+            acc_MD, p_MN, total_M, peak_M, step, own_q_MD, k_SND, v_SND, k_full, k_empty, v_full,
+            v_empty, score, sizes, batch, head, row0, low, one, two, three, four, high, BLOCK_N,
+            BLOCK_D, STAGES, True, SCORES, OUTPUTS,
+        )  # fmt: skip
+    if CUT:
+        acc_MD, p_MN, total_M, peak_M, step = attend(
+            acc_MD, p_MN, total_M, peak_M, step, own_q_MD, k_SND, v_SND, k_full, k_empty, v_full,
+            v_empty, score, sizes, batch, head, row0, low, one, two, three, four, high, BLOCK_N,
+            BLOCK_D, STAGES, False, SCORES, OUTPUTS,
+        )  # fmt: skip
+    if step > 0:
+        mbarrier.wait(v_full.index((step - 1) % STAGES), ((step - 1) // STAGES) & 1)
+    acc_MD = warpgroup_mma_wait(0, [add_values(acc_MD, p_MN, v_SND, step - 1, STAGES)])
+    local_M = gl.arange(0, 64, layout=rows)
+    index = (batch * sizes.heads + head) * sizes.queries + row0 + local_M
+    store_statistics(
+        lse, statistics, total_M, peak_M, score, sizes, index, row0 + local_M < sizes.queries
+    )
+    inverse_M = gl.where(total_M == 0.0, 0.0, 1.0 / gl.where(total_M == 0.0, 1.0, total_M))
+    if score.dropout is not None:
+        inverse_M = inverse_M / score.dropout.keep
+    inverse_M = gl.convert_layout(inverse_M, gl.SliceLayout(1, OUTPUTS))[:, None]
+    # Without any tile, the product is of what no one has written.
+    acc_MD = gl.where(inverse_M == 0.0, 0.0, acc_MD * inverse_M)
+    outer_M = gl.arange(0, 64, layout=gl.SliceLayout(1, OUTPUTS))
+    inner_D = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, OUTPUTS))
+    store_rows(out, batch, head, row0, outer_M, sizes.queries, inner_D, WIDTH, acc_MD)
+
+
+@gluon.jit
+def forward_kernel(
+    q, k, v, out, lse, statistics, score, sizes,
+    WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    EVEN: gl.constexpr,
+):  # fmt: skip
+    """Writes the output and the normalisers of a tile of rows.
+
+    EVEN: the keys fill whole tiles.
+    """
+    num_tiles = gl.cdiv(sizes.queries, 128)
+    program = gl.program_id(0)
+    # Later rows see more keys under a causal mask: begin with them.
+    row0 = (num_tiles - 1 - program % num_tiles) * 128
+    batch_head = program // num_tiles
+    head = batch_head % sizes.heads
+    entry = batch_head // sizes.heads
+    batch = entry.to(gl.int64)
+    low, one, two, three, four, high = column_parts(score, sizes, batch, row0, 128, BLOCK_N)
+    CUT: gl.constexpr = (
+        score.causal or score.window is not None or score.offsets is not None
+        or score.padding is not None or score.prefix is not None or score.positions is not None
+        or not EVEN
+    )  # fmt: skip
+    dtype: gl.constexpr = q.dtype
+    rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_D], dtype)
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    q_MD = gl.allocate_shared_memory(dtype, [128, BLOCK_D], rows)
+    k_SND = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], keys)
+    v_SND = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], keys)
+    fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(fetched, count=1)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2)
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    q_MD, k_SND, v_SND, fetched, k_full, k_empty, v_full, v_empty, out, lse,
+                    statistics, score, sizes, batch, head, row0, low, one, two, three, four, high,
+                    0, WIDTH, BLOCK_N, BLOCK_D, STAGES, CUT,
+                ),
+            ),
+            (
+                consume,
+                (
+                    q_MD, k_SND, v_SND, fetched, k_full, k_empty, v_full, v_empty, out, lse,
+                    statistics, score, sizes, batch, head, row0, low, one, two, three, four, high,
+                    1, WIDTH, BLOCK_N, BLOCK_D, STAGES, CUT,
+                ),
+            ),
+            (
+                fetch,
+                (
+                    q, k, v, q_MD, k_SND, v_SND, fetched, k_full, k_empty, v_full, v_empty, score,
+                    entry, head, head // sizes.group, row0, low, one, two, three, four, high,
+                    BLOCK_N, BLOCK_D, STAGES, CUT,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
