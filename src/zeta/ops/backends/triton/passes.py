@@ -71,9 +71,10 @@ def forward(
     if wanted and sizes.queries * sizes.group <= SPLIT_ROWS and sizes.keys >= SPLIT_KEYS:
         _split(query, value.shape[-1], (*inputs, None), results, score, sizes, fixed)
         return out, lse, statistics
-    # In padding may lie anything, and tiles are fetched whole.
-    if wanted and score.padding is None and hopper.takes(query, key, value):
-        hopper.forward(query, key, value, results, score, sizes)
+    if wanted and score.positions is None and hopper.takes(query, key, value):
+        from zeta.ops.backends.triton.hopper import passes as on_hopper
+
+        on_hopper.forward(query, key, value, results, score, sizes)
         return out, lse, statistics
     constants = shape_of_tiles(
         "forward", query, fixed.causal, query.shape[-1], value.shape[-1],
@@ -314,7 +315,10 @@ def gradients(
     """Of query, key, value, offset vector and dense bias; the last two where needed."""
     fetched = (given.query, given.key, given.value, given.dout)
     if given.dweights is None and hopper.takes(*fetched):
-        (dquery, dkey, dvalue), far = hopper.inputs_gradient(given, _wanted_sums(given, needs_offsets))
+        from zeta.ops.backends.triton.hopper import passes as on_hopper
+
+        wanted = _wanted_sums(given, needs_offsets)
+        (dquery, dkey, dvalue), far = on_hopper.inputs_gradient(given, wanted)
     else:
         dkey, dvalue = keys_gradient(given)
         dquery, far = queries_gradient(given, _wanted_sums(given, needs_offsets))

@@ -30,7 +30,6 @@ from zeta.ops.backends.triton.kernels.scores import (
     far_bias,
     kept,
     key_exists,
-    row_hashes,
     store_rows,
 )
 
@@ -40,8 +39,8 @@ LAST: gl.constexpr = gl.constexpr(2**31 - 1)
 
 @gluon.jit
 def fetch(
-    q, k, v, dout, norms, deltas, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, fetched, full,
-    empty, sizes, batch, key_head, column0, low, high,
+    q, k, v, dout, norms, deltas, hashes, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM,
+    hashes_SM, fetched, full, empty, sizes, batch, key_head, column0, low, high,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fetches a tile of keys and values, then tiles of rows, last first, as places become free."""
@@ -62,7 +61,8 @@ def fetch(
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             bar = full.index(stage)
-            mbarrier.expect(bar, 2 * BLOCK_M * BLOCK_D * 2 + 2 * BLOCK_M * 4)
+            numbers: gl.constexpr = 2 if hashes is None else 3
+            mbarrier.expect(bar, 2 * BLOCK_M * BLOCK_D * 2 + numbers * BLOCK_M * 4)
             tall: gl.constexpr = [1, 1, BLOCK_M, BLOCK_D]
             tma.async_copy_global_to_shared(
                 q, [batch, head, row0, 0], bar,
@@ -75,6 +75,8 @@ def fetch(
                 dout_SMD.index(stage)._reinterpret(dout.dtype, tall, dout.layout),
             )  # fmt: skip
             tma.async_copy_global_to_shared(deltas, [plane, row0], bar, deltas_SM.index(stage))
+            if hashes is not None:
+                tma.async_copy_global_to_shared(hashes, [plane, row0], bar, hashes_SM.index(stage))
             step += 1
 
 
@@ -174,8 +176,8 @@ def give_to_queries(
 
 @gluon.jit
 def gather(
-    dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM,
-    dq_MD, full, empty, exchanged, written, taken, score, sizes, batch, head, column0,
+    dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM,
+    hashes_SM, ds_SNM,    dq_MD, full, empty, exchanged, written, taken, score, sizes, batch, head, column0,
     start, stop, side,
     PART: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CLEAN: gl.constexpr, LATE: gl.constexpr,
@@ -215,8 +217,7 @@ def gather(
         given_NM = p_NM
         if score.dropout is not None:
             # The sign says which are dropped: it costs no register.
-            row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
-            keep_NM = kept(score, row_hash_M[None, :], column_hash_N[:, None])
+            keep_NM = kept(score, hashes_SM.index(stage).load(SCORES), column_hash_N[:, None])
             p_NM = gl.where(keep_NM, p_NM, -p_NM)
             given_NM = gl.maximum(p_NM, 0.0)
         given_NM = gl.convert_layout(given_NM.to(q_MD.dtype), operand)
@@ -285,7 +286,7 @@ def clear_padding(
 
 @gluon.jit
 def consume(
-    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, cleared, full, empty,
+    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, ds_SNM, dq_MD, fetched, cleared, full, empty,
     exchanged, written, taken, dk, dv, left_sums, right_sums, score, sizes, batch, key_head, column0, low, one,
     two, three, four, high,
     PART: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
@@ -317,7 +318,7 @@ def consume(
     if score.dropout is not None:
         inverse = 1.0 / score.dropout.keep
     mbarrier.wait(fetched, 0)
-    if score.padding is not None:
+    if score.padding is not None or placed:
         clear_padding(k_ND, v_ND, cleared, score, sizes, batch, column0, PART, KEYS)
     for member in range(sizes.group):
         head = key_head * sizes.group + member
@@ -330,36 +331,36 @@ def consume(
         if windowed and banded:
             dk_ND, dv_ND, left_N, right_N, step = gather(
                 dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
-                sizes, batch, head, column0, four, high, 0.0, PART, BLOCK_M, BLOCK_D,
+                deltas_SM, hashes_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken,
+                score, sizes, batch, head, column0, four, high, 0.0, PART, BLOCK_M, BLOCK_D,
                 STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if banded:
             dk_ND, dv_ND, left_N, right_N, step = gather(
                 dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
-                sizes, batch, head, column0, three, four, left, PART, BLOCK_M, BLOCK_D,
+                deltas_SM, hashes_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken,
+                score, sizes, batch, head, column0, three, four, left, PART, BLOCK_M, BLOCK_D,
                 STAGES, LEFT, RIGHT, True, True, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if placed or (windowed or banded) and not merged:
             dk_ND, dv_ND, left_N, right_N, step = gather(
                 dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
-                sizes, batch, head, column0, two, three, 0.0, PART, BLOCK_M, BLOCK_D,
+                deltas_SM, hashes_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken,
+                score, sizes, batch, head, column0, two, three, 0.0, PART, BLOCK_M, BLOCK_D,
                 STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if not placed and not merged:
             dk_ND, dv_ND, left_N, right_N, step = gather(
                 dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
-                sizes, batch, head, column0, one, two, right, PART, BLOCK_M, BLOCK_D,
+                deltas_SM, hashes_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken,
+                score, sizes, batch, head, column0, one, two, right, PART, BLOCK_M, BLOCK_D,
                 STAGES, LEFT, RIGHT, True, False, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if not placed and (score.causal or score.prefix is not None or not WHOLE):
             dk_ND, dv_ND, left_N, right_N, step = gather(
                 dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                deltas_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken, score,
-                sizes, batch, head, column0, low, gl.where(merged, three, one), 0.0, PART, BLOCK_M, BLOCK_D,
+                deltas_SM, hashes_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken,
+                score, sizes, batch, head, column0, low, gl.where(merged, three, one), 0.0, PART, BLOCK_M, BLOCK_D,
                 STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if LEFT or RIGHT:
@@ -390,7 +391,7 @@ def consume(
 
 @gluon.jit
 def inputs_kernel(
-    q, k, v, dout, norms, deltas, dk, dv, left_sums, right_sums, sums, turns, score, sizes,
+    q, k, v, dout, norms, deltas, hashes, dk, dv, left_sums, right_sums, sums, turns, score, sizes,
     interleaved,
     WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     WHOLE: gl.constexpr,
@@ -442,6 +443,7 @@ def inputs_kernel(
     dq_MD = gl.allocate_shared_memory(gl.float32, [BLOCK_M, BLOCK_D], sums_MD)
     norms_SM = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], norms.layout)
     deltas_SM = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], deltas.layout)
+    hashes_SM = gl.allocate_shared_memory(gl.int32, [STAGES, 1, BLOCK_M], norms.layout)
     fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     cleared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -464,7 +466,7 @@ def inputs_kernel(
             (
                 consume,
                 (
-                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, cleared,
+                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, ds_SNM, dq_MD, fetched, cleared,
                     full, empty, exchanged, written, taken, dk, dv, left_sums, right_sums, score,
                     sizes, batch, key_head, column0, low, one, two, three, four, high,
                     0, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
@@ -473,7 +475,7 @@ def inputs_kernel(
             (
                 consume,
                 (
-                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, ds_SNM, dq_MD, fetched, cleared,
+                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, ds_SNM, dq_MD, fetched, cleared,
                     full, empty, exchanged, written, taken, dk, dv, left_sums, right_sums, score,
                     sizes, batch, key_head, column0, low, one, two, three, four, high,
                     1, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
@@ -482,8 +484,8 @@ def inputs_kernel(
             (
                 fetch,
                 (
-                    q, k, v, dout, norms, deltas, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM,
-                    fetched, full, empty, sizes, entry, key_head, column0, low, high,
+                    q, k, v, dout, norms, deltas, hashes, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
+                    deltas_SM, hashes_SM, fetched, full, empty, sizes, entry, key_head, column0, low, high,
                     BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
                 ),
             ),

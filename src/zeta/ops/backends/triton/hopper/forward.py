@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -21,10 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from zeta.ops.backends.triton.kernels.forward import store_statistics, weigh
 from zeta.ops.backends.triton.kernels.ranges import column_parts, count_tiles, tile_start
 from zeta.ops.backends.triton.kernels.scores import (
-    column_hashes,
     exponential,
     far_bias,
     kept,
+    key_exists,
     row_hashes,
     store_rows,
 )
@@ -32,8 +33,8 @@ from zeta.ops.backends.triton.kernels.scores import (
 
 @gluon.jit
 def fetch_tiles(
-    k, v, k_SND, v_SND, k_full, k_empty, v_full, v_empty, step, batch, key_head, low, one, two,
-    three, four, high,
+    k, v, hashes, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full, v_empty, step, batch, key_head,
+    hash_plane, low, one, two, three, four, high,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CLEAN: gl.constexpr,
 ):  # fmt: skip
     """Fetches the clean tiles, or the others, as places become free."""
@@ -43,11 +44,16 @@ def fetch_tiles(
         stage = step % STAGES
         phase = ((step // STAGES) & 1) ^ 1
         mbarrier.wait(k_empty.index(stage), phase)
-        mbarrier.expect(k_full.index(stage), BLOCK_N * BLOCK_D * 2)
+        numbers: gl.constexpr = 0 if hashes is None else BLOCK_N
+        mbarrier.expect(k_full.index(stage), BLOCK_N * BLOCK_D * 2 + numbers * 4)
         tma.async_copy_global_to_shared(
             k, [batch, key_head, column0, 0], k_full.index(stage),
             k_SND.index(stage)._reinterpret(k.dtype, tile, k.layout),
         )  # fmt: skip
+        if hashes is not None:
+            tma.async_copy_global_to_shared(
+                hashes, [hash_plane, column0], k_full.index(stage), hashes_SN.index(stage)
+            )
         mbarrier.wait(v_empty.index(stage), phase)
         mbarrier.expect(v_full.index(stage), BLOCK_N * BLOCK_D * 2)
         tma.async_copy_global_to_shared(
@@ -60,8 +66,8 @@ def fetch_tiles(
 
 @gluon.jit
 def fetch(
-    q, k, v, q_MD, k_SND, v_SND, fetched, k_full, k_empty, v_full, v_empty, score, batch, head,
-    key_head, row0, low, one, two, three, four, high,
+    q, k, v, hashes, q_MD, k_SND, v_SND, hashes_SN, fetched, k_full, k_empty, v_full, v_empty, score,
+    batch, head, key_head, row0, low, one, two, three, four, high,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """Fetches the program's queries, then every tile that they meet."""
@@ -71,15 +77,17 @@ def fetch(
         q, [batch, head, row0, 0], fetched, q_MD._reinterpret(q.dtype, tile, q.layout)
     )
     step = low * 0
-    if score.positions is None:
-        step = fetch_tiles(
-            k, v, k_SND, v_SND, k_full, k_empty, v_full, v_empty, step, batch, key_head, low, one,
-            two, three, four, high, BLOCK_N, BLOCK_D, STAGES, True,
-        )  # fmt: skip
+    hash_plane = low * 0
+    if score.dropout is not None:
+        hash_plane = gl.where(score.dropout.column_batch > 0, batch, 0)
+    step = fetch_tiles(
+        k, v, hashes, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full, v_empty, step, batch,
+        key_head, hash_plane, low, one, two, three, four, high, BLOCK_N, BLOCK_D, STAGES, True,
+    )  # fmt: skip
     if CUT:
         step = fetch_tiles(
-            k, v, k_SND, v_SND, k_full, k_empty, v_full, v_empty, step, batch, key_head, low, one,
-            two, three, four, high, BLOCK_N, BLOCK_D, STAGES, False,
+            k, v, hashes, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full, v_empty, step, batch,
+            key_head, hash_plane, low, one, two, three, four, high, BLOCK_N, BLOCK_D, STAGES, False,
         )  # fmt: skip
 
 
@@ -93,11 +101,31 @@ def add_values(acc_MD, p_MN, v_SND, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def clear_padding(
+    v_ND, cleared, score, sizes, batch, column0,
+    PART: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Writes 0 where a tile of values has no key: each group of warps in its half. There is one
+    such tile at most.
+    """
+    local_N = gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, LAYOUT))
+    first: gl.constexpr = PART * (BLOCK_N // 2)
+    exists = key_exists(score, sizes, batch, column0 + first, local_N)[:, None]
+    half_ND = v_ND.slice(first, BLOCK_N // 2, 0)
+    tile_ND = half_ND.load(LAYOUT)
+    half_ND.store(gl.where(exists, tile_ND, gl.zeros_like(tile_ND)))
+    fence_async_shared()
+    gl.thread_barrier()
+    mbarrier.arrive(cleared, count=1)
+    mbarrier.wait(cleared, 0)
+
+
+@gluon.jit
 def attend(
-    acc_MD, p_MN, total_M, peak_M, step, q_MD, k_SND, v_SND, k_full, k_empty, v_full, v_empty,
-    score, sizes, batch, head, row0, low, one, two, three, four, high,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CLEAN: gl.constexpr,
-    SCORES: gl.constexpr, OUTPUTS: gl.constexpr,
+    acc_MD, p_MN, total_M, peak_M, step, q_MD, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full,
+    v_empty, cleared, score, sizes, batch, head, row0, low, one, two, three, four, high,
+    PART: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    CLEAN: gl.constexpr, SCORES: gl.constexpr, OUTPUTS: gl.constexpr,
 ):  # fmt: skip
     """Weighs the clean tiles of keys, or the others; and adds the values of each tile's predecessor
     meanwhile.
@@ -130,12 +158,18 @@ def attend(
         total_M = total_M * decay_M + gl.sum(weights_MN, 1)
         peak_M = new_peak_M
         if score.dropout is not None:
-            column_hash_N = column_hashes(score, sizes, batch, column0, local_N)
-            keep_MN = kept(score, row_hash_M[:, None], column_hash_N[None, :])
+            keep_MN = kept(score, row_hash_M[:, None], hashes_SN.index(stage).load(SCORES))
             weights_MN = gl.where(keep_MN, weights_MN, 0.0)
         acc_MD = warpgroup_mma_wait(0, [acc])
         p_MN = gl.convert_layout(weights_MN.to(q_MD.dtype), operand)
         acc_MD = acc_MD * gl.convert_layout(decay_M, gl.SliceLayout(1, OUTPUTS))[:, None]
+        if score.padding is not None and not CLEAN:
+            # What lies in padding is not to be added, though its weights are 0.
+            if column0 + BLOCK_N > gl.load(score.padding + batch):
+                mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+                clear_padding(
+                    v_SND.index(stage), cleared, score, sizes, batch, column0, PART, BLOCK_N, OUTPUTS
+                )
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.arrive(v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
@@ -145,8 +179,8 @@ def attend(
 
 @gluon.jit
 def consume(
-    q_MD, k_SND, v_SND, fetched, k_full, k_empty, v_full, v_empty, out, lse, statistics, score,
-    sizes, batch, head, row0, low, one, two, three, four, high,
+    q_MD, k_SND, v_SND, hashes_SN, fetched, k_full, k_empty, v_full, v_empty, cleared, out, lse,
+    statistics, score, sizes, batch, head, row0, low, one, two, three, four, high,
     PART: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
@@ -167,17 +201,16 @@ def consume(
     step = low * 0
     own_q_MD = q_MD.slice(PART * 64, 64, 0)
     mbarrier.wait(fetched, 0)
-    if score.positions is None:
-        acc_MD, p_MN, total_M, peak_M, step = attend(
-            acc_MD, p_MN, total_M, peak_M, step, own_q_MD, k_SND, v_SND, k_full, k_empty, v_full,
-            v_empty, score, sizes, batch, head, row0, low, one, two, three, four, high, BLOCK_N,
-            BLOCK_D, STAGES, True, SCORES, OUTPUTS,
-        )  # fmt: skip
+    acc_MD, p_MN, total_M, peak_M, step = attend(
+        acc_MD, p_MN, total_M, peak_M, step, own_q_MD, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full,
+        v_empty, cleared, score, sizes, batch, head, row0, low, one, two, three, four, high,
+        PART, BLOCK_N, BLOCK_D, STAGES, True, SCORES, OUTPUTS,
+    )  # fmt: skip
     if CUT:
         acc_MD, p_MN, total_M, peak_M, step = attend(
-            acc_MD, p_MN, total_M, peak_M, step, own_q_MD, k_SND, v_SND, k_full, k_empty, v_full,
-            v_empty, score, sizes, batch, head, row0, low, one, two, three, four, high, BLOCK_N,
-            BLOCK_D, STAGES, False, SCORES, OUTPUTS,
+            acc_MD, p_MN, total_M, peak_M, step, own_q_MD, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full,
+            v_empty, cleared, score, sizes, batch, head, row0, low, one, two, three, four, high,
+            PART, BLOCK_N, BLOCK_D, STAGES, False, SCORES, OUTPUTS,
         )  # fmt: skip
     if step > 0:
         mbarrier.wait(v_full.index((step - 1) % STAGES), ((step - 1) // STAGES) & 1)
@@ -200,7 +233,7 @@ def consume(
 
 @gluon.jit
 def forward_kernel(
-    q, k, v, out, lse, statistics, score, sizes,
+    q, k, v, hashes, out, lse, statistics, score, sizes,
     WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     EVEN: gl.constexpr,
 ):  # fmt: skip
@@ -219,8 +252,7 @@ def forward_kernel(
     low, one, two, three, four, high = column_parts(score, sizes, batch, row0, 128, BLOCK_N)
     CUT: gl.constexpr = (
         score.causal or score.window is not None or score.offsets is not None
-        or score.padding is not None or score.prefix is not None or score.positions is not None
-        or not EVEN
+        or score.padding is not None or score.prefix is not None or not EVEN
     )  # fmt: skip
     dtype: gl.constexpr = q.dtype
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_D], dtype)
@@ -228,12 +260,16 @@ def forward_kernel(
     q_MD = gl.allocate_shared_memory(dtype, [128, BLOCK_D], rows)
     k_SND = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], keys)
     v_SND = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], keys)
+    numbers: gl.constexpr = gl.NVMMASharedLayout(0, 32, 2)
+    hashes_SN = gl.allocate_shared_memory(gl.int32, [STAGES, 1, BLOCK_N], numbers)
     fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    cleared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(fetched, count=1)
+    mbarrier.init(cleared, count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(v_full.index(stage), count=1)
@@ -244,24 +280,24 @@ def forward_kernel(
             (
                 consume,
                 (
-                    q_MD, k_SND, v_SND, fetched, k_full, k_empty, v_full, v_empty, out, lse,
-                    statistics, score, sizes, batch, head, row0, low, one, two, three, four, high,
+                    q_MD, k_SND, v_SND, hashes_SN, fetched, k_full, k_empty, v_full, v_empty, cleared,
+                    out, lse, statistics, score, sizes, batch, head, row0, low, one, two, three, four, high,
                     0, WIDTH, BLOCK_N, BLOCK_D, STAGES, CUT,
                 ),
             ),
             (
                 consume,
                 (
-                    q_MD, k_SND, v_SND, fetched, k_full, k_empty, v_full, v_empty, out, lse,
-                    statistics, score, sizes, batch, head, row0, low, one, two, three, four, high,
+                    q_MD, k_SND, v_SND, hashes_SN, fetched, k_full, k_empty, v_full, v_empty, cleared,
+                    out, lse, statistics, score, sizes, batch, head, row0, low, one, two, three, four, high,
                     1, WIDTH, BLOCK_N, BLOCK_D, STAGES, CUT,
                 ),
             ),
             (
                 fetch,
                 (
-                    q, k, v, q_MD, k_SND, v_SND, fetched, k_full, k_empty, v_full, v_empty, score,
-                    entry, head, head // sizes.group, row0, low, one, two, three, four, high,
+                    q, k, v, hashes, q_MD, k_SND, v_SND, hashes_SN, fetched, k_full, k_empty,
+                    v_full, v_empty, score, entry, head, head // sizes.group, row0, low, one, two, three, four, high,
                     BLOCK_N, BLOCK_D, STAGES, CUT,
                 ),
             ),

@@ -1,0 +1,139 @@
+"""Forward and backward passes on Hopper: outputs are allocated, kernels launched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from zeta.ops.backends.triton.arguments import (
+    launch,
+    rows_operand,
+    spread,
+)
+from zeta.ops.backends.triton.hopper.backward import inputs_kernel
+from zeta.ops.backends.triton.hopper.forward import forward_kernel
+from zeta.ops.backends.triton.kernels.operands import Rows, Score, Sizes, Turns
+from zeta.ops.buffers import empty_rows
+
+if TYPE_CHECKING:
+    from zeta.ops.backends.triton.passes import Backward
+
+KEYS, PART = 128, 64
+"""Keys of a program, and of each of its two groups of warps."""
+QUERIES = 128
+"""Queries of a program in the forward pass."""
+ROWS = {64: 128, 128: 64}
+"""Query rows of a tile, by the padded width of a head."""
+STAGES = 2
+FORWARD_TILES = {64: (128, 4), 128: (128, 2)}
+"""Keys of a tile, and stages, in the forward pass."""
+PROGRAMS = 132
+"""About how many programs run at once: the multiprocessors of the device."""
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    results: tuple[Rows, Tensor, Tensor],
+    score: Score,
+    sizes: Sizes,
+) -> None:
+    """Writes the output, lse and statistics."""
+    width = query.shape[-1]
+    padded = 64 if width <= 64 else 128
+    columns, stages = FORWARD_TILES[padded]
+    programs = triton.cdiv(sizes.queries, QUERIES) * sizes.batch * sizes.heads
+    dropout = score.dropout
+    hashes = None if dropout is None else _numbers(dropout.columns[:, None], columns, 0)
+    launch(
+        forward_kernel, (programs,), _tiles(query, QUERIES, padded),
+        _tiles(key, columns, padded), _tiles(value, columns, padded), hashes, *results,
+        spread(score, sizes, PART, columns), sizes, WIDTH=width, BLOCK_D=padded, BLOCK_N=columns,
+        STAGES=stages, EVEN=sizes.keys % columns == 0, num_warps=4,
+    )  # fmt: skip
+
+
+def inputs_gradient(
+    given: Backward, wanted: tuple[bool, bool]
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
+    """Gradients of query, key and value, each laid out as what it belongs to; and, where wanted,
+    the sums ``(H,)`` of dS beyond the reach on each side.
+    """
+    sizes, width = given.sizes, given.query.shape[-1]
+    padded = 64 if width <= 64 else 128
+    rows = ROWS[padded]
+    dkey, dvalue = (empty_rows(tensor, width) for tensor in (given.key, given.value))
+    dquery = empty_rows(given.query, width)
+    shape = (sizes.batch, sizes.heads, sizes.keys)
+    far = [given.delta.new_zeros(shape) if each else None for each in wanted]
+    num_tiles = triton.cdiv(sizes.keys, KEYS)
+    programs = num_tiles * sizes.batch * given.key.shape[1]
+    sums, turns = _turns(given, programs)
+    launch(
+        inputs_kernel, (programs,), _tiles(given.query, rows, padded),
+        _tiles(given.key, KEYS, padded), _tiles(given.value, KEYS, padded),
+        _tiles(given.dout, rows, padded), _numbers(given.statistics[0], rows, float("inf")),
+        _numbers(given.delta, rows, 0.0), _hashes(given.score, rows), rows_operand(dkey), rows_operand(dvalue), *far,
+        _sums(sums, rows, padded), turns,
+        spread(given.score, sizes, rows, PART, key_major=True), sizes,
+        _heads_at_once(sizes.queries, rows), WIDTH=width, BLOCK_D=padded, BLOCK_M=rows,
+        STAGES=STAGES, WHOLE=given.score.padding is None and sizes.keys % KEYS == 0, num_warps=4,
+    )  # fmt: skip
+    # One pass: the product is rounded as it is written.
+    torch.mul(sums, given.score.slope / given.keep, out=dquery)
+    return (dquery, dkey, dvalue), _totals(far)
+
+
+def _heads_at_once(queries: int, rows: int) -> int:
+    """Of how many heads the programs begin together: with more, fewer of one head wait for each
+    other at first; with fewer, more of them read what others have just read.
+    """
+    of_one_head = min(max(queries // rows // 8, 1), 8)
+    return triton.cdiv(PROGRAMS, of_one_head)
+
+
+def _totals(sums: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    left, right = (None if each is None else each.sum((0, 2)) for each in sums)
+    return left, right
+
+
+def _tiles(tensor: Tensor, rows: int, padded: int) -> TensorDescriptor:
+    """A ``(B, H, rows, D)`` tensor as the copy engine reads it, a tile of a head at a time."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor.from_tensor(tensor, [1, 1, rows, padded], layout)
+
+
+def _numbers(tensor: Tensor, rows: int, missing: float) -> TensorDescriptor:
+    """A number for each row of each head, ``(B, H, T)``; past the last row, `missing`."""
+    beyond = -tensor.shape[-1] % rows
+    padded = F.pad(tensor, (0, beyond), value=missing) if beyond else tensor
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor.from_tensor(padded.flatten(0, 1), [1, rows], layout)
+
+
+def _hashes(score: Score, rows: int) -> TensorDescriptor | None:
+    """The rows' halves of the dropout hash."""
+    return None if score.dropout is None else _numbers(score.dropout.rows, rows, 0)
+
+
+def _sums(tensor: Tensor, rows: int, padded: int) -> TensorDescriptor:
+    """A dense ``(B, H, T, D)`` tensor in float32 to which the copy engine adds tiles."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
+    return TensorDescriptor.from_tensor(tensor.flatten(0, 1), [1, rows, padded], layout)
+
+
+def _turns(given: Backward, programs: int) -> tuple[Tensor, Turns]:
+    """Sums of the queries' gradient, and who adds to them when: made as one tensor of zeros."""
+    size = given.query.numel()
+    made = given.delta.new_zeros(size + 1 + programs)
+    counts = made[size:].view(torch.int32)
+    sums = made[:size].view(given.query.shape)
+    return sums, Turns(counts[:1], counts[1:])

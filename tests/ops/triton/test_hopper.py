@@ -1,0 +1,111 @@
+"""The kernels for Hopper, on one: every feature, at sizes of more than one tile that fill none."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.cases import Case, assert_within_bound, widened
+from zeta import attention, biases, masks
+
+pytestmark = pytest.mark.gpu
+
+SMALL = Case("plain", heads=4, key_heads=2, target=333, source=400)
+LARGE = Case("plain", batch=1, heads=2, key_heads=2, target=1090, source=1024)
+"""So many scores that an offset bias is written out for the tiles that its band cuts."""
+T5 = {"table": (32, 4)}
+T5_OF_LARGE = {"table": (32, 2)}
+
+
+def _t5(made: dict[str, Tensor], *, bidirectional: bool) -> biases.Bias:
+    return biases.Bucketed(made["table"], bidirectional=bidirectional)
+
+
+def _two_ways(made: dict[str, Tensor]) -> biases.Bias:
+    return _t5(made, bidirectional=True)
+
+
+def _one_way(made: dict[str, Tensor]) -> biases.Bias:
+    return _t5(made, bidirectional=False)
+
+
+def _padding() -> masks.Mask:
+    return masks.Padding(torch.tensor([397, 130]))
+
+
+CASES = [
+    SMALL,
+    dataclasses.replace(SMALL, name="even", target=512, source=256, layout="BTHD"),
+    dataclasses.replace(SMALL, name="fewer keys, causal", source=150, mask=masks.Causal),
+    dataclasses.replace(SMALL, name="window", mask=lambda: masks.SlidingWindow(90)),
+    dataclasses.replace(
+        SMALL, name="prefix", mask=lambda: masks.PrefixLM(torch.tensor([3, 260])), dropout_p=0.2
+    ),
+    dataclasses.replace(SMALL, name="padding", mask=_padding, dropout_p=0.1),
+    dataclasses.replace(
+        SMALL, name="documents",
+        mask=lambda: masks.Documents((torch.arange(400) // 70).expand(2, -1)) & masks.Causal(),
+    ),
+    dataclasses.replace(SMALL, name="t5", learned=T5, bias=_two_ways, dropout_p=0.1),
+    dataclasses.replace(
+        SMALL, name="t5, causal, padding", learned=T5, bias=_one_way,
+        mask=lambda: masks.Causal() & _padding(),
+    ),
+    dataclasses.replace(
+        SMALL, name="t5, window", learned=T5, bias=_one_way, mask=lambda: masks.SlidingWindow(200)
+    ),
+    dataclasses.replace(
+        SMALL, name="alibi, soft cap", mask=masks.Causal,
+        bias=lambda made: biases.Alibi(torch.tensor([0.5, 0.2, 0.1, 0.02], device="cuda"))
+        + biases.Softcap(5.0),
+    ),
+    dataclasses.replace(
+        SMALL, name="dense", learned={"dense": (1, 4, 333, 400)},
+        bias=lambda made: biases.Dense(made["dense"]), dropout_p=0.1,
+    ),
+    LARGE,
+    dataclasses.replace(LARGE, name="large, t5", learned=T5_OF_LARGE, bias=_two_ways),
+    dataclasses.replace(
+        LARGE, name="large, t5, causal, dropout", learned=T5_OF_LARGE, bias=_one_way,
+        mask=masks.Causal, dropout_p=0.1,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 72])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_outputs_and_gradients(case: Case, head_dim: int) -> None:
+    case = dataclasses.replace(case, head_dim=head_dim)
+    made = case.tensors(torch.bfloat16, "cuda")
+    actual = case.run(made, "triton")
+    low = case.run(made, "reference")
+    assert_within_bound(actual, low, case.run(widened(made), "reference"))
+    for name, again in case.run(made, "triton").items():
+        assert torch.equal(again, actual[name]), f"{name} differs between two runs"
+
+
+def test_float16() -> None:
+    case = dataclasses.replace(SMALL, head_dim=64, learned=T5, bias=_two_ways)
+    made = case.tensors(torch.float16, "cuda")
+    low = case.run(made, "reference")
+    assert_within_bound(case.run(made, "triton"), low, case.run(widened(made), "reference"))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_lies_in_padding_reaches_nothing(head_dim: int) -> None:
+    shape = (2, 4, 300, head_dim)
+    query, key, value, dout = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
+    mask = masks.Padding(torch.tensor([300, 201], device="cuda"))
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        out = attention(*leaves, mask=mask, backend="triton")
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    expected = run(query, key, value)
+    key[1, :, 201:], value[1, :, 201:] = float("nan"), float("inf")
+    for found, right in zip(run(query, key, value), expected, strict=True):
+        assert torch.equal(found, right)
