@@ -1,8 +1,8 @@
 """Registers, spills and shared memory of every shipped configuration of the GPU kernels.
 
 ``python -m benchmarks.gpu_resources [--capability 90] [--dims 64,128] [--quick]`` compiles them for
-a GPU that need not be there, and fails where one needs more shared memory than there is or spills
-more than `max_spill` allows.
+a GPU that need not be there, and fails where one needs more shared memory than there is, spills
+more than `max_spill` allows, or has its asynchronous products serialised by the assembler.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from zeta import biases, masks
-from zeta.ops.backends.triton import arguments, passes, rotation
+from zeta.ops.backends.triton import arguments, hopper, passes, rotation
+from zeta.ops.backends.triton.hopper import passes as on_hopper
 from zeta.ops.backends.triton.kernels.operands import PageTable
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower
@@ -37,11 +38,15 @@ FASTER: dict[tuple[str, int], int] = {
     ("keys_kernel", 64): 48,
     ("keys_kernel", 128): 160,
     ("queries_kernel", 128): 136,
+    ("inputs_kernel", 64): 1600,
+    ("inputs_kernel", 128): 1600,
 }
 """Bytes a thread that kernels may spill on compute capability 9.0 in half precision, by the width
 of a head. Tiles that spill none, or 16 at most, were timed with an offset bias and took longer, by
 `results/gpu-tiles-h200.json`: keys at width 64 3 to 7 % (32 x 64) and at 128 about 23 % (16 x 64),
 queries at 128 21 to 34 % (128 x 32). Not timed, and spilling none: keys at 128, 32 x 64 by 8 warps.
+Hopper's kernel for all three spills in tiles that a mask or a band cuts, and where far offsets are
+summed; no form of it that does not was found.
 """
 MAX_SPILL = 400
 """The same for float32 on 9.0, whose products are made of three, and half precision elsewhere."""
@@ -100,16 +105,22 @@ class Usage:
     registers: int
     spill: int
     shared: int
+    serialized: bool
+    """Whether products that the kernel begins by hand wait for each other."""
 
     def fault(self, capability: int) -> str:
         """Why it may not ship, or nothing."""
+        if self.serialized:
+            return "its products wait for each other"
         if self.shared > SHARED_KIB[capability] * 1024:
             return f"{self.shared} bytes of shared memory"
         return f"{self.spill} bytes spilled" if self.spill > self.max_spill else ""
 
 
-def assemble(compiled: Any, capability: int) -> tuple[int, int]:
-    """Registers and bytes spilled, as the assembler reports them."""
+def assemble(compiled: Any, capability: int) -> tuple[int, int, bool]:
+    """Registers, bytes spilled, and whether products that should be asynchronous are not, as the
+    assembler reports them.
+    """
     folder = Path(triton.backends.nvidia.__file__).parent / "bin"
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "kernel.ptx"
@@ -122,7 +133,11 @@ def assemble(compiled: Any, capability: int) -> tuple[int, int]:
     registers, spill = (
         re.search(pattern, told) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill stores")
     )
-    return int(registers[1]) if registers else 0, int(spill[1]) if spill else 0
+    return (
+        int(registers[1]) if registers else 0,
+        int(spill[1]) if spill else 0,
+        "wgmma.mma_async instructions are serialized" in told,
+    )
 
 
 def problems(dims: list[int], quick: bool) -> Iterator[Problem]:
@@ -229,20 +244,25 @@ def usages(capability: int, dims: list[int], quick: bool) -> Iterator[Usage]:
     def compile_only(kernel: Any, grid: Any, *operands: Any, **constants: Any) -> None:
         compiled = kernel.warmup(*operands, grid=grid, **constants)
         tiles = [constants.get(name) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")]
-        registers, spill = assemble(compiled, capability)
+        registers, spill, serialized = assemble(compiled, capability)
         shared = compiled.metadata.shared
         name = kernel.__name__
         limit = max_spill(name, problem.dim, problem.dtype, capability)
-        found.append(Usage(name, str(problem), limit, str(tiles), registers, spill, shared))
+        label = f"{problem}{', portable' if is_portable else ''}"
+        found.append(Usage(name, label, limit, str(tiles), registers, spill, shared, serialized))
 
     version = (capability // 10, capability % 10)
-    for module in (arguments, passes, rotation):
+    for module in (arguments, passes, rotation, on_hopper):
         module.launch = compile_only  # type: ignore[attr-defined]
-    arguments.device_capability = lambda tensor: version
+    arguments.device_capability = hopper.device_capability = lambda tensor: version
+    takes = hopper.takes
     for problem in problems(dims, quick):
-        problem.run()
-        yield from found
-        found.clear()
+        # Where a device has kernels of its own, the portable ones serve what these do not take.
+        for is_portable in (False, True) if capability == 90 else (True,):
+            hopper.takes = takes if not is_portable else lambda *tensors: False
+            problem.run()
+            yield from found
+            found.clear()
 
 
 def main() -> int:

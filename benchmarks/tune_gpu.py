@@ -1,4 +1,4 @@
-"""Searches for better tiles of the GPU kernels: ``python -m benchmarks.tune_gpu --dims 64,128``.
+"""Searches for better tiles of the portable GPU kernels: ``python -m benchmarks.tune_gpu``.
 
 Every candidate is compiled in a pool of processes, then timed alone on one shape, full and causal,
 with a learned offset bias. Prints each kernel's candidates, best first; the table to edit is in
@@ -57,9 +57,10 @@ def trial(
     heads: int, length: int,
 ) -> Callable[[], object]:  # fmt: skip
     """A function that launches one kernel with the given tiles."""
-    from zeta.ops.backends.triton import passes
+    from zeta.ops.backends.triton import hopper, passes
     from zeta.ops.backends.triton.arguments import Fixed
 
+    hopper.takes = lambda *operands: False  # The portable kernels have the tiles.
     # The table of this process alone is changed, and the other kernels keep theirs.
     for name, widths in SHIPPED.items():
         configs.HOPPER[name] = dict(widths)
@@ -80,8 +81,8 @@ def trial(
     if kind == "keys":
         return lambda: passes.keys_gradient(given)
     if kind == "queries":
-        return lambda: passes.queries_gradient(given, True)
-    far = passes.queries_gradient(given, True)[1]
+        return lambda: passes.queries_gradient(given, passes.wanted_sums(given, True))
+    far = passes.queries_gradient(given, passes.wanted_sums(given, True))[1]
     return lambda: passes.offsets_gradient(given, far)
 
 

@@ -34,8 +34,10 @@ def test_what_may_be_spilled() -> None:
     # Measured: those that spill nothing are slower.
     assert 0 < max_spill("keys_kernel", 64, half, 90) < max_spill("keys_kernel", 64, half, 80)
     assert max_spill("keys_kernel", 128, full, 90) < max_spill("keys_kernel", 256, full, 90)
-    usage = Usage("forward_kernel", "", max_spill("forward_kernel", 64, half, 90), "", 255, 4, 0)
+    limit = max_spill("forward_kernel", 64, half, 90)
+    usage = Usage("forward_kernel", "", limit, "", 255, 4, 0, False)
     assert usage.fault(90) == "4 bytes spilled"
+    assert "wait" in dataclasses.replace(usage, spill=0, serialized=True).fault(90)
     assert not dataclasses.replace(usage, spill=0).fault(90)
     assert "shared" in dataclasses.replace(usage, spill=0, shared=1 << 20).fault(90)
 
@@ -47,3 +49,4 @@ def test_one_form_of_each_kernel_fits(capability: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in ("forward", "keys", "queries", "band", "diagonals", "split", "merge", "rotation"):
         assert f"{kernel}_kernel" in done.stdout
+    assert ("inputs_kernel" in done.stdout) == (capability == "90")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.ops.cases import CASES, T5, T5_CAUSAL, Case, assert_within_bound, widened
 from zeta import BackendUnsupported, attention, attention_weights, biases, explain, masks
-from zeta.ops.backends.triton import configs
+from zeta.ops.backends.triton import arguments, configs, passes
 
 pytestmark = [
     pytest.mark.skipif(
@@ -122,6 +122,23 @@ def test_other_tiles(tiles: tuple[int, int], monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(configs, "INTERPRETED", configs.Tiles(*tiles, num_warps=4, num_stages=1))
     _check(_tiled("t5 causal", **NEAR, mask=masks.Causal, batch=1), torch.float16)
     _check(_tiled("t5", **NEAR, batch=1, target=40), torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in TILED if "t5" in case.name], ids=_id)
+def test_biases_written_out_for_the_tiles_that_their_band_cuts(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arguments, "SPREAD_SCORES", 0)
+    written = []
+
+    def spread(*operands: object, **how: object) -> object:
+        written.append(operands)
+        return arguments.spread_from(*operands, **how)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(passes, "spread_from", spread)
+    _check(case, torch.float16)
+    assert written
 
 
 @pytest.mark.slow

@@ -4,14 +4,12 @@ Shape suffixes: B batch, H query heads, G key heads, T target length, S source l
 dimension.
 """
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -52,6 +50,16 @@ class Fixed:
     softcap: float
     softcap_first: bool
     dropout_p: float
+
+
+def cdiv(number: int, divisor: int) -> int:
+    # Triton's own, which can be compiled too, takes several microseconds.
+    return -(-number // divisor)
+
+
+def power_of_two(number: int) -> int:
+    """The least that is not below a positive number."""
+    return 1 << (number - 1).bit_length()
 
 
 def rows_operand(tensor: Tensor) -> Rows:
@@ -189,7 +197,7 @@ def _dropout(seed: Tensor, dropout_p: float, score: Score, sizes: Sizes) -> Drop
         (hash_rows_kernel, row_hash, sizes.batch * sizes.heads, sizes.queries),
         (hash_columns_kernel, column_hash, batches, sizes.keys),
     ):
-        grid = (programs, triton.cdiv(length, HASH_BLOCK))
+        grid = (programs, cdiv(length, HASH_BLOCK))
         launch(kernel, grid, seed, hashes, score, sizes, BLOCK=HASH_BLOCK)
     return Dropout(
         row_hash,
@@ -210,7 +218,7 @@ def shape_of_tiles(
 ) -> dict[str, Any]:
     """Compile-time arguments of a kernel for these widths: padded widths, tile, precision."""
     capability = device_capability(query)
-    padded = [max(16, triton.next_power_of_2(width)) for width in widths]
+    padded = [max(16, power_of_two(width)) for width in widths]
     tiles = configs.tiles(
         kind, max(padded), query.element_size(), causal, capability, has_dense=has_dense
     )
@@ -230,9 +238,11 @@ def shape_of_tiles(
 
 def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
     """Launches a kernel on the device of its first tensor."""
-    tensor = next(_tensors(operands))
-    guard = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-    with guard:
+    device = next(_tensors(operands)).device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*operands, **constants)
+        return
+    with torch.cuda.device(device):
         kernel[grid](*operands, **constants)
 
 

@@ -7,15 +7,16 @@ import dataclasses
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from zeta.ops.backends.triton import hopper
 from zeta.ops.backends.triton.arguments import (
     Fixed,
+    cdiv,
     is_exact,
     launch,
     plane_operand,
+    power_of_two,
     rows_operand,
     score_operand,
     shape_of_tiles,
@@ -71,7 +72,8 @@ def forward(
     if wanted and sizes.queries * sizes.group <= SPLIT_ROWS and sizes.keys >= SPLIT_KEYS:
         _split(query, value.shape[-1], (*inputs, None), results, score, sizes, fixed)
         return out, lse, statistics
-    if wanted and score.positions is None and hopper.takes(query, key, value):
+    if wanted and score.positions is None and hopper.takes(score, query, key, value):
+        # Here and below: Gluon is imported only where it serves.
         from zeta.ops.backends.triton.hopper import passes as on_hopper
 
         on_hopper.forward(query, key, value, results, score, sizes)
@@ -80,7 +82,7 @@ def forward(
         "forward", query, fixed.causal, query.shape[-1], value.shape[-1],
         has_dense=dense is not None,
     )  # fmt: skip
-    grid = (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
+    grid = (cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
     score = spread(score, sizes, constants["BLOCK_M"], constants["BLOCK_N"])
     launch(
         forward_kernel, grid, *inputs, *results, score, sizes,
@@ -181,9 +183,9 @@ def of_output(
         return given
     width = value.shape[-1]
     launch(
-        delta_kernel, (triton.cdiv(sizes.queries, DELTA_ROWS) * sizes.batch * sizes.heads,),
+        delta_kernel, (cdiv(sizes.queries, DELTA_ROWS) * sizes.batch * sizes.heads,),
         rows_operand(out), rows_operand(dout), dlse, delta, sizes, given.keep,
-        VALUE_WIDTH=width, BLOCK_E=triton.next_power_of_2(width), BLOCK_M=DELTA_ROWS,
+        VALUE_WIDTH=width, BLOCK_E=power_of_two(width), BLOCK_M=DELTA_ROWS,
     )  # fmt: skip
     return given
 
@@ -220,15 +222,15 @@ def _split(
 ) -> None:
     """The forward pass of a few queries over many keys."""
     constants = shape_of_tiles("split", query, fixed.causal, query.shape[-1], width)
-    constants["BLOCK_M"] = max(16, triton.next_power_of_2(sizes.queries * sizes.group))
+    constants["BLOCK_M"] = max(16, power_of_two(sizes.queries * sizes.group))
     if constants["BLOCK_M"] > 64:
         constants["num_warps"] *= 2
     if inputs[3] is not None:
         # The pipeline shares its stages between a lookup and what is looked up.
         constants["num_stages"] = 2 * constants["num_stages"] - 1
     programs = sizes.batch * sizes.heads // sizes.group
-    most = triton.cdiv(sizes.keys, 2 * constants["BLOCK_N"])
-    num_splits = max(1, min(triton.cdiv(SPLIT_PROGRAMS, programs), most, MAX_SPLITS))
+    most = cdiv(sizes.keys, 2 * constants["BLOCK_N"])
+    num_splits = max(1, min(cdiv(SPLIT_PROGRAMS, programs), most, MAX_SPLITS))
     rows_shape = (num_splits, sizes.batch, sizes.heads, sizes.queries)
     totals, peaks = (results[1].new_empty(rows_shape) for _ in range(2))
     partial = totals.new_empty((*rows_shape, width))
@@ -237,9 +239,9 @@ def _split(
         num_splits, **constants,
     )  # fmt: skip
     launch(
-        merge_kernel, (triton.cdiv(totals[0].numel(), MERGE_ROWS),), partial, totals, peaks,
+        merge_kernel, (cdiv(totals[0].numel(), MERGE_ROWS),), partial, totals, peaks,
         *results, score, sizes, num_splits,
-        VALUE_WIDTH=width, BLOCK_E=triton.next_power_of_2(width), BLOCK_M=MERGE_ROWS, num_warps=2,
+        VALUE_WIDTH=width, BLOCK_E=power_of_two(width), BLOCK_M=MERGE_ROWS, num_warps=2,
     )  # fmt: skip
 
 
@@ -249,7 +251,7 @@ def _row_sums(given: Backward, dlse: Tensor | None) -> None:
     *operands, delta = given.operands()
     launch(
         row_sums_kernel,
-        (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,),
+        (cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,),
         *operands, dlse, delta, given.score, sizes, **constants,
     )  # fmt: skip
 
@@ -261,10 +263,11 @@ def keys_gradient(given: Backward) -> tuple[Tensor, Tensor]:
     dvalue = dkey
     if given.dweights is None:
         dvalue = empty_rows(given.value, given.value.shape[-1])
-    grid = (triton.cdiv(sizes.keys, constants["BLOCK_N"]) * sizes.batch * given.key.shape[1],)
+    grid = (cdiv(sizes.keys, constants["BLOCK_N"]) * sizes.batch * given.key.shape[1],)
     launch(
         keys_kernel, grid, *given.operands(), rows_operand(dkey), rows_operand(dvalue),
-        spread(given.score, sizes, constants["BLOCK_M"], constants["BLOCK_N"], key_major=True), sizes, EVEN=sizes.queries % constants["BLOCK_M"] == 0, **constants,
+        spread(given.score, sizes, constants["BLOCK_M"], constants["BLOCK_N"], key_major=True),
+        sizes, EVEN=sizes.queries % constants["BLOCK_M"] == 0, **constants,
     )  # fmt: skip
     return dkey, dvalue
 
@@ -276,7 +279,7 @@ def queries_gradient(
     sizes, constants = given.sizes, given.constants("queries")
     dquery = empty_rows(given.query, given.query.shape[-1])
     sums = [torch.empty_like(given.delta) if each else None for each in wanted]
-    grid = (triton.cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
+    grid = (cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,)
     launch(
         queries_kernel, grid, *given.operands(), rows_operand(dquery), *sums,
         spread(given.score, sizes, constants["BLOCK_M"], constants["BLOCK_N"]), sizes,
@@ -297,7 +300,7 @@ def _sums_are_known(given: Backward) -> bool:
     return given.fixed.softcap == 0.0 or given.fixed.softcap_first
 
 
-def _wanted_sums(given: Backward, needs_offsets: bool) -> tuple[bool, bool]:
+def wanted_sums(given: Backward, needs_offsets: bool) -> tuple[bool, bool]:
     """Which far sums must be taken from dS itself: all but one, or all where rows' sums are
     unknown.
     """
@@ -314,14 +317,14 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Of query, key, value, offset vector and dense bias; the last two where needed."""
     fetched = (given.query, given.key, given.value, given.dout)
-    if given.dweights is None and hopper.takes(*fetched):
+    if given.dweights is None and hopper.takes(given.score, *fetched):
         from zeta.ops.backends.triton.hopper import passes as on_hopper
 
-        wanted = _wanted_sums(given, needs_offsets)
+        wanted = wanted_sums(given, needs_offsets)
         (dquery, dkey, dvalue), far = on_hopper.inputs_gradient(given, wanted)
     else:
         dkey, dvalue = keys_gradient(given)
-        dquery, far = queries_gradient(given, _wanted_sums(given, needs_offsets))
+        dquery, far = queries_gradient(given, wanted_sums(given, needs_offsets))
     doffsets = offsets_gradient(given, far) if needs_offsets else None
     ddense = dense_gradient(given, dense) if needs_dense and dense is not None else None
     return dquery, dkey, dvalue, doffsets, ddense
@@ -334,20 +337,18 @@ def offsets_gradient(given: Backward, far: tuple[Tensor | None, Tensor | None]) 
     rows_, columns = constants["BLOCK_M"], constants["BLOCK_N"]
     # The offsets that the first diagonal of tiles begins with, and the last one ends with.
     last = 0 if given.fixed.causal else reach - 1
-    num_diagonals = triton.cdiv(last + reach - 1 + rows_, columns)
-    work = triton.cdiv(sizes.queries, rows_) * sizes.batch
-    num_splits = max(1, min(work, triton.cdiv(BAND_PROGRAMS, sizes.heads * num_diagonals)))
+    num_diagonals = cdiv(last + reach - 1 + rows_, columns)
+    work = cdiv(sizes.queries, rows_) * sizes.batch
+    num_splits = max(1, min(work, cdiv(BAND_PROGRAMS, sizes.heads * num_diagonals)))
     tiles = given.delta.new_empty((sizes.heads, num_diagonals, num_splits, rows_, columns))
-    score = spread_from(
-        given.score, sizes, (rows_, columns), 1 - reach, columns, num_diagonals
-    )
+    score = spread_from(given.score, sizes, (rows_, columns), 1 - reach, columns, num_diagonals)
     launch(
         band_kernel, (sizes.heads * num_diagonals * num_splits,), *given.operands(), tiles, score,
         sizes, num_diagonals, num_splits, **constants,
     )  # fmt: skip
     gradient = given.delta.new_zeros((sizes.heads, 2 * reach + 1))
     launch(
-        diagonals_kernel, (sizes.heads, triton.cdiv(2 * reach + 1, DIAGONAL_BLOCK)), tiles,
+        diagonals_kernel, (sizes.heads, cdiv(2 * reach + 1, DIAGONAL_BLOCK)), tiles,
         gradient, reach, num_diagonals, num_splits, given.keep, BLOCK_M=rows_, BLOCK_N=columns,
         BLOCK=DIAGONAL_BLOCK,
     )  # fmt: skip
@@ -376,9 +377,9 @@ def dense_gradient(given: Backward, dense: Tensor) -> Tensor:
     batch, heads, num_rows, num_columns = dense.shape
     programs = batch * heads
     if num_rows > 1:
-        programs *= triton.cdiv(sizes.queries, constants["BLOCK_M"])
+        programs *= cdiv(sizes.queries, constants["BLOCK_M"])
     if num_columns > 1:
-        programs *= triton.cdiv(sizes.keys, constants["BLOCK_N"])
+        programs *= cdiv(sizes.keys, constants["BLOCK_N"])
     launch(
         dense_kernel, (programs,), *given.operands(), plane_operand(gradient), given.score, sizes,
         heads, batch, SUM_ROWS=num_rows == 1, SUM_COLUMNS=num_columns == 1, **constants,
@@ -401,8 +402,8 @@ def weights(
     planes = (sizes.batch,) if mean else (sizes.batch, sizes.heads)
     out = query.new_empty((*planes, sizes.queries, sizes.keys))
     constants = shape_of_tiles("weights", query, fixed.causal, query.shape[-1])
-    num_tiles = triton.cdiv(sizes.queries, constants["BLOCK_M"])
-    num_tiles *= triton.cdiv(sizes.keys, constants["BLOCK_N"])
+    num_tiles = cdiv(sizes.queries, constants["BLOCK_M"])
+    num_tiles *= cdiv(sizes.keys, constants["BLOCK_N"])
     launch(
         weights_kernel, (num_tiles * sizes.batch * (1 if mean else sizes.heads),),
         rows_operand(query), rows_operand(key), statistics, out,

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
-import triton
 from torch import Tensor
 
-from zeta.ops.backends.triton.arguments import launch, rows_operand
+from zeta.ops.backends.triton.arguments import cdiv, launch, power_of_two, rows_operand
 from zeta.ops.backends.triton.kernels.operands import Turned
 from zeta.ops.backends.triton.kernels.rotation import rotation_kernel
 from zeta.ops.backends.triton.operators import is_eager
@@ -132,7 +131,7 @@ def rotation_of(
 ) -> tuple[Tensor, Tensor]:
     """`rotation`, launched."""
     pairs = tables[0].shape[-1]
-    block_p = triton.next_power_of_2(pairs)
+    block_p = power_of_two(pairs)
     rest = query.shape[-1] - 2 * pairs
     longest = query.shape[2] if key is None else max(query.shape[2], key.shape[2])
     # Two forms are compiled, not one for each small length.
@@ -140,7 +139,7 @@ def rotation_of(
     heads = HEADS if longest > 1 else 1
 
     def programs(x: Tensor) -> int:
-        return int(triton.cdiv(x.shape[1], heads) * triton.cdiv(x.shape[2], block_l) * x.shape[0])
+        return int(cdiv(x.shape[1], heads) * cdiv(x.shape[2], block_l) * x.shape[0])
 
     turned, of_query = _operand(query, tables[:2])
     turned_key, of_key, num_programs = query.new_empty(0), None, programs(query)
@@ -151,7 +150,7 @@ def rotation_of(
     launch(
         rotation_kernel, (total,), of_query, of_key, num_programs, INTERLEAVED=interleaved,
         INVERSE=inverse, PAIRS=pairs, REST=rest, BLOCK_L=block_l, BLOCK_P=block_p,
-        BLOCK_R=triton.next_power_of_2(max(rest, 1)), HEADS=heads,
+        BLOCK_R=power_of_two(max(rest, 1)), HEADS=heads,
     )  # fmt: skip
     return turned, turned_key
 

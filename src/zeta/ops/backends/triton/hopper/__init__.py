@@ -8,21 +8,27 @@ import triton
 from torch import Tensor
 
 from zeta.ops.backends.triton.arguments import device_capability, is_exact
+from zeta.ops.backends.triton.kernels.operands import Score
 
 VERSIONS = ("3.6.",)
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels serve queries, keys, values and what else they are to fetch."""
+def takes(score: Score, *tensors: Tensor) -> bool:
+    """Whether the kernels serve queries, keys, values and what else they are to fetch.
+
+    A dense bias or mask they do not: its tiles take the registers of the products.
+    """
     query, _, value, *_ = tensors
     width = query.shape[-1]
     return (
         device_capability(query) == (9, 0)
+        and score.dense is None
+        and score.keep is None
         and not is_exact(query)
         and value.shape[-1] == width
         and 32 < width <= 128
         and width % 8 == 0
-        and all(_can_be_fetched(tensor) for tensor in tensors)
+        and all(tensor.numel() > 0 and _can_be_fetched(tensor) for tensor in tensors)
         and triton.__version__.startswith(VERSIONS)
     )
 

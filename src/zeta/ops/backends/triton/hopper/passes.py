@@ -7,18 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from zeta.ops.backends.triton.arguments import (
-    launch,
-    rows_operand,
-    spread,
-)
-from zeta.ops.backends.triton.hopper.backward import inputs_kernel
-from zeta.ops.backends.triton.hopper.forward import forward_kernel
+from zeta.ops.backends.triton.arguments import cdiv, launch, rows_operand, spread
+from zeta.ops.backends.triton.kernels.hopper.backward import inputs_kernel
+from zeta.ops.backends.triton.kernels.hopper.forward import forward_kernel
 from zeta.ops.backends.triton.kernels.operands import Rows, Score, Sizes, Turns
 from zeta.ops.buffers import empty_rows
 
@@ -37,6 +32,10 @@ FORWARD_TILES = {64: (128, 4), 128: (128, 2)}
 PROGRAMS = 132
 """About how many programs run at once: the multiprocessors of the device."""
 
+IN_HALF = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+IN_FULL = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
+IN_A_ROW = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
 
 def forward(
     query: Tensor,
@@ -48,9 +47,9 @@ def forward(
 ) -> None:
     """Writes the output, lse and statistics."""
     width = query.shape[-1]
-    padded = 64 if width <= 64 else 128
+    padded = _padded(width)
     columns, stages = FORWARD_TILES[padded]
-    programs = triton.cdiv(sizes.queries, QUERIES) * sizes.batch * sizes.heads
+    programs = cdiv(sizes.queries, QUERIES) * sizes.batch * sizes.heads
     dropout = score.dropout
     hashes = None if dropout is None else _numbers(dropout.columns[:, None], columns, 0)
     launch(
@@ -68,20 +67,22 @@ def inputs_gradient(
     the sums ``(H,)`` of dS beyond the reach on each side.
     """
     sizes, width = given.sizes, given.query.shape[-1]
-    padded = 64 if width <= 64 else 128
+    padded = _padded(width)
     rows = ROWS[padded]
     dkey, dvalue = (empty_rows(tensor, width) for tensor in (given.key, given.value))
     dquery = empty_rows(given.query, width)
     shape = (sizes.batch, sizes.heads, sizes.keys)
     far = [given.delta.new_zeros(shape) if each else None for each in wanted]
-    num_tiles = triton.cdiv(sizes.keys, KEYS)
+    num_tiles = cdiv(sizes.keys, KEYS)
     programs = num_tiles * sizes.batch * given.key.shape[1]
     sums, turns = _turns(given, programs)
+    dropout = given.score.dropout
+    hashes = None if dropout is None else _numbers(dropout.rows, rows, 0)
     launch(
         inputs_kernel, (programs,), _tiles(given.query, rows, padded),
         _tiles(given.key, KEYS, padded), _tiles(given.value, KEYS, padded),
         _tiles(given.dout, rows, padded), _numbers(given.statistics[0], rows, float("inf")),
-        _numbers(given.delta, rows, 0.0), _hashes(given.score, rows), rows_operand(dkey), rows_operand(dvalue), *far,
+        _numbers(given.delta, rows, 0.0), hashes, rows_operand(dkey), rows_operand(dvalue), *far,
         _sums(sums, rows, padded), turns,
         spread(given.score, sizes, rows, PART, key_major=True), sizes,
         _heads_at_once(sizes.queries, rows), WIDTH=width, BLOCK_D=padded, BLOCK_M=rows,
@@ -92,12 +93,16 @@ def inputs_gradient(
     return (dquery, dkey, dvalue), _totals(far)
 
 
+def _padded(width: int) -> int:
+    return 64 if width <= 64 else 128
+
+
 def _heads_at_once(queries: int, rows: int) -> int:
     """Of how many heads the programs begin together: with more, fewer of one head wait for each
     other at first; with fewer, more of them read what others have just read.
     """
     of_one_head = min(max(queries // rows // 8, 1), 8)
-    return triton.cdiv(PROGRAMS, of_one_head)
+    return cdiv(PROGRAMS, of_one_head)
 
 
 def _totals(sums: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
@@ -107,27 +112,19 @@ def _totals(sums: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None
 
 def _tiles(tensor: Tensor, rows: int, padded: int) -> TensorDescriptor:
     """A ``(B, H, rows, D)`` tensor as the copy engine reads it, a tile of a head at a time."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor.from_tensor(tensor, [1, 1, rows, padded], layout)
+    return TensorDescriptor.from_tensor(tensor, [1, 1, rows, padded], IN_HALF)
 
 
 def _numbers(tensor: Tensor, rows: int, missing: float) -> TensorDescriptor:
     """A number for each row of each head, ``(B, H, T)``; past the last row, `missing`."""
     beyond = -tensor.shape[-1] % rows
     padded = F.pad(tensor, (0, beyond), value=missing) if beyond else tensor
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    return TensorDescriptor.from_tensor(padded.flatten(0, 1), [1, rows], layout)
-
-
-def _hashes(score: Score, rows: int) -> TensorDescriptor | None:
-    """The rows' halves of the dropout hash."""
-    return None if score.dropout is None else _numbers(score.dropout.rows, rows, 0)
+    return TensorDescriptor.from_tensor(padded.flatten(0, 1), [1, rows], IN_A_ROW)
 
 
 def _sums(tensor: Tensor, rows: int, padded: int) -> TensorDescriptor:
     """A dense ``(B, H, T, D)`` tensor in float32 to which the copy engine adds tiles."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=3)
-    return TensorDescriptor.from_tensor(tensor.flatten(0, 1), [1, rows, padded], layout)
+    return TensorDescriptor.from_tensor(tensor.flatten(0, 1), [1, rows, padded], IN_FULL)
 
 
 def _turns(given: Backward, programs: int) -> tuple[Tensor, Turns]:

@@ -39,11 +39,13 @@ LAST: gl.constexpr = gl.constexpr(2**31 - 1)
 
 @gluon.jit
 def fetch(
-    q, k, v, dout, norms, deltas, hashes, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM,
-    hashes_SM, fetched, full, empty, sizes, batch, key_head, column0, low, high,
+    q, k, v, dout, norms, deltas, hashes, tiles, bars, sizes, batch, key_head, column0, parts,
     BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Fetches a tile of keys and values, then tiles of rows, last first, as places become free."""
+    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, _, _ = tiles
+    fetched, _, full, empty, _, _, _ = bars
+    low, _, _, _, _, high = parts
     mbarrier.expect(fetched, 2 * BLOCK_N * BLOCK_D * 2)
     wide: gl.constexpr = [1, 1, BLOCK_N, BLOCK_D]
     tma.async_copy_global_to_shared(
@@ -106,10 +108,13 @@ def tell(own, finished, PENDING: gl.constexpr):
 
 @gluon.jit
 def add(
-    sums, dq_MD, written, taken, own, follows, sizes, batch, key_head, low, high,
+    sums, tiles, bars, own, follows, sizes, batch, key_head, parts,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """Adds what each tile of rows gives to the queries, after all programs whose turn is earlier."""
+    """Adds what each tile of rows gives to the queries, when all have whose turn is earlier."""
+    dq_MD = tiles[8]
+    _, _, _, _, _, written, taken = bars
+    low, _, _, _, _, high = parts
     num_tiles = gl.cdiv(high - low, BLOCK_M)
     finished = low * 0
     step = low * 0
@@ -176,14 +181,19 @@ def give_to_queries(
 
 @gluon.jit
 def gather(
-    dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM,
-    hashes_SM, ds_SNM,    dq_MD, full, empty, exchanged, written, taken, score, sizes, batch, head, column0,
-    start, stop, side,
-    PART: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head, column0, start,
+    stop, side,
+    PART: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, CLEAN: gl.constexpr, LATE: gl.constexpr,
     SCORES: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
-    """Adds what one part of one query head's rows, last first, gives to half a tile of keys."""
+    """Adds what one part of one query head's rows, last first, gives to half a tile of keys.
+
+    LEFT and RIGHT say which sums of dS beyond the reach are wanted; LATE that a clean part lies
+    beyond it on the left.
+    """
+    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, ds_SNM, dq_MD = tiles
+    _, _, full, empty, exchanged, written, taken = bars
     local_N = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     local_M = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, SCORES))
     column = local_N[:, None]
@@ -216,10 +226,10 @@ def gather(
         )  # fmt: skip
         given_NM = p_NM
         if score.dropout is not None:
-            # The sign says which are dropped: it costs no register.
+            # The sign says which are dropped, until it is asked again: it costs no register.
             keep_NM = kept(score, hashes_SM.index(stage).load(SCORES), column_hash_N[:, None])
+            given_NM = gl.where(keep_NM, p_NM, 0.0)
             p_NM = gl.where(keep_NM, p_NM, -p_NM)
-            given_NM = gl.maximum(p_NM, 0.0)
         given_NM = gl.convert_layout(given_NM.to(q_MD.dtype), operand)
         if not CLEAN:
             dp = warpgroup_mma(
@@ -269,7 +279,7 @@ def gather(
 def clear_padding(
     k_ND, v_ND, cleared, score, sizes, batch, column0, PART: gl.constexpr, LAYOUT: gl.constexpr
 ):
-    """Writes 0 where there is no key: what lies there would reach the queries, with weights of 0."""
+    """Writes 0 where there is no key: with weights of 0, what lies there would reach queries."""
     local_N = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     exists = key_exists(score, sizes, batch, column0, local_N)[:, None]
     own_k_ND = k_ND.slice(PART * 64, 64, 0)
@@ -286,13 +296,14 @@ def clear_padding(
 
 @gluon.jit
 def consume(
-    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, ds_SNM, dq_MD, fetched, cleared, full, empty,
-    exchanged, written, taken, dk, dv, left_sums, right_sums, score, sizes, batch, key_head, column0, low, one,
-    two, three, four, high,
+    tiles, bars, dk, dv, left_sums, right_sums, score, sizes, batch, key_head, column0, parts,
     PART: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
     """The gradients of 64 keys, and half of what the tile gives to the queries."""
+    _, k_ND, v_ND, _, _, _, _, ds_SNM, dq_MD = tiles
+    fetched, cleared, _, _, exchanged, written, taken = bars
+    low, one, two, three, four, high = parts
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
     )
@@ -330,38 +341,33 @@ def consume(
         # are left out.
         if windowed and banded:
             dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                deltas_SM, hashes_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken,
-                score, sizes, batch, head, column0, four, high, 0.0, PART, BLOCK_M, BLOCK_D,
-                STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
+                dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
+                column0, four, high, 0.0, PART, BLOCK_M, STAGES, LEFT, RIGHT, False, False,
+                SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if banded:
             dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                deltas_SM, hashes_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken,
-                score, sizes, batch, head, column0, three, four, left, PART, BLOCK_M, BLOCK_D,
-                STAGES, LEFT, RIGHT, True, True, SCORES, KEYS, QUERIES,
+                dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
+                column0, three, four, left, PART, BLOCK_M, STAGES, LEFT, RIGHT, True, True,
+                SCORES, KEYS, QUERIES,
             )  # fmt: skip
-        if placed or (windowed or banded) and not merged:
+        if placed or ((windowed or banded) and not merged):
             dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                deltas_SM, hashes_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken,
-                score, sizes, batch, head, column0, two, three, 0.0, PART, BLOCK_M, BLOCK_D,
-                STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
+                dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
+                column0, two, three, 0.0, PART, BLOCK_M, STAGES, LEFT, RIGHT, False, False,
+                SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if not placed and not merged:
             dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                deltas_SM, hashes_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken,
-                score, sizes, batch, head, column0, one, two, right, PART, BLOCK_M, BLOCK_D,
-                STAGES, LEFT, RIGHT, True, False, SCORES, KEYS, QUERIES,
+                dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
+                column0, one, two, right, PART, BLOCK_M, STAGES, LEFT, RIGHT, True, False,
+                SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if not placed and (score.causal or score.prefix is not None or not WHOLE):
             dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                deltas_SM, hashes_SM, ds_SNM, dq_MD, full, empty, exchanged, written, taken,
-                score, sizes, batch, head, column0, low, gl.where(merged, three, one), 0.0, PART, BLOCK_M, BLOCK_D,
-                STAGES, LEFT, RIGHT, False, False, SCORES, KEYS, QUERIES,
+                dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
+                column0, low, gl.where(merged, three, one), 0.0, PART, BLOCK_M, STAGES, LEFT, RIGHT,
+                False, False, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if LEFT or RIGHT:
             exists_N = key_exists(score, sizes, batch, column0, local_N)
@@ -430,27 +436,31 @@ def inputs_kernel(
         two = gl.where(partial, high, two)
         three = gl.where(partial, high, three)
         four = gl.where(partial, high, four)
+    parts = (low, one, two, three, four, high)
     dtype: gl.constexpr = q.dtype
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], dtype)
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
     scores: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], dtype)
+    added: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], gl.float32)
+    barriers: gl.constexpr = mbarrier.MBarrierLayout()
     q_SMD = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], rows)
     dout_SMD = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, BLOCK_D], rows)
     k_ND = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], keys)
     v_ND = gl.allocate_shared_memory(dtype, [BLOCK_N, BLOCK_D], keys)
     ds_SNM = gl.allocate_shared_memory(dtype, [2, BLOCK_N, BLOCK_M], scores)
-    sums_MD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, BLOCK_D], gl.float32)
-    dq_MD = gl.allocate_shared_memory(gl.float32, [BLOCK_M, BLOCK_D], sums_MD)
+    dq_MD = gl.allocate_shared_memory(gl.float32, [BLOCK_M, BLOCK_D], added)
     norms_SM = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], norms.layout)
     deltas_SM = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], deltas.layout)
     hashes_SM = gl.allocate_shared_memory(gl.int32, [STAGES, 1, BLOCK_M], norms.layout)
-    fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    cleared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    exchanged = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    written = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    tiles = (q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, ds_SNM, dq_MD)
+    fetched = gl.allocate_shared_memory(gl.int64, [1], barriers)
+    cleared = gl.allocate_shared_memory(gl.int64, [1], barriers)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    exchanged = gl.allocate_shared_memory(gl.int64, [2, 1], barriers)
+    written = gl.allocate_shared_memory(gl.int64, [1], barriers)
+    taken = gl.allocate_shared_memory(gl.int64, [1], barriers)
+    bars = (fetched, cleared, full, empty, exchanged, written, taken)
     mbarrier.init(fetched, count=1)
     mbarrier.init(cleared, count=2)
     mbarrier.init(written, count=2)
@@ -466,34 +476,29 @@ def inputs_kernel(
             (
                 consume,
                 (
-                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, ds_SNM, dq_MD, fetched, cleared,
-                    full, empty, exchanged, written, taken, dk, dv, left_sums, right_sums, score,
-                    sizes, batch, key_head, column0, low, one, two, three, four, high,
-                    0, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
+                    tiles, bars, dk, dv, left_sums, right_sums, score, sizes, batch, key_head,
+                    column0, parts, 0, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
                 ),
             ),
             (
                 consume,
                 (
-                    q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, ds_SNM, dq_MD, fetched, cleared,
-                    full, empty, exchanged, written, taken, dk, dv, left_sums, right_sums, score,
-                    sizes, batch, key_head, column0, low, one, two, three, four, high,
-                    1, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
+                    tiles, bars, dk, dv, left_sums, right_sums, score, sizes, batch, key_head,
+                    column0, parts, 1, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
                 ),
             ),
             (
                 fetch,
                 (
-                    q, k, v, dout, norms, deltas, hashes, q_SMD, k_ND, v_ND, dout_SMD, norms_SM,
-                    deltas_SM, hashes_SM, fetched, full, empty, sizes, entry, key_head, column0, low, high,
-                    BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
+                    q, k, v, dout, norms, deltas, hashes, tiles, bars, sizes, entry, key_head,
+                    column0, parts, BLOCK_M, BLOCK_N, BLOCK_D, STAGES,
                 ),
             ),
             (
                 add,
                 (
-                    sums, dq_MD, written, taken, own, follows, sizes, entry, key_head, low, high,
-                    BLOCK_M, BLOCK_D,
+                    sums, tiles, bars, own, follows, sizes, entry, key_head, parts, BLOCK_M,
+                    BLOCK_D,
                 ),
             ),
         ],

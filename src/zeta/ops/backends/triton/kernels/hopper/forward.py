@@ -2,9 +2,9 @@
 
 A program owns 128 rows of queries. One warp fetches tiles of keys and of values by the copy engine;
 two groups of warps each take 64 of the rows, and multiply asynchronously: while one weighs, the
-other multiplies.
+other multiplies (FlashAttention-3, https://arxiv.org/abs/2407.08608, section 3).
 
-M: query rows of a group, N: key columns of a tile, D: padded width.
+M: query rows of a group, N: key columns of a tile, S: stages, D: padded width.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ from zeta.ops.backends.triton.kernels.scores import (
 
 @gluon.jit
 def fetch_tiles(
-    k, v, hashes, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full, v_empty, step, batch, key_head,
-    hash_plane, low, one, two, three, four, high,
+    step, k, v, hashes, tiles, bars, batch, key_head, hash_plane, parts,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CLEAN: gl.constexpr,
 ):  # fmt: skip
     """Fetches the clean tiles, or the others, as places become free."""
+    _, k_SND, v_SND, hashes_SN = tiles
+    _, k_full, k_empty, v_full, v_empty, _ = bars
+    low, one, two, three, four, high = parts
     tile: gl.constexpr = [1, 1, BLOCK_N, BLOCK_D]
     for index in range(count_tiles(low, one, two, three, four, high, BLOCK_N, CLEAN)):
         column0 = tile_start(index, low, one, two, three, four, BLOCK_N, CLEAN)
@@ -66,28 +68,28 @@ def fetch_tiles(
 
 @gluon.jit
 def fetch(
-    q, k, v, hashes, q_MD, k_SND, v_SND, hashes_SN, fetched, k_full, k_empty, v_full, v_empty, score,
-    batch, head, key_head, row0, low, one, two, three, four, high,
+    q, k, v, hashes, tiles, bars, score, batch, head, key_head, row0, parts,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """Fetches the program's queries, then every tile that they meet."""
+    fetched = bars[0]
     mbarrier.expect(fetched, 128 * BLOCK_D * 2)
     tile: gl.constexpr = [1, 1, 128, BLOCK_D]
     tma.async_copy_global_to_shared(
-        q, [batch, head, row0, 0], fetched, q_MD._reinterpret(q.dtype, tile, q.layout)
+        q, [batch, head, row0, 0], fetched, tiles[0]._reinterpret(q.dtype, tile, q.layout)
     )
-    step = low * 0
-    hash_plane = low * 0
+    step = parts[0] * 0
+    hash_plane = parts[0] * 0
     if score.dropout is not None:
         hash_plane = gl.where(score.dropout.column_batch > 0, batch, 0)
     step = fetch_tiles(
-        k, v, hashes, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full, v_empty, step, batch,
-        key_head, hash_plane, low, one, two, three, four, high, BLOCK_N, BLOCK_D, STAGES, True,
+        step, k, v, hashes, tiles, bars, batch, key_head, hash_plane, parts, BLOCK_N, BLOCK_D,
+        STAGES, True,
     )  # fmt: skip
     if CUT:
         step = fetch_tiles(
-            k, v, hashes, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full, v_empty, step, batch,
-            key_head, hash_plane, low, one, two, three, four, high, BLOCK_N, BLOCK_D, STAGES, False,
+            step, k, v, hashes, tiles, bars, batch, key_head, hash_plane, parts, BLOCK_N, BLOCK_D,
+            STAGES, False,
         )  # fmt: skip
 
 
@@ -122,19 +124,22 @@ def clear_padding(
 
 @gluon.jit
 def attend(
-    acc_MD, p_MN, total_M, peak_M, step, q_MD, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full,
-    v_empty, cleared, score, sizes, batch, head, row0, low, one, two, three, four, high,
-    PART: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-    CLEAN: gl.constexpr, SCORES: gl.constexpr, OUTPUTS: gl.constexpr,
+    acc_MD, p_MN, total_M, peak_M, step, tiles, bars, score, sizes, batch, head, row0, parts,
+    PART: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CLEAN: gl.constexpr,
+    SCORES: gl.constexpr, OUTPUTS: gl.constexpr,
 ):  # fmt: skip
     """Weighs the clean tiles of keys, or the others; and adds the values of each tile's predecessor
     meanwhile.
     """
+    q_MD, k_SND, v_SND, hashes_SN = tiles
+    _, k_full, k_empty, v_full, v_empty, cleared = bars
+    low, one, two, three, four, high = parts
     local_M = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     local_N = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
     row = local_M[:, None]
     column = local_N[None, :]
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUTS, k_width=2)
+    own_q_MD = q_MD.slice(PART * 64, 64, 0)
     zero_MN = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
     row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
     left = far_bias(score, head, False)
@@ -144,7 +149,7 @@ def attend(
         stage = step % STAGES
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         dots = warpgroup_mma(
-            q_MD, k_SND.index(stage).permute((1, 0)), zero_MN, use_acc=False, is_async=True
+            own_q_MD, k_SND.index(stage).permute((1, 0)), zero_MN, use_acc=False, is_async=True
         )
         before = gl.maximum(step - 1, 0)
         mbarrier.wait(v_full.index(before % STAGES), (before // STAGES) & 1)
@@ -168,8 +173,9 @@ def attend(
             if column0 + BLOCK_N > gl.load(score.padding + batch):
                 mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
                 clear_padding(
-                    v_SND.index(stage), cleared, score, sizes, batch, column0, PART, BLOCK_N, OUTPUTS
-                )
+                    v_SND.index(stage), cleared, score, sizes, batch, column0, PART, BLOCK_N,
+                    OUTPUTS,
+                )  # fmt: skip
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.arrive(v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
@@ -179,12 +185,12 @@ def attend(
 
 @gluon.jit
 def consume(
-    q_MD, k_SND, v_SND, hashes_SN, fetched, k_full, k_empty, v_full, v_empty, cleared, out, lse,
-    statistics, score, sizes, batch, head, row0, low, one, two, three, four, high,
+    tiles, bars, out, lse, statistics, score, sizes, batch, head, row0, parts,
     PART: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """The output and the normalisers of 64 rows."""
+    fetched, _, _, v_full, _, _ = bars
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16]
     )
@@ -195,26 +201,23 @@ def consume(
     rows: gl.constexpr = gl.SliceLayout(1, SCORES)
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUTS, k_width=2)
     acc_MD = gl.zeros([64, BLOCK_D], gl.float32, layout=OUTPUTS)
-    p_MN = gl.zeros([64, BLOCK_N], q_MD.dtype, layout=operand)
+    p_MN = gl.zeros([64, BLOCK_N], tiles[0].dtype, layout=operand)
     total_M = gl.zeros([64], gl.float32, layout=rows)
     peak_M = gl.full([64], float("-inf"), gl.float32, layout=rows)
-    step = low * 0
-    own_q_MD = q_MD.slice(PART * 64, 64, 0)
+    step = parts[0] * 0
     mbarrier.wait(fetched, 0)
     acc_MD, p_MN, total_M, peak_M, step = attend(
-        acc_MD, p_MN, total_M, peak_M, step, own_q_MD, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full,
-        v_empty, cleared, score, sizes, batch, head, row0, low, one, two, three, four, high,
-        PART, BLOCK_N, BLOCK_D, STAGES, True, SCORES, OUTPUTS,
+        acc_MD, p_MN, total_M, peak_M, step, tiles, bars, score, sizes, batch, head, row0, parts,
+        PART, BLOCK_N, STAGES, True, SCORES, OUTPUTS,
     )  # fmt: skip
     if CUT:
         acc_MD, p_MN, total_M, peak_M, step = attend(
-            acc_MD, p_MN, total_M, peak_M, step, own_q_MD, k_SND, v_SND, hashes_SN, k_full, k_empty, v_full,
-            v_empty, cleared, score, sizes, batch, head, row0, low, one, two, three, four, high,
-            PART, BLOCK_N, BLOCK_D, STAGES, False, SCORES, OUTPUTS,
+            acc_MD, p_MN, total_M, peak_M, step, tiles, bars, score, sizes, batch, head, row0,
+            parts, PART, BLOCK_N, STAGES, False, SCORES, OUTPUTS,
         )  # fmt: skip
     if step > 0:
         mbarrier.wait(v_full.index((step - 1) % STAGES), ((step - 1) // STAGES) & 1)
-    acc_MD = warpgroup_mma_wait(0, [add_values(acc_MD, p_MN, v_SND, step - 1, STAGES)])
+    acc_MD = warpgroup_mma_wait(0, [add_values(acc_MD, p_MN, tiles[2], step - 1, STAGES)])
     local_M = gl.arange(0, 64, layout=rows)
     index = (batch * sizes.heads + head) * sizes.queries + row0 + local_M
     store_statistics(
@@ -247,9 +250,10 @@ def forward_kernel(
     row0 = (num_tiles - 1 - program % num_tiles) * 128
     batch_head = program // num_tiles
     head = batch_head % sizes.heads
+    key_head = head // sizes.group
     entry = batch_head // sizes.heads
     batch = entry.to(gl.int64)
-    low, one, two, three, four, high = column_parts(score, sizes, batch, row0, 128, BLOCK_N)
+    parts = column_parts(score, sizes, batch, row0, 128, BLOCK_N)
     CUT: gl.constexpr = (
         score.causal or score.window is not None or score.offsets is not None
         or score.padding is not None or score.prefix is not None or not EVEN
@@ -257,17 +261,20 @@ def forward_kernel(
     dtype: gl.constexpr = q.dtype
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_D], dtype)
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
+    numbers: gl.constexpr = gl.NVMMASharedLayout(0, 32, 2)
+    barriers: gl.constexpr = mbarrier.MBarrierLayout()
     q_MD = gl.allocate_shared_memory(dtype, [128, BLOCK_D], rows)
     k_SND = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], keys)
     v_SND = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, BLOCK_D], keys)
-    numbers: gl.constexpr = gl.NVMMASharedLayout(0, 32, 2)
     hashes_SN = gl.allocate_shared_memory(gl.int32, [STAGES, 1, BLOCK_N], numbers)
-    fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    cleared = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    tiles = (q_MD, k_SND, v_SND, hashes_SN)
+    fetched = gl.allocate_shared_memory(gl.int64, [1], barriers)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barriers)
+    cleared = gl.allocate_shared_memory(gl.int64, [1], barriers)
+    bars = (fetched, k_full, k_empty, v_full, v_empty, cleared)
     mbarrier.init(fetched, count=1)
     mbarrier.init(cleared, count=2)
     for stage in gl.static_range(STAGES):
@@ -280,24 +287,21 @@ def forward_kernel(
             (
                 consume,
                 (
-                    q_MD, k_SND, v_SND, hashes_SN, fetched, k_full, k_empty, v_full, v_empty, cleared,
-                    out, lse, statistics, score, sizes, batch, head, row0, low, one, two, three, four, high,
+                    tiles, bars, out, lse, statistics, score, sizes, batch, head, row0, parts,
                     0, WIDTH, BLOCK_N, BLOCK_D, STAGES, CUT,
                 ),
             ),
             (
                 consume,
                 (
-                    q_MD, k_SND, v_SND, hashes_SN, fetched, k_full, k_empty, v_full, v_empty, cleared,
-                    out, lse, statistics, score, sizes, batch, head, row0, low, one, two, three, four, high,
+                    tiles, bars, out, lse, statistics, score, sizes, batch, head, row0, parts,
                     1, WIDTH, BLOCK_N, BLOCK_D, STAGES, CUT,
                 ),
             ),
             (
                 fetch,
                 (
-                    q, k, v, hashes, q_MD, k_SND, v_SND, hashes_SN, fetched, k_full, k_empty,
-                    v_full, v_empty, score, entry, head, head // sizes.group, row0, low, one, two, three, four, high,
+                    q, k, v, hashes, tiles, bars, score, entry, head, key_head, row0, parts,
                     BLOCK_N, BLOCK_D, STAGES, CUT,
                 ),
             ),

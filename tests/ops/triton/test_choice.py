@@ -1,0 +1,66 @@
+"""Which GPU kernels serve a call: those for Hopper, or the portable ones."""
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from zeta import biases, masks
+from zeta.ops.backends.triton import arguments, hopper
+from zeta.ops.call import AttentionCall
+from zeta.ops.lowering import lower
+
+
+def _takes(query: Tensor, value: Tensor | None = None, **extras: object) -> bool:
+    call = AttentionCall.checked(query, query, query if value is None else value, **extras)
+    lowered = lower(call)
+    fixed = arguments.Fixed(*lowered.fixed())
+    score = arguments.score_operand(query, query, lowered.offsets, lowered.dense, fixed)
+    return hopper.takes(score, call.query, call.key, call.value)
+
+
+def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "device_capability", lambda tensor: (9, 0))
+    monkeypatch.setattr(hopper.triton, "__version__", hopper.VERSIONS[0] + "0")
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_what_hoppers_kernels_take() -> None:
+    query = _random(2, 4, 300, 64)
+    table = torch.zeros(32, 4)
+    assert _takes(query)
+    assert _takes(_random(2, 300, 4, 128).transpose(1, 2), mask=masks.Causal())
+    assert _takes(query.half(), bias=biases.Bucketed(table))
+    assert _takes(_random(2, 4, 300, 72))
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_what_they_leave_to_the_portable_ones() -> None:
+    query = _random(2, 4, 300, 64)
+    assert not _takes(query.float())
+    assert not _takes(_random(2, 4, 300, 32)), "a narrow head"
+    assert not _takes(_random(2, 4, 300, 144)), "a wide head"
+    assert not _takes(query, _random(2, 4, 300, 128)), "values of another width"
+    assert not _takes(_random(2, 4, 300, 68)[..., :66]), "rows that the copy engine cannot read"
+    assert not _takes(_random(2, 4, 300, 72)[..., 4:68]), "a start that it cannot read"
+    assert not _takes(query[:, :1].expand(2, 4, 300, 64)), "strides of 0"
+    assert not _takes(query, bias=biases.Dense(torch.zeros(1, 1, 300, 300)))
+    assert not _takes(query, mask=masks.Dense(torch.ones(1, 1, 300, 300, dtype=torch.bool)))
+
+
+def test_other_devices_and_other_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = _random(2, 4, 300, 64)
+    monkeypatch.setattr(hopper.triton, "__version__", hopper.VERSIONS[0] + "0")
+    for capability in (None, (8, 0), (10, 0)):
+        monkeypatch.setattr(hopper, "device_capability", lambda tensor, found=capability: found)
+        assert not _takes(query)
+    monkeypatch.setattr(hopper, "device_capability", lambda tensor: (9, 0))
+    assert _takes(query)
+    monkeypatch.setattr(hopper.triton, "__version__", "3.60.0")
+    assert not _takes(query)
