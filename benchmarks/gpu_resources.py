@@ -249,7 +249,9 @@ def usages(capability: int, dims: list[int], quick: bool) -> Iterator[Usage]:
         name = kernel.__name__
         limit = max_spill(name, problem.dim, problem.dtype, capability)
         label = f"{problem}{', portable' if is_portable else ''}"
-        found.append(Usage(name, label, limit, str(tiles), registers, spill, shared, serialized))
+        # What the compiler makes of the portable ones is its own affair, and not always better.
+        waits = serialized and kernel.is_gluon()
+        found.append(Usage(name, label, limit, str(tiles), registers, spill, shared, waits))
 
     version = (capability // 10, capability % 10)
     for module in (arguments, passes, rotation, on_hopper):

@@ -1,0 +1,119 @@
+"""Times of the GPU passes, and cuDNN's, without the host's: ``python -m benchmarks.gpu_kernels``.
+
+Each pass is launched many times over, so that the device never waits. Of a whole call, which may
+take the host longer to launch than the device to do, `benchmarks.gpu` has the time.
+Results are checked there and by ``pytest -m gpu``, not here.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.tune_gpu import milliseconds
+from zeta import biases
+from zeta.bench import describe_machine
+
+BATCH, HEADS, LENGTH = 4, 16, 4096
+Job = tuple[int, bool, str, float]
+"""Width of a head, causal or not, "t5" or no bias, dropout."""
+
+
+def passes_of(job: Job) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The passes of a call, by name, each ready to be launched over and over."""
+    from zeta.ops.backends.triton import hopper, passes
+    from zeta.ops.backends.triton.arguments import Fixed
+
+    dim, causal, bias, dropout_p = job
+    shape = (BATCH, HEADS, LENGTH, dim)
+    query, key, value, dout = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
+    offsets = None
+    if bias:
+        table = torch.randn(32, HEADS, device="cuda")
+        offsets = biases.Bucketed(table, bidirectional=not causal).offset_vector(128).float()
+    seed = torch.tensor(1, device="cuda") if dropout_p else None
+    fixed = Fixed([None] * 8 + [seed], dim**-0.5, causal, 0, 0.0, False, dropout_p)
+
+    if not bias and not dropout_p:
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+
+        def cudnn() -> torch.Tensor:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                return F.scaled_dot_product_attention(*leaves, is_causal=causal)
+
+        yield "cudnn forward", cudnn
+        made = cudnn()
+        yield "cudnn backward", lambda: torch.autograd.grad(made, leaves, dout, retain_graph=True)
+
+    def forward() -> tuple[torch.Tensor, ...]:
+        return passes.forward(query, key, value, offsets, None, fixed)
+
+    yield "forward", forward
+    out, _, statistics = forward()
+    inputs = (query, key, value, out, statistics)
+    given = passes.of_output(dout, None, inputs, offsets, None, fixed)
+    wanted = passes.wanted_sums(given, bool(bias))
+    if hopper.takes(given.score, query, key, value, dout):
+        from zeta.ops.backends.triton.hopper import passes as on_hopper
+
+        yield "inputs", lambda: on_hopper.inputs_gradient(given, wanted)
+        takes = hopper.takes
+        hopper.takes = lambda *operands: False
+        yield "portable forward", forward
+        hopper.takes = takes
+    yield "portable keys", lambda: passes.keys_gradient(given)
+    yield "portable queries", lambda: passes.queries_gradient(given, wanted)
+    if bias:
+        far = passes.queries_gradient(given, wanted)[1]
+        yield "band", lambda: passes.offsets_gradient(given, far)
+
+
+def compile_one(job: Job) -> None:
+    """Compiles by running once; the compiler's cache on disk serves the timing."""
+    for _, run in passes_of(job):
+        run()
+    torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dims", default="64,128")
+    parser.add_argument("--workers", type=int, default=14)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    dims = [int(dim) for dim in options.dims.split(",")]
+    jobs = list(itertools.product(dims, (False, True), ("", "t5"), (0.0, 0.1)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+        list(pool.map(compile_one, jobs))
+    entries: list[dict[str, Any]] = []
+    for dim, causal, bias, dropout_p in jobs:
+        times = {name: milliseconds(run) for name, run in passes_of((dim, causal, bias, dropout_p))}
+        entry = {"dim": dim, "causal": causal, "bias": bias, "dropout": dropout_p, "ms": times}
+        entries.append(entry)
+        print(
+            f"D{dim:<4} {'causal' if causal else 'full':7} {bias or 'plain':6} {dropout_p}  "
+            + "  ".join(f"{name} {time:.3f}" for name, time in times.items()),
+            flush=True,
+        )
+    report = {**describe_machine(), "triton": triton.__version__, "dtype": "bfloat16"}
+    report |= {"batch": BATCH, "heads": HEADS, "length": LENGTH, "entries": entries}
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
