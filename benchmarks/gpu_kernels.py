@@ -30,7 +30,7 @@ Job = tuple[int, bool, str, float]
 
 def passes_of(job: Job) -> Iterator[tuple[str, Callable[[], object]]]:
     """The passes of a call, by name, each ready to be launched over and over."""
-    from zeta.ops.backends.triton import hopper, passes
+    from zeta.ops.backends.triton import gradients, hopper, passes
     from zeta.ops.backends.triton.arguments import Fixed
 
     dim, causal, bias, dropout_p = job
@@ -62,8 +62,8 @@ def passes_of(job: Job) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "forward", forward
     out, _, statistics = forward()
     inputs = (query, key, value, out, statistics)
-    given = passes.of_output(dout, None, inputs, offsets, None, fixed)
-    wanted = passes.wanted_sums(given, bool(bias))
+    given = gradients.of_output(dout, None, inputs, offsets, None, fixed)
+    wanted = gradients.wanted_sums(given, bool(bias))
     if hopper.takes(given.score, query, key, value, dout):
         from zeta.ops.backends.triton.hopper import passes as on_hopper
 
@@ -72,11 +72,11 @@ def passes_of(job: Job) -> Iterator[tuple[str, Callable[[], object]]]:
         hopper.takes = lambda *operands: False
         yield "portable forward", forward
         hopper.takes = takes
-    yield "portable keys", lambda: passes.keys_gradient(given)
-    yield "portable queries", lambda: passes.queries_gradient(given, wanted)
+    yield "portable keys", lambda: gradients.keys_gradient(given)
+    yield "portable queries", lambda: gradients.queries_gradient(given, wanted)
     if bias:
-        far = passes.queries_gradient(given, wanted)[1]
-        yield "band", lambda: passes.offsets_gradient(given, far)
+        far = gradients.queries_gradient(given, wanted)[1]
+        yield "band", lambda: gradients.offsets_gradient(given, far)
 
 
 def compile_one(job: Job) -> None:

@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from zeta import biases, masks
-from zeta.ops.backends.triton import arguments, hopper, passes, rotation
+from zeta.ops.backends.triton import arguments, gradients, hopper, passes, rotation
 from zeta.ops.backends.triton.hopper import passes as on_hopper
 from zeta.ops.backends.triton.kernels.operands import PageTable
 from zeta.ops.call import AttentionCall
@@ -227,11 +227,11 @@ def _problem(
         if result == "output":
             out, _, normalisers = passes.forward(query, key, value, *learned, fixed)
             inputs: tuple[Tensor, ...] = (query, key, value, out, normalisers)
-            given = passes.of_output(out, None, inputs, *learned, fixed)
+            given = gradients.of_output(out, None, inputs, *learned, fixed)
         else:
             out, normalisers = passes.weights(query, key, *learned, True, fixed)
-            given = passes.of_weights(out, query, key, normalisers, *learned, fixed)
-        passes.gradients(given, lowered.dense, bias == "t5", bias == "dense")
+            given = gradients.of_weights(out, query, key, normalisers, *learned, fixed)
+        gradients.gradients(given, lowered.dense, bias == "t5", bias == "dense")
 
     return run
 
@@ -254,7 +254,7 @@ def usages(capability: int, dims: list[int], quick: bool) -> Iterator[Usage]:
         found.append(Usage(name, label, limit, str(tiles), registers, spill, shared, waits))
 
     version = (capability // 10, capability % 10)
-    for module in (arguments, passes, rotation, on_hopper):
+    for module in (arguments, passes, gradients, rotation, on_hopper):
         module.launch = compile_only  # type: ignore[attr-defined]
     arguments.device_capability = hopper.device_capability = lambda tensor: version
     takes = hopper.takes

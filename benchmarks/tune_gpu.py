@@ -57,7 +57,7 @@ def trial(
     heads: int, length: int,
 ) -> Callable[[], object]:  # fmt: skip
     """A function that launches one kernel with the given tiles."""
-    from zeta.ops.backends.triton import hopper, passes
+    from zeta.ops.backends.triton import gradients, hopper, passes
     from zeta.ops.backends.triton.arguments import Fixed
 
     hopper.takes = lambda *operands: False  # The portable kernels have the tiles.
@@ -75,15 +75,15 @@ def trial(
     if kind == "forward":
         return lambda: passes.forward(query, key, value, offsets, None, fixed)
     out, _, normalisers = passes.forward(query, key, value, offsets, None, fixed)
-    given = passes.of_output(
+    given = gradients.of_output(
         dout, None, (query, key, value, out, normalisers), offsets, None, fixed
     )
     if kind == "keys":
-        return lambda: passes.keys_gradient(given)
+        return lambda: gradients.keys_gradient(given)
     if kind == "queries":
-        return lambda: passes.queries_gradient(given, passes.wanted_sums(given, True))
-    far = passes.queries_gradient(given, passes.wanted_sums(given, True))[1]
-    return lambda: passes.offsets_gradient(given, far)
+        return lambda: gradients.queries_gradient(given, gradients.wanted_sums(given, True))
+    far = gradients.queries_gradient(given, gradients.wanted_sums(given, True))[1]
+    return lambda: gradients.offsets_gradient(given, far)
 
 
 def compile_one(job: tuple[Any, ...]) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.ops.cases import CASES, T5, T5_CAUSAL, Case, assert_within_bound, widened
 from zeta import BackendUnsupported, attention, attention_weights, biases, explain, masks
-from zeta.ops.backends.triton import arguments, configs, passes
+from zeta.ops.backends.triton import arguments, configs, gradients
 
 pytestmark = [
     pytest.mark.skipif(
@@ -136,7 +136,7 @@ def test_biases_written_out_for_the_tiles_that_their_band_cuts(
         written.append(operands)
         return arguments.spread_from(*operands, **how)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(passes, "spread_from", spread)
+    monkeypatch.setattr(gradients, "spread_from", spread)
     _check(case, torch.float16)
     assert written
 

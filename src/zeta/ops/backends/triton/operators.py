@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from zeta.ops.backends.triton import passes
+from zeta.ops.backends.triton import gradients, passes
 from zeta.ops.backends.triton.arguments import Fixed, statistics_shape
 from zeta.ops.buffers import empty_contiguous, empty_rows, no_gradients, rows
 
@@ -68,10 +68,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, offsets, dense; an empty one for those not needed."""
     fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p)
-    given = passes.of_output(
+    given = gradients.of_output(
         dout, dlse, (query, key, value, out, statistics), offsets, dense, fixed
     )
-    dquery, dkey, dvalue, doffsets, ddense = passes.gradients(
+    dquery, dkey, dvalue, doffsets, ddense = gradients.gradients(
         given, dense, needs_offsets, needs_dense
     )
     return dquery, dkey, dvalue, _or_empty(doffsets, query), _or_empty(ddense, query)
@@ -184,8 +184,10 @@ def weights_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, offsets, dense; an empty one for those not needed."""
     fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, 0.0)
-    given = passes.of_weights(dweights, query, key, statistics, offsets, dense, fixed)
-    dquery, dkey, _, doffsets, ddense = passes.gradients(given, dense, needs_offsets, needs_dense)
+    given = gradients.of_weights(dweights, query, key, statistics, offsets, dense, fixed)
+    dquery, dkey, _, doffsets, ddense = gradients.gradients(
+        given, dense, needs_offsets, needs_dense
+    )
     return dquery, dkey, _or_empty(doffsets, query), _or_empty(ddense, query)
 
 
@@ -255,8 +257,8 @@ class EagerAttention(torch.autograd.Function):
             dout = torch.zeros_like(out)
         fixed = Fixed(tensors, *ctx.numbers)
         inputs = (query, key, value, out, statistics)
-        given = passes.of_output(dout, dlse, inputs, offsets, dense, fixed)
-        dquery, dkey, dvalue, doffsets, ddense = passes.gradients(given, dense, *needed)
+        given = gradients.of_output(dout, dlse, inputs, offsets, dense, fixed)
+        dquery, dkey, dvalue, doffsets, ddense = gradients.gradients(given, dense, *needed)
         nothing = [None] * (len(ctx.numbers) + 1)
         return dquery, dkey, dvalue, doffsets, ddense, *nothing
 

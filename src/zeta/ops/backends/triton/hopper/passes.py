@@ -1,9 +1,6 @@
 """Forward and backward passes on Hopper: outputs are allocated, kernels launched."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +9,11 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from zeta.ops.backends.triton.arguments import cdiv, launch, rows_operand, spread
+from zeta.ops.backends.triton.gradients import Backward
 from zeta.ops.backends.triton.kernels.hopper.backward import inputs_kernel
 from zeta.ops.backends.triton.kernels.hopper.forward import forward_kernel
 from zeta.ops.backends.triton.kernels.operands import Rows, Score, Sizes, Turns
 from zeta.ops.buffers import empty_rows
-
-if TYPE_CHECKING:
-    from zeta.ops.backends.triton.passes import Backward
 
 KEYS, PART = 128, 64
 """Keys of a program, and of each of its two groups of warps."""
