@@ -51,6 +51,10 @@ def test_what_they_leave_to_the_portable_ones() -> None:
     assert not _takes(_random(2, 4, 300, 72)[..., 4:68]), "a start that it cannot read"
     assert not _takes(query[:, :1].expand(2, 4, 300, 64)), "strides of 0"
     assert not _takes(query, bias=biases.Dense(torch.zeros(1, 1, 300, 300)))
+    assert not _takes(query, bias=biases.Softcap(5.0))
+    slopes = torch.tensor([0.5, 0.25, 0.1, 0.01])
+    assert not _takes(query, bias=biases.Alibi(slopes))
+    assert not _takes(query, query_positions=torch.arange(300))
     assert not _takes(query, mask=masks.Dense(torch.ones(1, 1, 300, 300, dtype=torch.bool)))
 
 

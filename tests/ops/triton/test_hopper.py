@@ -1,4 +1,4 @@
-"""The kernels for Hopper, on one: every feature, at sizes of more than one tile that fill none."""
+"""The kernels for Hopper, on one: all that they take, at sizes of several tiles that fill none."""
 
 import dataclasses
 
@@ -54,15 +54,6 @@ CASES = [
     ),
     dataclasses.replace(
         SMALL, name="t5, window", learned=T5, bias=_one_way, mask=lambda: masks.SlidingWindow(200)
-    ),
-    dataclasses.replace(
-        SMALL, name="alibi, soft cap", mask=masks.Causal,
-        bias=lambda made: biases.Alibi(torch.tensor([0.5, 0.2, 0.1, 0.02], device="cuda"))
-        + biases.Softcap(5.0),
-    ),
-    dataclasses.replace(
-        SMALL, name="dense", learned={"dense": (1, 4, 333, 400)},
-        bias=lambda made: biases.Dense(made["dense"]), dropout_p=0.1,
     ),
     LARGE,
     dataclasses.replace(LARGE, name="large, t5", learned=T5_OF_LARGE, bias=_two_ways),

@@ -55,7 +55,7 @@ def forward(
     if wanted and sizes.queries * sizes.group <= SPLIT_ROWS and sizes.keys >= SPLIT_KEYS:
         _split(query, value.shape[-1], (*inputs, None), results, score, sizes, fixed)
         return out, lse, statistics
-    if wanted and score.positions is None and hopper.takes(score, query, key, value):
+    if wanted and hopper.takes(score, query, key, value):
         # Gluon is imported only where it serves.
         from zeta.ops.backends.triton.hopper import passes as on_hopper
 

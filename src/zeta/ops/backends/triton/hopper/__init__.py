@@ -16,14 +16,14 @@ VERSIONS = ("3.6.",)
 def takes(score: Score, *tensors: Tensor) -> bool:
     """Whether the kernels serve queries, keys, values and what else they are to fetch.
 
-    A dense bias or mask they do not: its tiles take the registers of the products.
+    A dense bias or mask they do not: its tiles take the registers of the products. Nor what they
+    were not yet run with: slopes, a soft cap, explicit positions.
     """
     query, _, value, *_ = tensors
     width = query.shape[-1]
     return (
         device_capability(query) == (9, 0)
-        and score.dense is None
-        and score.keep is None
+        and all(part is None for part in _left_out(score))
         and not is_exact(query)
         and value.shape[-1] == width
         and 32 < width <= 128
@@ -31,6 +31,10 @@ def takes(score: Score, *tensors: Tensor) -> bool:
         and all(tensor.numel() > 0 and _can_be_fetched(tensor) for tensor in tensors)
         and triton.__version__.startswith(VERSIONS)
     )
+
+
+def _left_out(score: Score) -> tuple[object, ...]:
+    return score.dense, score.keep, score.slopes, score.softcap, score.positions
 
 
 def _can_be_fetched(tensor: Tensor) -> bool:

@@ -109,7 +109,7 @@ def gather(
             # The registers of another product are wanted for what is added to the scores.
             dots_NM = warpgroup_mma_wait(0, [dots])
         norm_M = norms_SM.index(stage).load(SCORES)
-        p_NM, slope_NM = weights_tile(
+        p_NM, _ = weights_tile(
             dots_NM, norm_M, norm_M, score, sizes, batch, head, row0, column0, row, column, side,
             CLEAN,
         )  # fmt: skip
@@ -130,21 +130,16 @@ def gather(
             dp_NM = gl.where(p_NM > 0.0, dp_NM, 0.0)
             p_NM = gl.abs(p_NM)
         ds_NM = p_NM * (dp_NM - deltas_SM.index(stage).load(SCORES))
-        added_NM = ds_NM
-        if score.softcap is not None:
-            ds_NM = ds_NM * slope_NM
-            if not score.softcap.first:
-                added_NM = ds_NM
         if (LEFT or RIGHT) and not CLEAN:
             first = column0 - row0 - (sizes.keys - sizes.queries)
             if LEFT:
-                left_N = far_sums(left_N, added_NM, -first, column, row, 1, score.offsets.reach)
+                left_N = far_sums(left_N, ds_NM, -first, column, row, 1, score.offsets.reach)
             if RIGHT:
-                right_N = far_sums(right_N, added_NM, first, column, row, -1, score.offsets.reach)
+                right_N = far_sums(right_N, ds_NM, first, column, row, -1, score.offsets.reach)
         elif LEFT and LATE:
-            left_N += gl.sum(added_NM, 1)
+            left_N += gl.sum(ds_NM, 1)
         elif RIGHT and not LATE:
-            right_N += gl.sum(added_NM, 1)
+            right_N += gl.sum(ds_NM, 1)
         low_NM = ds_NM.to(q_MD.dtype)
         # Both groups have done the step before, and none waits for the other in this one.
         wait_for_both(exchanged, step - 1)
@@ -207,9 +202,8 @@ def consume(
     dv_ND = gl.zeros([64, BLOCK_D], gl.float32, layout=KEYS)
     LEFT: gl.constexpr = left_sums is not None
     RIGHT: gl.constexpr = right_sums is not None
-    placed: gl.constexpr = score.positions is not None
-    banded: gl.constexpr = score.offsets is not None and not placed
-    windowed: gl.constexpr = score.window is not None and not placed
+    banded: gl.constexpr = score.offsets is not None
+    windowed: gl.constexpr = score.window is not None
     # Nothing lies right of the band then, and one part is cut where there were two.
     merged: gl.constexpr = banded and score.causal
     step = low * 0
@@ -218,7 +212,7 @@ def consume(
     if score.dropout is not None:
         inverse = 1.0 / score.dropout.keep
     mbarrier.wait(fetched, 0)
-    if score.padding is not None or placed:
+    if score.padding is not None:
         clear_padding(k_ND, v_ND, cleared, score, sizes, batch, column0, PART, KEYS)
     for member in range(sizes.group):
         head = key_head * sizes.group + member
@@ -240,19 +234,19 @@ def consume(
                 column0, three, four, left, PART, BLOCK_M, STAGES, LEFT, RIGHT, True, True,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
-        if placed or ((windowed or banded) and not merged):
+        if (windowed or banded) and not merged:
             dk_ND, dv_ND, left_N, right_N, step = gather(
                 dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
                 column0, two, three, 0.0, PART, BLOCK_M, STAGES, LEFT, RIGHT, False, False,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
-        if not placed and not merged:
+        if not merged:
             dk_ND, dv_ND, left_N, right_N, step = gather(
                 dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
                 column0, one, two, right, PART, BLOCK_M, STAGES, LEFT, RIGHT, True, False,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
-        if not placed and (score.causal or score.prefix is not None or not WHOLE):
+        if score.causal or score.prefix is not None or not WHOLE:
             dk_ND, dv_ND, left_N, right_N, step = gather(
                 dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
                 column0, low, gl.where(merged, three, one), 0.0, PART, BLOCK_M, STAGES, LEFT, RIGHT,
@@ -315,7 +309,7 @@ def inputs_kernel(
     low, one, two, three, four, high = row_parts(score, sizes, batch, column0, BLOCK_M, BLOCK_N)
     before = row_parts(score, sizes, batch, column0 - BLOCK_N, BLOCK_M, BLOCK_N)
     follows = (tile > 0) & (before[0] < before[5])
-    if not WHOLE and score.positions is None:
+    if not WHOLE:
         # A row's gradient is no column's own: here, columns without a key are cut out.
         length = sizes.keys
         if score.padding is not None:
