@@ -141,8 +141,10 @@ def _graph(step: Callable[[Inputs], object], inputs: Inputs) -> torch.cuda.CUDAG
     return graph
 
 
-def timed(problem: Problem, run: Run, repeats: int) -> dict[str, float]:
-    """Median milliseconds and peak memory in MiB, over inputs that do not stay in the cache."""
+def timed(problem: Problem, run: Run, repeats: int, use_graphs: bool) -> dict[str, float]:
+    """Median milliseconds and peak memory in MiB, over inputs that do not stay in the cache; as
+    Python launches it, or recorded in a CUDA graph.
+    """
     size = int(2 * problem.cache_bytes)
     sets = [Inputs.of(problem) for _ in range(max(2, -(-2 * L2_BYTES // size)))]
     if problem.weights and problem.backward:
@@ -164,7 +166,7 @@ def timed(problem: Problem, run: Run, repeats: int) -> dict[str, float]:
     for index in range(3):
         step(sets[index % len(sets)])
     torch.cuda.synchronize()
-    if problem.queries:
+    if problem.queries or use_graphs:
         # A step is so short that only a graph shows what the device needs for it.
         graphs = {id(inputs): _graph(step, inputs) for inputs in sets}
 
@@ -187,7 +189,9 @@ def timed(problem: Problem, run: Run, repeats: int) -> dict[str, float]:
     }
 
 
-def measure(row: str, problem: Problem, use_flex: bool, repeats: int) -> dict[str, Any]:
+def measure(
+    row: str, problem: Problem, use_flex: bool, repeats: int, use_graphs: bool
+) -> dict[str, Any]:
     """One line of the table."""
     entry: dict[str, Any] = {"row": row, "problem": str(problem), "failure": check(problem)}
     if entry["failure"]:
@@ -200,7 +204,7 @@ def measure(row: str, problem: Problem, use_flex: bool, repeats: int) -> dict[st
     runs |= rivals(problem, use_flex)
     for name, run in runs.items():
         try:
-            entry[name] = timed(problem, run, repeats)
+            entry[name] = timed(problem, run, repeats, use_graphs)
         except Exception as error:  # a peer that cannot: its reason stands in the results
             entry[name] = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}
             torch.cuda.empty_cache()
@@ -245,8 +249,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", default=",".join(ROWS), help="such as G1,G4")
     parser.add_argument("--quick", action="store_true", help="one length")
-    parser.add_argument("--flex", default="G1,G4,G6", help="rows with compiled peers")
+    parser.add_argument(
+        "--flex", default="G1,G4,G6", help="rows with compiled peers, which take minutes"
+    )
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument(
+        "--graphs", action="store_true", help="time the device alone, by CUDA graphs"
+    )
     parser.add_argument("--workers", type=int, default=8, help="processes that compile beforehand")
     parser.add_argument("--tiles", type=Path, help="results of benchmarks.tune_gpu to use")
     parser.add_argument("--out", type=Path, help="a JSON file for all numbers")
@@ -267,11 +276,12 @@ def main() -> None:
         **describe_machine(),
         "triton": triton.__version__,
         "dtype": "bfloat16",
+        "graphs": options.graphs,
         "entries": [],
     }
     print(", ".join(f"{key} {value}" for key, value in report.items() if key != "entries"))
     for (row, problem), flex in zip(todo, use_flex, strict=True):
-        entry = measure(row, problem, flex, options.repeats)
+        entry = measure(row, problem, flex, options.repeats, options.graphs)
         report["entries"].append(entry)
         print(line(entry), flush=True)
         if options.out:
