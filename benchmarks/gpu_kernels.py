@@ -79,6 +79,43 @@ def passes_of(job: Job) -> Iterator[tuple[str, Callable[[], object]]]:
         yield "band", lambda: gradients.offsets_gradient(given, far)
 
 
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draws what plain attention and a learned T5 bias take, and cuDNN beside them, as PNG."""
+    from matplotlib.figure import Figure
+
+    from zeta import plots
+
+    found = {(e["dim"], e["causal"], e["bias"], e["dropout"]): e["ms"] for e in report["entries"]}
+    shapes = sorted({key[:2] for key in found})
+    bars = {
+        "cuDNN, plain": ("", ("cudnn forward", "cudnn backward")),
+        "plain": ("", ("forward", "inputs")),
+        "learned T5 bias": ("t5", ("forward", "inputs", "band")),
+    }
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(bars)
+    for place, (name, (bias, parts)) in enumerate(bars.items()):
+        bottom = [0.0] * len(shapes)
+        for part, opacity in zip(parts, (1.0, 0.65, 0.35), strict=False):
+            heights = [found[(*shape, bias, 0.0)][part] for shape in shapes]
+            axes.bar(
+                [index + place * width for index in range(len(shapes))], heights, width * 0.92,
+                bottom=bottom, color=f"C{place}", alpha=opacity,
+                label=name if part == parts[0] else None,
+            )  # fmt: skip
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    labels = [f"D {dim}, {'causal' if causal else 'full'}" for dim, causal in shapes]
+    axes.set_xticks([index + width for index in range(len(shapes))], labels)
+    axes.set_ylabel("ms")
+    axes.set_title(
+        f"{report['gpu']}: forward (dark), gradients of the inputs, gradient of the table (light)",
+        fontsize=10,
+    )
+    axes.legend(frameon=False)
+    plots.save(figure, path)
+
+
 def compile_one(job: Job) -> None:
     """Compiles by running once; the compiler's cache on disk serves the timing."""
     for _, run in passes_of(job):
@@ -90,8 +127,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dims", default="64,128")
     parser.add_argument("--workers", type=int, default=14)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="a JSON file for all numbers")
+    parser.add_argument("--picture", type=Path, help="draw them, as PNG")
+    parser.add_argument("--read", type=Path, help="draw an earlier run's, on any machine")
     options = parser.parse_args()
+    if options.read:
+        draw(json.loads(options.read.read_text()), options.picture)
+        return
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     dims = [int(dim) for dim in options.dims.split(",")]
@@ -113,6 +155,8 @@ def main() -> None:
     report |= {"batch": BATCH, "heads": HEADS, "length": LENGTH, "entries": entries}
     if options.out:
         options.out.write_text(json.dumps(report, indent=1))
+    if options.picture:
+        draw(report, options.picture)
 
 
 if __name__ == "__main__":
