@@ -29,11 +29,9 @@ def signed(x: int) -> int:
 def kept(seed: int, batch: int, head: int, query: int, key: int, dropout_p: float) -> bool:
     """The definition, in Python's integers."""
     s = mix(mix(seed) + (seed >> 32))
-    row = mix(mix(mix(s + batch) + head) + query)
-    column = mix(mix(s + 0x9E3779B9) + key)
-    x = signed((row ^ column) * 0x7FEB352D)
-    x = signed((x ^ x >> 15) * 0x846CA68B)
-    return x >= round(dropout_p * 2**32) - 2**31
+    row = mix(mix(mix(s + batch) + head) + query) | 1
+    column = mix(mix(s + 0x9E3779B9) + key) | 1
+    return signed(row * column) >= round(dropout_p * 2**32) - 2**31
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31, 2**32 - 1, 2**40 + 3, 2**63 - 1])
@@ -74,7 +72,7 @@ def test_weights_are_dropped_independently(dropout_p: float, seed: int) -> None:
     }
     for name, value in statistics.items():
         assert abs(value.item()) < 6, name
-    # Pairs of rows, and of columns, must be uncorrelated: the hash joins one of each by an xor.
+    # Pairs of rows, and of columns, must be uncorrelated: the hash is the product of one of each.
     for matrix in (deviation[0], deviation[0].mT):
         correlation = matrix @ matrix.mT / length**0.5
         correlation.fill_diagonal_(0)

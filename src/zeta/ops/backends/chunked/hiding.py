@@ -13,7 +13,7 @@ from torch import Tensor
 from zeta.masks import Causal, SlidingWindow, conjuncts
 from zeta.ops.backends.chunked.blocks import Block, Unit
 from zeta.ops.call import AttentionCall
-from zeta.ops.dropout import MULTIPLIER_1, MULTIPLIER_2, row_and_column_hashes, threshold
+from zeta.ops.dropout import row_and_column_hashes, threshold
 
 _Hidden = list[tuple[slice, Tensor, Tensor]]
 
@@ -83,10 +83,7 @@ class Dropout:
         row = self._rows_BHT1[unit.batches, unit.heads, block.rows]
         by_batch = self._columns_B11S.shape[0] > 1
         column = self._columns_B11S[unit.batches if by_batch else slice(None), :, :, block.columns]
-        mixed = row ^ column
-        mixed *= MULTIPLIER_1
-        mixed ^= mixed >> 15
-        mixed *= MULTIPLIER_2
+        mixed = row * column
         # A comparison by arithmetic: the clamp leaves threshold - 1 or threshold.
         least = self._threshold - 1
         mixed.clamp_(least, self._threshold).neg_().add_(least)

@@ -20,7 +20,7 @@ inline uint32_t sequence_hash(int64_t seed, int64_t batch, int64_t head) {
 }
 
 inline uint32_t row_hash(uint32_t sequence, int64_t position) {
-    return mix(sequence + static_cast<uint32_t>(position));
+    return mix(sequence + static_cast<uint32_t>(position)) | 1;
 }
 
 inline uint32_t column_salt(int64_t seed) { return mix(seed_hash(seed) + 0x9e3779b9u); }
@@ -34,13 +34,10 @@ inline Ints mix(Ints x) {
 }
 
 inline Ints column_hashes(uint32_t salt, Ints positions) {
-    return mix(add(splat_int(static_cast<int32_t>(salt)), positions));
+    return either_bits(mix(add(splat_int(static_cast<int32_t>(salt)), positions)), splat_int(1));
 }
 
 // Which weights are dropped: those whose hash is below the threshold.
 inline Mask dropped(Ints row, Ints columns, Ints threshold) {
-    Ints x = multiply(exclusive_or(row, columns), splat_int(0x7feb352d));
-    x = exclusive_or(x, shift_right_signed<15>(x));
-    x = multiply(x, splat_int(static_cast<int32_t>(0x846ca68bu)));
-    return greater(threshold, x);
+    return greater(threshold, multiply(row, columns));
 }

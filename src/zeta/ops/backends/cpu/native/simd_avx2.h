@@ -97,10 +97,6 @@ inline Ints either_bits(Ints a, Ints b) { return _mm256_or_si256(a, b); }
 inline Ints min(Ints a, Ints b) { return _mm256_min_epi32(a, b); }
 inline Ints max(Ints a, Ints b) { return _mm256_max_epi32(a, b); }
 template <int BITS>
-inline Ints shift_right_signed(Ints x) {
-    return _mm256_srai_epi32(x, BITS);
-}
-template <int BITS>
 inline Ints shift_right(Ints x) {
     return _mm256_srli_epi32(x, BITS);
 }

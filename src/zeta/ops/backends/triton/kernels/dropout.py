@@ -43,7 +43,7 @@ def hash_rows_kernel(seed, out, score, sizes, BLOCK: tl.constexpr):
     x = mix(x + head.to(tl.uint32))
     x = mix(x + query_positions(score, sizes, batch, row0, local).to(tl.uint32))
     target = out + batch_head.to(tl.int64) * sizes.queries + row0 + local
-    tl.store(target, x.to(tl.int32, bitcast=True), mask=row0 + local < sizes.queries)
+    tl.store(target, (x | 1).to(tl.int32, bitcast=True), mask=row0 + local < sizes.queries)
 
 
 @triton.jit
@@ -55,4 +55,4 @@ def hash_columns_kernel(seed, out, score, sizes, BLOCK: tl.constexpr):
     x = mix(seed_hash(seed) + 0x9E3779B9)
     x = mix(x + key_positions(score, sizes, batch, column0, local).to(tl.uint32))
     target = out + batch * sizes.keys + column0 + local
-    tl.store(target, x.to(tl.int32, bitcast=True), mask=column0 + local < sizes.keys)
+    tl.store(target, (x | 1).to(tl.int32, bitcast=True), mask=column0 + local < sizes.keys)

@@ -237,10 +237,7 @@ def column_hashes(score, sizes, batch, column0, local_N):
 @triton.jit
 def kept(score, row_hash, column_hash):
     """Which weights dropout keeps; the halves are shaped to broadcast to the tile."""
-    x = (row_hash ^ column_hash) * 0x7FEB352D
-    # `x` is signed: the shift carries the sign, and the constant below is 0x846ca68b.
-    x = (x ^ (x >> 15)) * -2073254261
-    return x >= score.dropout.threshold
+    return row_hash * column_hash >= score.dropout.threshold
 
 
 @triton.jit
