@@ -109,10 +109,10 @@ def gather(
             # The registers of another product are wanted for what is added to the scores.
             dots_NM = warpgroup_mma_wait(0, [dots])
         norm_M = norms_SM.index(stage).load(SCORES)
-        p_NM, _ = weights_tile(
+        p_NM = weights_tile(
             dots_NM, norm_M, norm_M, score, sizes, batch, head, row0, column0, row, column, side,
             CLEAN,
-        )  # fmt: skip
+        )[0]  # fmt: skip
         given_NM = p_NM
         if score.dropout is not None:
             # The sign says which are dropped, until it is asked again: it costs no register.
