@@ -1,9 +1,11 @@
 """GPU kernels in Triton: every feature of the op, in memory linear in the sequence length.
 
 Learned offset biases are read as a vector per head and get their gradient from the band of keys
-within their reach; dense ones get theirs in their own shape; nothing is summed by atomics, so two
+within their reach; dense ones get theirs in their own shape; sums are taken in a fixed order, so two
 runs give the same bits. Dropout draws what every backend of Zeta's draws. Weights are recomputed
 from the log-sum-exp.
+
+There are two sets: portable kernels, and those for Hopper (`hopper`), which serve what they take.
 
 Triton compiles each kernel at its first launch. On CPU tensors the kernels run only in Triton's
 interpreter, for tests: set ``TRITON_INTERPRET=1`` before the first call.
