@@ -1,7 +1,7 @@
 """GPU kernels in Triton: every feature of the op, in memory linear in the sequence length.
 
 Learned offset biases are read as a vector per head and get their gradient from the band of keys
-within their reach; dense ones get theirs in their own shape; sums are taken in a fixed order, so two
+within their reach; dense ones get theirs in their own shape. Sums are taken in a fixed order: two
 runs give the same bits. Dropout draws what every backend of Zeta's draws. Weights are recomputed
 from the log-sum-exp.
 
