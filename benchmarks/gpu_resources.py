@@ -106,11 +106,15 @@ class Usage:
     spill: int
     shared: int
     serialized: bool
-    """Whether products that the kernel begins by hand wait for each other."""
+    """Whether products that should be asynchronous wait for each other."""
+    by_hand: bool
+    """Whether the kernel begins them by hand. What the compiler makes of the portable ones is its
+    own affair, and not always better.
+    """
 
     def fault(self, capability: int) -> str:
         """Why it may not ship, or nothing."""
-        if self.serialized:
+        if self.serialized and self.by_hand:
             return "its products wait for each other"
         if self.shared > SHARED_KIB[capability] * 1024:
             return f"{self.shared} bytes of shared memory"
@@ -249,9 +253,10 @@ def usages(capability: int, dims: list[int], quick: bool) -> Iterator[Usage]:
         name = kernel.__name__
         limit = max_spill(name, problem.dim, problem.dtype, capability)
         label = f"{problem}{', portable' if is_portable else ''}"
-        # What the compiler makes of the portable ones is its own affair, and not always better.
-        waits = serialized and kernel.is_gluon()
-        found.append(Usage(name, label, limit, str(tiles), registers, spill, shared, waits))
+        usage = Usage(
+            name, label, limit, str(tiles), registers, spill, shared, serialized, kernel.is_gluon()
+        )
+        found.append(usage)
 
     version = (capability // 10, capability % 10)
     for module in (arguments, passes, gradients, rotation, on_hopper):
@@ -260,11 +265,15 @@ def usages(capability: int, dims: list[int], quick: bool) -> Iterator[Usage]:
     takes = hopper.takes
     for problem in problems(dims, quick):
         # Where a device has kernels of its own, the portable ones serve what these do not take.
-        for is_portable in (False, True) if capability == 90 else (True,):
-            hopper.takes = takes if not is_portable else lambda *tensors: False
+        is_portable = False
+        problem.run()
+        if any(usage.by_hand for usage in found):
+            is_portable = True
+            hopper.takes = lambda *operands: False
             problem.run()
-            yield from found
-            found.clear()
+            hopper.takes = takes
+        yield from found
+        found.clear()
 
 
 def main() -> int:

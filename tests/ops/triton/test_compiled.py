@@ -35,7 +35,7 @@ def test_what_may_be_spilled() -> None:
     assert 0 < max_spill("keys_kernel", 64, half, 90) < max_spill("keys_kernel", 64, half, 80)
     assert max_spill("keys_kernel", 128, full, 90) < max_spill("keys_kernel", 256, full, 90)
     limit = max_spill("forward_kernel", 64, half, 90)
-    usage = Usage("forward_kernel", "", limit, "", 255, 4, 0, False)
+    usage = Usage("forward_kernel", "", limit, "", 255, 4, 0, serialized=False, by_hand=True)
     assert usage.fault(90) == "4 bytes spilled"
     assert "wait" in dataclasses.replace(usage, spill=0, serialized=True).fault(90)
     assert not dataclasses.replace(usage, spill=0).fault(90)

@@ -202,16 +202,16 @@ def gradients(
     given: Backward, dense: Tensor | None, needs_offsets: bool, needs_dense: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Of query, key, value, offset vector and dense bias; the last two where needed."""
+    wanted = wanted_sums(given, needs_offsets)
     fetched = (given.query, given.key, given.value, given.dout)
     if given.dweights is None and hopper.takes(given.score, *fetched):
         # Gluon is imported only where it serves.
         from zeta.ops.backends.triton.hopper import passes as on_hopper
 
-        wanted = wanted_sums(given, needs_offsets)
         (dquery, dkey, dvalue), far = on_hopper.inputs_gradient(given, wanted)
     else:
         dkey, dvalue = keys_gradient(given)
-        dquery, far = queries_gradient(given, wanted_sums(given, needs_offsets))
+        dquery, far = queries_gradient(given, wanted)
     doffsets = offsets_gradient(given, far) if needs_offsets else None
     ddense = dense_gradient(given, dense) if needs_dense and dense is not None else None
     return dquery, dkey, dvalue, doffsets, ddense

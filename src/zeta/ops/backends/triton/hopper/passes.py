@@ -1,7 +1,5 @@
 """Forward and backward passes on Hopper: outputs are allocated, kernels launched."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 import triton.experimental.gluon.language as gl
@@ -59,15 +57,16 @@ def inputs_gradient(
     given: Backward, wanted: tuple[bool, bool]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
     """Gradients of query, key and value, each laid out as what it belongs to; and, where wanted,
-    the sums ``(H,)`` of dS beyond the reach on each side.
+    the sums ``(H,)`` of dS beyond the reach on the left. Those on the right only a soft cap wants.
     """
     sizes, width = given.sizes, given.query.shape[-1]
     padded = _padded(width)
     rows = ROWS[padded]
     dkey, dvalue = (empty_rows(tensor, width) for tensor in (given.key, given.value))
     dquery = empty_rows(given.query, width)
-    shape = (sizes.batch, sizes.heads, sizes.keys)
-    far = [given.delta.new_zeros(shape) if each else None for each in wanted]
+    left_BHS = None
+    if wanted[0]:
+        left_BHS = given.delta.new_zeros((sizes.batch, sizes.heads, sizes.keys))
     num_tiles = cdiv(sizes.keys, KEYS)
     programs = num_tiles * sizes.batch * given.key.shape[1]
     sums, turns = _turns(given, programs)
@@ -77,15 +76,16 @@ def inputs_gradient(
         inputs_kernel, (programs,), _tiles(given.query, rows, padded),
         _tiles(given.key, KEYS, padded), _tiles(given.value, KEYS, padded),
         _tiles(given.dout, rows, padded), _numbers(given.statistics[0], rows, float("inf")),
-        _numbers(given.delta, rows, 0.0), hashes, rows_operand(dkey), rows_operand(dvalue), *far,
-        _sums(sums, rows, padded), turns,
+        _numbers(given.delta, rows, 0.0), hashes, rows_operand(dkey), rows_operand(dvalue),
+        left_BHS, _sums(sums, rows, padded), turns,
         spread(given.score, sizes, rows, PART, key_major=True), sizes,
         _heads_at_once(sizes.queries, rows), WIDTH=width, BLOCK_D=padded, BLOCK_M=rows,
         STAGES=STAGES, WHOLE=given.score.padding is None and sizes.keys % KEYS == 0, num_warps=4,
     )  # fmt: skip
     # One pass: the product is rounded as it is written.
     torch.mul(sums, given.score.slope / given.keep, out=dquery)
-    return (dquery, dkey, dvalue), _totals(far)
+    left_H = None if left_BHS is None else left_BHS.sum((0, 2))
+    return (dquery, dkey, dvalue), (left_H, None)
 
 
 def _padded(width: int) -> int:
@@ -98,11 +98,6 @@ def _heads_at_once(queries: int, rows: int) -> int:
     """
     of_one_head = min(max(queries // rows // 8, 1), 8)
     return cdiv(PROGRAMS, of_one_head)
-
-
-def _totals(sums: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
-    left, right = (None if each is None else each.sum((0, 2)) for each in sums)
-    return left, right
 
 
 def _tiles(tensor: Tensor, rows: int, padded: int) -> TensorDescriptor:

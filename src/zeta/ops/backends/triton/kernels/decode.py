@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zeta.ops.backends.triton.kernels.forward import store_statistics, weigh
+from zeta.ops.backends.triton.kernels.forward import add_weights, store_statistics
 from zeta.ops.backends.triton.kernels.ranges import column_parts
 from zeta.ops.backends.triton.kernels.scores import (
     column_hashes,
@@ -68,13 +68,10 @@ def split_kernel(
             found = find_pages(pages, score, sizes, batch, column0, local_N)
             k_ND = load_pages(k, key_head, found, inner_D, WIDTH)
         dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
-        p_MN, new_peak_M, safe_M = weigh(
-            dots_MN, peak_M, score, sizes, batch, head_M[:, None], row0, column0, row_M[:, None],
-            local_N[None, :], 0.0, False,
+        p_MN, decay_M, total_M, peak_M = add_weights(
+            dots_MN, total_M, peak_M, score, sizes, batch, head_M[:, None], row0, column0,
+            row_M[:, None], local_N[None, :], 0.0, False,
         )  # fmt: skip
-        decay_M = exponential(peak_M - safe_M, score)
-        total_M = total_M * decay_M + tl.sum(p_MN, 1)
-        peak_M = new_peak_M
         if score.dropout is not None:
             column_hash_N = column_hashes(score, sizes, batch, column0, local_N)
             keep_MN = kept(score, row_hash_M[:, None], column_hash_N[None, :])

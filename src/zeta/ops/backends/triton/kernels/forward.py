@@ -50,6 +50,21 @@ def weigh(
 
 
 @triton.jit
+def add_weights(
+    dots_MN, total_M, peak_M, score, sizes, batch, head, row0, column0, row, column, side,
+    CLEAN: tl.constexpr,
+):  # fmt: skip
+    """A tile's step of the running softmax: its exponentials, by how much those before shrink, and
+    the new sum and peak of each row.
+    """
+    p_MN, new_peak_M, safe_M = weigh(
+        dots_MN, peak_M, score, sizes, batch, head, row0, column0, row, column, side, CLEAN
+    )
+    decay_M = exponential(peak_M - safe_M, score)
+    return p_MN, decay_M, total_M * decay_M + tl.sum(p_MN, 1), new_peak_M
+
+
+@triton.jit
 def attend(
     acc_ME, total_M, peak_M, q_MD, k, v, score, sizes, batch, head, row0,
     low, one, two, three, four, high, left, right,
@@ -71,13 +86,10 @@ def attend(
             k, score, sizes, batch, key_head, column0, local_N, inner_D, WIDTH, CLEAN or EVEN
         )
         dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
-        p_MN, new_peak_M, safe_M = weigh(
-            dots_MN, peak_M, score, sizes, batch, head, row0, column0, row, column,
+        p_MN, decay_M, total_M, peak_M = add_weights(
+            dots_MN, total_M, peak_M, score, sizes, batch, head, row0, column0, row, column,
             tl.where(column0 < two, left, right), CLEAN,
         )  # fmt: skip
-        decay_M = exponential(peak_M - safe_M, score)
-        total_M = total_M * decay_M + tl.sum(p_MN, 1)
-        peak_M = new_peak_M
         if VALUES:
             if score.dropout is not None:
                 column_hash_N = column_hashes(score, sizes, batch, column0, local_N)

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from zeta.ops.backends.triton.kernels.backward import far_sums
 from zeta.ops.backends.triton.kernels.gradients import weights_tile
+from zeta.ops.backends.triton.kernels.hopper.clearing import clear_rows, wait_for_clear
 from zeta.ops.backends.triton.kernels.hopper.serving import add, fetch
 from zeta.ops.backends.triton.kernels.ranges import row_parts
 from zeta.ops.backends.triton.kernels.scores import (
@@ -70,16 +71,16 @@ def give_to_queries(
 
 @gluon.jit
 def gather(
-    dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head, column0, start,
+    dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head, column0, start,
     stop, side,
     PART: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, CLEAN: gl.constexpr, LATE: gl.constexpr,
+    LEFT: gl.constexpr, CLEAN: gl.constexpr, LATE: gl.constexpr,
     SCORES: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """Adds what one part of one query head's rows, last first, gives to half a tile of keys.
 
-    LEFT and RIGHT say which sums of dS beyond the reach are wanted; LATE that a clean part lies
-    beyond it on the left.
+    LEFT says that sums of dS beyond the reach on the left are wanted; LATE that a clean part lies
+    there.
     """
     q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, ds_SNM, dq_MD = tiles
     _, _, full, empty, exchanged, written, taken = bars
@@ -130,16 +131,11 @@ def gather(
             dp_NM = gl.where(p_NM > 0.0, dp_NM, 0.0)
             p_NM = gl.abs(p_NM)
         ds_NM = p_NM * (dp_NM - deltas_SM.index(stage).load(SCORES))
-        if (LEFT or RIGHT) and not CLEAN:
+        if LEFT and not CLEAN:
             first = column0 - row0 - (sizes.keys - sizes.queries)
-            if LEFT:
-                left_N = far_sums(left_N, ds_NM, -first, column, row, 1, score.offsets.reach)
-            if RIGHT:
-                right_N = far_sums(right_N, ds_NM, first, column, row, -1, score.offsets.reach)
+            left_N = far_sums(left_N, ds_NM, -first, column, row, 1, score.offsets.reach)
         elif LEFT and LATE:
             left_N += gl.sum(ds_NM, 1)
-        elif RIGHT and not LATE:
-            right_N += gl.sum(ds_NM, 1)
         low_NM = ds_NM.to(q_MD.dtype)
         # Both groups have done the step before, and none waits for the other in this one.
         wait_for_both(exchanged, step - 1)
@@ -156,31 +152,12 @@ def gather(
         mbarrier.arrive(exchanged.index(step % 2), count=1)
         mbarrier.arrive(written, count=1, pred=step > 0)
         step += 1
-    return dk_ND, dv_ND, left_N, right_N, step
-
-
-@gluon.jit
-def clear_padding(
-    k_ND, v_ND, cleared, score, sizes, batch, column0, PART: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Writes 0 where there is no key: with weights of 0, what lies there would reach queries."""
-    local_N = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-    exists = key_exists(score, sizes, batch, column0, local_N)[:, None]
-    own_k_ND = k_ND.slice(PART * 64, 64, 0)
-    own_v_ND = v_ND.slice(PART * 64, 64, 0)
-    tile_ND = own_k_ND.load(LAYOUT)
-    own_k_ND.store(gl.where(exists, tile_ND, gl.zeros_like(tile_ND)))
-    tile_ND = own_v_ND.load(LAYOUT)
-    own_v_ND.store(gl.where(exists, tile_ND, gl.zeros_like(tile_ND)))
-    fence_async_shared()
-    gl.thread_barrier()
-    mbarrier.arrive(cleared, count=1)
-    mbarrier.wait(cleared, 0)
+    return dk_ND, dv_ND, left_N, step
 
 
 @gluon.jit
 def consume(
-    tiles, bars, dk, dv, left_sums, right_sums, score, sizes, batch, key_head, column0, parts,
+    tiles, bars, dk, dv, left_sums, score, sizes, batch, key_head, column0, parts,
     PART: gl.constexpr, WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr,
     STAGES: gl.constexpr, WHOLE: gl.constexpr,
 ):  # fmt: skip
@@ -201,7 +178,6 @@ def consume(
     dk_ND = gl.zeros([64, BLOCK_D], gl.float32, layout=KEYS)
     dv_ND = gl.zeros([64, BLOCK_D], gl.float32, layout=KEYS)
     LEFT: gl.constexpr = left_sums is not None
-    RIGHT: gl.constexpr = right_sums is not None
     banded: gl.constexpr = score.offsets is not None
     windowed: gl.constexpr = score.window is not None
     # Nothing lies right of the band then, and one part is cut where there were two.
@@ -213,52 +189,53 @@ def consume(
         inverse = 1.0 / score.dropout.keep
     mbarrier.wait(fetched, 0)
     if score.padding is not None:
-        clear_padding(k_ND, v_ND, cleared, score, sizes, batch, column0, PART, KEYS)
+        # Before anything reads them: else what lies there would reach the queries.
+        local = gl.arange(0, 64, layout=gl.SliceLayout(1, KEYS))
+        exists_N = key_exists(score, sizes, batch, column0, local)
+        clear_rows(k_ND.slice(PART * 64, 64, 0), exists_N, KEYS)
+        clear_rows(v_ND.slice(PART * 64, 64, 0), exists_N, KEYS)
+        wait_for_clear(cleared)
     for member in range(sizes.group):
         head = key_head * sizes.group + member
         left = far_bias(score, head, False)
         right = far_bias(score, head, True)
         left_N = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, SCORES))
-        right_N = gl.zeros([64], gl.float32, layout=gl.SliceLayout(1, SCORES))
         # From the last rows to the first. Parts that are empty with any mask and bias of this kind
         # are left out.
         if windowed and banded:
-            dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
-                column0, four, high, 0.0, PART, BLOCK_M, STAGES, LEFT, RIGHT, False, False,
+            dk_ND, dv_ND, left_N, step = gather(
+                dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head,
+                column0, four, high, 0.0, PART, BLOCK_M, STAGES, LEFT, False, False,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if banded:
-            dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
-                column0, three, four, left, PART, BLOCK_M, STAGES, LEFT, RIGHT, True, True,
+            dk_ND, dv_ND, left_N, step = gather(
+                dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head,
+                column0, three, four, left, PART, BLOCK_M, STAGES, LEFT, True, True,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if (windowed or banded) and not merged:
-            dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
-                column0, two, three, 0.0, PART, BLOCK_M, STAGES, LEFT, RIGHT, False, False,
+            dk_ND, dv_ND, left_N, step = gather(
+                dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head,
+                column0, two, three, 0.0, PART, BLOCK_M, STAGES, LEFT, False, False,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if not merged:
-            dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
-                column0, one, two, right, PART, BLOCK_M, STAGES, LEFT, RIGHT, True, False,
+            dk_ND, dv_ND, left_N, step = gather(
+                dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head,
+                column0, one, two, right, PART, BLOCK_M, STAGES, LEFT, True, False,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if score.causal or score.prefix is not None or not WHOLE:
-            dk_ND, dv_ND, left_N, right_N, step = gather(
-                dk_ND, dv_ND, left_N, right_N, step, tiles, bars, score, sizes, batch, head,
-                column0, low, gl.where(merged, three, one), 0.0, PART, BLOCK_M, STAGES, LEFT, RIGHT,
+            dk_ND, dv_ND, left_N, step = gather(
+                dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head,
+                column0, low, gl.where(merged, three, one), 0.0, PART, BLOCK_M, STAGES, LEFT,
                 False, False, SCORES, KEYS, QUERIES,
             )  # fmt: skip
-        if LEFT or RIGHT:
+        if LEFT:
             exists_N = key_exists(score, sizes, batch, column0, local_N)
             index = (batch * sizes.heads + head) * sizes.keys + column0 + local_N
-            if LEFT:
-                gl.store(left_sums + index, left_N * inverse, mask=exists_N)
-            if RIGHT:
-                gl.store(right_sums + index, right_N * inverse, mask=exists_N)
+            gl.store(left_sums + index, left_N * inverse, mask=exists_N)
     wait_for_both(exchanged, step - 1)
     part_MD = warpgroup_mma_wait(
         0, [give_to_queries(ds_SNM, k_ND, step - 1, PART, BLOCK_M, QUERIES)]
@@ -280,13 +257,13 @@ def consume(
 
 @gluon.jit
 def inputs_kernel(
-    q, k, v, dout, norms, deltas, hashes, dk, dv, left_sums, right_sums, sums, turns, score, sizes,
+    q, k, v, dout, norms, deltas, hashes, dk, dv, left_sums, sums, turns, score, sizes,
     interleaved,
     WIDTH: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
     WHOLE: gl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, over every row of every query head that shares them,
-    and what it gives to the queries'; where wanted, each column's sum of dS beyond the reach.
+    and what it gives to the queries'; where wanted, each column's sum of dS beyond the reach, left.
 
     WHOLE: the keys fill whole tiles, and none is padding.
     """
@@ -359,14 +336,14 @@ def inputs_kernel(
             (
                 consume,
                 (
-                    tiles, bars, dk, dv, left_sums, right_sums, score, sizes, batch, key_head,
+                    tiles, bars, dk, dv, left_sums, score, sizes, batch, key_head,
                     column0, parts, 0, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
                 ),
             ),
             (
                 consume,
                 (
-                    tiles, bars, dk, dv, left_sums, right_sums, score, sizes, batch, key_head,
+                    tiles, bars, dk, dv, left_sums, score, sizes, batch, key_head,
                     column0, parts, 1, WIDTH, BLOCK_M, BLOCK_D, STAGES, WHOLE,
                 ),
             ),

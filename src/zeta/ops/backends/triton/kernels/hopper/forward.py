@@ -12,17 +12,16 @@ from __future__ import annotations
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-from zeta.ops.backends.triton.kernels.forward import store_statistics, weigh
+from zeta.ops.backends.triton.kernels.forward import add_weights, store_statistics
+from zeta.ops.backends.triton.kernels.hopper.clearing import clear_rows, wait_for_clear
 from zeta.ops.backends.triton.kernels.ranges import column_parts, count_tiles, tile_start
 from zeta.ops.backends.triton.kernels.scores import (
-    exponential,
     far_bias,
     kept,
     key_exists,
@@ -103,26 +102,6 @@ def add_values(acc_MD, p_MN, v_SND, step, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def clear_padding(
-    v_ND, cleared, score, sizes, batch, column0,
-    PART: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Writes 0 where a tile of values has no key: each group of warps in its half. There is one
-    such tile at most.
-    """
-    local_N = gl.arange(0, BLOCK_N // 2, layout=gl.SliceLayout(1, LAYOUT))
-    first: gl.constexpr = PART * (BLOCK_N // 2)
-    exists = key_exists(score, sizes, batch, column0 + first, local_N)[:, None]
-    half_ND = v_ND.slice(first, BLOCK_N // 2, 0)
-    tile_ND = half_ND.load(LAYOUT)
-    half_ND.store(gl.where(exists, tile_ND, gl.zeros_like(tile_ND)))
-    fence_async_shared()
-    gl.thread_barrier()
-    mbarrier.arrive(cleared, count=1)
-    mbarrier.wait(cleared, 0)
-
-
-@gluon.jit
 def attend(
     acc_MD, p_MN, total_M, peak_M, step, tiles, bars, score, sizes, batch, head, row0, parts,
     PART: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CLEAN: gl.constexpr,
@@ -155,13 +134,10 @@ def attend(
         mbarrier.wait(v_full.index(before % STAGES), (before // STAGES) & 1)
         acc = add_values(acc_MD, p_MN, v_SND, step - 1, STAGES)
         dots_MN = warpgroup_mma_wait(1, [dots])
-        weights_MN, new_peak_M, safe_M = weigh(
-            dots_MN, peak_M, score, sizes, batch, head, row0, column0, row, column,
+        weights_MN, decay_M, total_M, peak_M = add_weights(
+            dots_MN, total_M, peak_M, score, sizes, batch, head, row0, column0, row, column,
             gl.where(column0 < two, left, right), CLEAN,
         )  # fmt: skip
-        decay_M = exponential(peak_M - safe_M, score)
-        total_M = total_M * decay_M + gl.sum(weights_MN, 1)
-        peak_M = new_peak_M
         if score.dropout is not None:
             keep_MN = kept(score, row_hash_M[:, None], hashes_SN.index(stage).load(SCORES))
             weights_MN = gl.where(keep_MN, weights_MN, 0.0)
@@ -169,13 +145,14 @@ def attend(
         p_MN = gl.convert_layout(weights_MN.to(q_MD.dtype), operand)
         acc_MD = acc_MD * gl.convert_layout(decay_M, gl.SliceLayout(1, OUTPUTS))[:, None]
         if score.padding is not None and not CLEAN:
-            # What lies in padding is not to be added, though its weights are 0.
+            # There is one such tile at most; each group of warps clears half of its values.
             if column0 + BLOCK_N > gl.load(score.padding + batch):
                 mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
-                clear_padding(
-                    v_SND.index(stage), cleared, score, sizes, batch, column0, PART, BLOCK_N,
-                    OUTPUTS,
-                )  # fmt: skip
+                half: gl.constexpr = BLOCK_N // 2
+                local = gl.arange(0, half, layout=gl.SliceLayout(1, OUTPUTS))
+                exists_N = key_exists(score, sizes, batch, column0 + PART * half, local)
+                clear_rows(v_SND.index(stage).slice(PART * half, half, 0), exists_N, OUTPUTS)
+                wait_for_clear(cleared)
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.arrive(v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
