@@ -12,7 +12,7 @@ two's complement integers that wrap around::
 
 ``>>>`` shifts in zeros. Multiplying by an odd number permutes the 32-bit numbers, so a row drops as
 its columns' hashes are spread: evenly. Two rows drop independently unless the ratio of their hashes
-is close to one of small numbers: of 18 million pairs of rows that were looked at, one was.
+is close to one of small numbers, which is rare.
 """
 
 import torch
