@@ -1,6 +1,7 @@
 """The kernels for pairs of bfloat16 with software for their products: the grid, in any processor.
 
-``make test`` builds that library, in ``build/emulated``.
+``make test`` builds that library, in ``build/emulated``. It takes the way of larger calls, for
+float32 too, where the library proper has another for the grid's few queries and keys.
 """
 
 import shutil
@@ -25,14 +26,14 @@ TAKEN = [case for case in CASES if not reasons(case, "cpu")]
 TILED = Case("tiled", target=150, source=170, head_dim=40, value_dim=72, key_heads=2, batch=1)
 
 
-PAIRED = [
-    ("AVX-512 BF16", torch.bfloat16),
+UNITS = [
+    *(("AVX-512 BF16", dtype) for dtype in (torch.float32, torch.bfloat16)),
     *(("AMX", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
 ]
-"""An instruction set and a dtype that it multiplies in pairs."""
+"""An instruction set and a dtype."""
 
 
-@pytest.fixture(autouse=True, params=PAIRED, ids=lambda pair: f"{pair[0]} {pair[1]}")
+@pytest.fixture(autouse=True, params=UNITS, ids=lambda pair: f"{pair[0]} {pair[1]}")
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     assert PATH.exists(), "run `make test`, or `make .venv/.ready-emulated`"
     name, found = request.param

@@ -51,15 +51,16 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("target", [60, 128, 200])
+@pytest.mark.parametrize("source", [90, 1100])
+@pytest.mark.parametrize("target", [60, 90, 128, 200])
 @pytest.mark.parametrize(
     "mask", [None, masks.Causal(), masks.SlidingWindow(600), masks.SlidingWindow(50)], ids=str
 )
 def test_one_head_gives_the_same_bits_on_any_number_of_threads(
-    mask: masks.Mask | None, target: int, dtype: torch.dtype
+    mask: masks.Mask | None, target: int, source: int, dtype: torch.dtype
 ) -> None:
     """Its queries are cut finer than those of many heads; tiles of keys begin where they see."""
-    query, key = torch.randn(1, 1, target, 40).to(dtype), torch.randn(1, 1, 1100, 40).to(dtype)
+    query, key = torch.randn(1, 1, target, 40).to(dtype), torch.randn(1, 1, source, 40).to(dtype)
     found = []
     for num_threads in (1, 2, 3):
         torch.set_num_threads(num_threads)

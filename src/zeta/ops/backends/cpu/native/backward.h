@@ -60,7 +60,7 @@ inline void finish_queries(const ZetaCall &call, const BackwardShared &shared) {
 }
 
 template <class Operands>
-inline int64_t backward_with(const ZetaCall &call) {
+inline int64_t backward_by(const ZetaCall &call) {
     const BackwardSizes sizes(call);
     Pieces shared_count(nullptr);
     BackwardShared::plan(shared_count, call, sizes);
@@ -88,4 +88,9 @@ inline int64_t backward_with(const ZetaCall &call) {
     });
     if (answer == ZETA_DONE && shared.grad_queries) finish_queries(call, shared);
     return answer;
+}
+
+template <class Operands>
+inline int64_t backward_with(const ZetaCall &call) {
+    return are_few(call) ? backward_by<FewOperands>(call) : backward_by<Operands>(call);
 }

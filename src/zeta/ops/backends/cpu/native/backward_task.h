@@ -53,12 +53,11 @@ struct BackwardTask {
         const Existing &existing = sight.existing;
         block.keys_across.pack(key, existing, first_key, num_keys, 0);
         block.keys.pack(key, existing, first_key, num_keys, 0);
-        const int64_t length = smaller(BLOCK_KEYS, round_up(call.source, Operands::STEP));
-        clear(block.grad_keys, block.sum_rows(length, call.head_dim) * block.key_stride);
+        clear(block.grad_keys, block.sum_rows(num_keys, call.head_dim) * block.key_stride);
         if (call.grad_weights) return;
         const HeadRows value = head_rows(call.value, call.dtype, batch, key_head);
         block.values_across.pack(value, existing, first_key, num_keys, 0);
-        clear(block.grad_values, block.sum_rows(length, call.value_dim) * block.value_stride);
+        clear(block.grad_values, block.sum_rows(num_keys, call.value_dim) * block.value_stride);
     }
 
     void step(const Scores &scores, int64_t first_query, int64_t step_number) {

@@ -9,6 +9,8 @@ constexpr int64_t TILE_KEYS = 256;
 constexpr float RESCALE_FROM = 5.5f;
 
 constexpr int64_t FEW_TASKS = 4;
+// A head alone of so many queries is worth a second thread that packs the same keys for itself.
+constexpr int64_t SHARED_QUERIES = 32;
 
 // Queries of a block: cut evenly where there are only a few blocks to share out among threads.
 inline int64_t queries_of_block(const ZetaCall &call) {
@@ -177,15 +179,18 @@ inline void forward_block(ForwardBlock<Operands> &block, const Scores &scores,
     store_block(block, queries, scores);
 }
 
-// A task is a key head and all that look at it; it packs for itself.
+// A task is a key head and all that look at it, or one of `parts` of their queries; it packs for
+// itself.
 template <class Operands>
-inline int64_t forward_by_heads(const ZetaCall &call, const OffsetTable &offsets) {
-    const int64_t group = call.heads / call.key_heads, queries = queries_of_block(call);
+inline int64_t forward_by_heads(const ZetaCall &call, const OffsetTable &offsets, int64_t parts) {
+    const int64_t group = call.heads / call.key_heads, block_size = queries_of_block(call);
+    const int64_t of_part =
+        parts == 1 ? call.target : round_up((call.target + parts - 1) / parts, 4);
     Pieces count(nullptr);
     PackedHead<Operands>::plan(count, call);
     ForwardBlock<Operands>::plan(count, call);
     int64_t answer = ZETA_DONE;
-    run_on_threads(call.batch * call.key_heads, call.num_threads, [&](Tasks &tasks) {
+    run_on_threads(call.batch * call.key_heads * parts, call.num_threads, [&](Tasks &tasks) {
         Scratch scratch(count.bytes());
         if (!scratch.data()) {
             __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
@@ -196,13 +201,16 @@ inline int64_t forward_by_heads(const ZetaCall &call, const OffsetTable &offsets
         const PackedHead<Operands> packed = PackedHead<Operands>::plan(pieces, call);
         ForwardBlock<Operands> block = ForwardBlock<Operands>::plan(pieces, call);
         for (int64_t task; (task = tasks.take()) >= 0;) {
-            const int64_t batch = task / call.key_heads, key_head = task % call.key_heads;
+            const int64_t key_head = task / parts % call.key_heads;
+            const int64_t batch = task / parts / call.key_heads;
+            const int64_t begin = task % parts * of_part;
+            const int64_t end = smaller(begin + of_part, call.target);
             const Sight sight(call, batch);
             packed.pack(call, sight, batch, key_head, 0, call.source);
             for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
                 const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
-                for (int64_t first = 0; first < call.target; first += queries)
-                    forward_block(block, scores, packed, first, queries);
+                for (int64_t first = begin; first < end; first += block_size)
+                    forward_block(block, scores, packed, first, smaller(block_size, end - first));
             }
         }
     });
@@ -265,9 +273,11 @@ inline int64_t forward_with(const ZetaCall &call) {
         if (!table.data()) return ZETA_NO_MEMORY;
         offsets = make_offsets(call, reinterpret_cast<float *>(table.data()));
     }
+    const bool has_threads = call.num_threads > 1;
     const bool has_more_tasks = call.target > queries_of_block(call) || call.heads > call.key_heads;
-    const bool has_few_heads = call.num_threads > 1 && has_more_tasks &&
-                               call.batch * call.key_heads < 4 * call.num_threads;
-    return has_few_heads ? forward_by_blocks<Operands>(call, offsets)
-                         : forward_by_heads<Operands>(call, offsets);
+    if (has_threads && has_more_tasks && call.batch * call.key_heads < 4 * call.num_threads)
+        return forward_by_blocks<Operands>(call, offsets);
+    const bool is_shared = has_threads && call.batch * call.heads == 1 &&
+                           call.target >= SHARED_QUERIES && call.source <= TILE_KEYS;
+    return forward_by_heads<Operands>(call, offsets, is_shared ? 2 : 1);
 }

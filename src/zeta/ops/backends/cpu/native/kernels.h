@@ -8,6 +8,8 @@
 #include "products.h"
 #include "operands.h"
 #include "fma_operands.h"
+#include "short_rows.h"
+#include "few_operands.h"
 #include "dropout.h"
 #include "sight.h"
 #include "scores.h"
@@ -20,7 +22,6 @@
 #include "backward_rows.h"
 #include "backward_task.h"
 #include "backward.h"
-#include "short_rows.h"
 #if defined(ZETA_HAS_PAIRS)
 #include "paired_rows.h"
 #endif
