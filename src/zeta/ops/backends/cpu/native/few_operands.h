@@ -7,7 +7,11 @@ constexpr int64_t FEW = 0;  // That library shows, on small calls, that the othe
 constexpr int64_t FEW = 16;
 #endif
 
-inline bool are_few(const ZetaCall &call) { return call.source <= FEW && call.target <= FEW; }
+// For the gradient of an output, not of weights: large scores have few digits behind the point, and
+// must be rounded as they were, by zeta_decode and by zeta_weights.
+inline bool are_few(const ZetaCall &call) {
+    return call.source <= FEW && call.target <= FEW && !call.grad_weights;
+}
 
 struct FewOperands : FmaOperands {
     struct Columns {
