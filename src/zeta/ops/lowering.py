@@ -65,6 +65,49 @@ class Lowered(NamedTuple):
         )  # fmt: skip
 
 
+class Hidden(NamedTuple):
+    """What common masks hide, of calls that are soon over.
+
+    Attributes:
+        causal: The keys after a query.
+        window: Of the keys up to a query all but the last so many; 0 for none.
+        padding_B: The keys after the first so many, or None.
+        keep: Where it is False; as `masks.Dense` has it, or None.
+    """
+
+    causal: bool = False
+    window: int = 0
+    padding_B: Tensor | None = None
+    keep: Tensor | None = None
+
+
+_NOTHING = Hidden()
+_LATER_KEYS = Hidden(causal=True)
+
+
+def plainly_hidden(mask: masks.Mask | None) -> Hidden | None:
+    """What a mask hides, looked at but not checked; None where it is of other kinds, or of one
+    of them twice.
+    """
+    if mask is None:
+        return _NOTHING
+    if type(mask) is masks.Causal:
+        return _LATER_KEYS
+    causal, window, padding, keep = _NOTHING
+    for term in masks.conjuncts(mask):
+        if type(term) is masks.Causal:
+            causal = True
+        elif type(term) is masks.SlidingWindow and not window:
+            causal, window = True, term.size
+        elif type(term) is masks.Padding and padding is None:
+            padding = term.lengths
+        elif type(term) is masks.Dense and keep is None:
+            keep = term.tensor
+        else:
+            return None
+    return Hidden(causal, window, padding, keep)
+
+
 def refusals(call: AttentionCall) -> list[str]:
     """Why a mask or bias cannot be lowered."""
     if call.mask is None and call.bias is None:

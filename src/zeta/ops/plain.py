@@ -1,5 +1,5 @@
-"""Calls with no more than a causal mask, at once where a backend can: a short one takes less time
-than it takes to describe it.
+"""Calls without a bias under the common masks, at once where a backend can: a short one takes
+less time than it takes to describe it.
 """
 
 import functools
@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zeta.masks import Causal, Mask
+from zeta.masks import Mask
 from zeta.ops.call import AttentionCall
+from zeta.ops.lowering import plainly_hidden
 from zeta.ops.precision import Precision
 
 
@@ -26,12 +27,13 @@ def attend(
     Args:
         query, key, value, mask, scale, precision: As `zeta.attention` takes them, not checked.
     """
-    if torch.compiler.is_compiling() or not (mask is None or type(mask) is Causal):
+    if torch.compiler.is_compiling():
         return None
     # A subclass may hold its numbers elsewhere.
     if type(query) is not Tensor or not query.is_cpu:
         return None
-    return _cpu()(query, key, value, scale, mask is not None, precision)
+    hidden = plainly_hidden(mask)
+    return None if hidden is None else _cpu()(query, key, value, scale, hidden, precision)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import zeta
-from zeta.masks import Causal, SlidingWindow
+from zeta.masks import Causal, Documents, Mask, Padding, PrefixLM, SlidingWindow, keep
 from zeta.ops import plain
 from zeta.ops.backends.cpu import library
 from zeta.ops.call import AttentionCall
@@ -29,6 +29,35 @@ SHAPES = {  # B, H, G, T, S, D
     "blocks": (2, 2, 1, 130, 300, 72),
     "more queries than keys": (1, 2, 2, 70, 33, 16),
 }
+
+
+MASKS: dict[str, Callable[..., Mask | None]] = {  # of B, H, T, S
+    "none": lambda *_: None,
+    "causal": lambda *_: Causal(),
+    "window": lambda *_: SlidingWindow(3),
+    "a window of everything": lambda *_: SlidingWindow(2**31 - 1),
+    "padding": lambda batch, _, __, source: Padding(torch.arange(batch) * 30 + source % 30),
+    "padding of everything": lambda batch, *_: Padding(torch.full((batch,), -5)),
+    "padding of any length": lambda batch, *_: Padding(torch.full((batch,), 2**40)),
+    "keys": lambda batch, _, __, source: keep(_bits(batch, 1, 1, source)),
+    "all pairs": lambda *shape: keep(_bits(*shape)),
+    "pairs across": lambda batch, heads, target, source: keep(
+        _bits(batch, heads, source, target).mT
+    ),
+    "pairs of every sequence": lambda _, __, target, source: keep(_bits(target, source)),
+    "all of them": lambda batch, _, target, source: (
+        Causal() & Padding(torch.full((batch,), source - 1)) & keep(_bits(1, 1, target, 1))
+        & SlidingWindow(40)
+    ),
+}  # fmt: skip
+
+
+def _bits(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < 0.6
+
+
+def mask_of(kind: str, made: Operands) -> Mask | None:
+    return MASKS[kind](*made[0].shape[:3], made[1].shape[2])
 
 
 def operands(name: str, dtype: torch.dtype = torch.float32, inside: bool = False) -> Operands:
@@ -47,13 +76,12 @@ def operands(name: str, dtype: torch.dtype = torch.float32, inside: bool = False
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("mask", [None, Causal()], ids=str)
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_it_gives_the_same_bits(
-    name: str, dtype: torch.dtype, mask: Causal | None, inside: bool
-) -> None:
+def test_it_gives_the_same_bits(name: str, dtype: torch.dtype, kind: str, inside: bool) -> None:
     made = operands(name, dtype, inside)
+    mask = mask_of(kind, made)
     found = plain.attend(*made, mask, 0.3)
     assert found is not None
     expected = zeta.attention(*made, mask=mask, scale=0.3, backend="cpu")
@@ -76,13 +104,14 @@ def gradients(out: Tensor, made: Operands, grad_out: Tensor) -> tuple[Tensor, ..
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("mask", [None, Causal()], ids=str)
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_its_gradients_are_the_same_bits(
-    name: str, dtype: torch.dtype, mask: Causal | None, inside: bool
+    name: str, dtype: torch.dtype, kind: str, inside: bool
 ) -> None:
     made = operands(name, dtype, inside)
+    mask = mask_of(kind, made)
     for tensor in made:
         tensor.requires_grad_()
     found = plain.attend(*made, mask, 0.3)
@@ -130,20 +159,35 @@ def test_a_tensor_written_to_before_the_backward_pass_is_noticed() -> None:
         out.sum().backward()
 
 
-def test_saved_tensors_may_come_back_otherwise() -> None:
+@pytest.mark.parametrize("which", ["lengths", "tensor"])
+def test_a_mask_written_to_before_the_backward_pass_is_noticed(which: str) -> None:
+    made = learned("blocks")
+    mask = Padding(torch.tensor([100, 200])) if which == "lengths" else keep(_bits(2, 1, 1, 300))
+    out = plain.attend(*made, mask, None)
+    assert out is not None
+    getattr(mask, which).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["none", "all of them"])
+def test_saved_tensors_may_come_back_otherwise(kind: str) -> None:
     """Of other strides, or of a class of their own."""
     made = learned("blocks")
-    expected = gradients(zeta.attention(*made), made, torch.ones(1).expand(made[0].shape))
+    mask = mask_of(kind, made)
+    expected = gradients(
+        zeta.attention(*made, mask=mask), made, torch.ones(1).expand(made[0].shape)
+    )
 
     def spread(saved: Tensor) -> Tensor:
-        return saved.mT.contiguous().mT
+        return saved.mT.contiguous().mT if saved.dim() > 1 else saved
 
     def wrapped(saved: Tensor) -> Tensor:
         return saved.as_subclass(_Subclass)
 
     for change in (spread, wrapped):
         with torch.autograd.graph.saved_tensors_hooks(change, lambda saved: saved):
-            out = plain.attend(*made, None, None)
+            out = plain.attend(*made, mask, None)
         assert out is not None
         actual = gradients(out, made, torch.ones(1).expand(made[0].shape))
         for one, other in zip(actual, expected, strict=True):
@@ -166,6 +210,14 @@ class _Subclass(Tensor):
     pass
 
 
+class _Later(Causal):
+    """One that a user made, and may hide more."""
+
+
+def _lengths(most: int) -> Tensor:
+    return torch.tensor([most, 1])
+
+
 REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
     "a subclass": lambda q, k, v: (q.as_subclass(_Subclass), k, v),
     "a parameter": lambda q, k, v: (nn.Parameter(q), k, v),
@@ -186,7 +238,23 @@ REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
     "another device": lambda q, k, v: (q, k.to("meta"), v),
     "features that are not dense": lambda q, k, v: (q, k.mT.contiguous().mT, v),
     "wide heads": lambda q, k, v: tuple(torch.randn(1, 1, 2, 257) for _ in range(3)),
-    "a window": lambda q, k, v: (q, k, v, SlidingWindow(3)),
+    "no mask": lambda q, k, v: (q, k, v, "causal"),
+    "a prefix": lambda q, k, v: (q, k, v, PrefixLM(torch.tensor([1, 2]))),
+    "documents": lambda q, k, v: (q, k, v, Documents(torch.zeros(2, 37, dtype=torch.int64))),
+    "either": lambda q, k, v: (q, k, v, Causal() | keep(_bits(2, 1, 1, 37))),
+    "a mask of the user's": lambda q, k, v: (q, k, v, _Later()),
+    "a huge window": lambda q, k, v: (q, k, v, SlidingWindow(2**31)),
+    "a window that is no int": lambda q, k, v: (q, k, v, SlidingWindow(2.5)),  # type: ignore[arg-type]
+    "a window twice": lambda q, k, v: (q, k, v, SlidingWindow(3) & SlidingWindow(4)),
+    "padding twice": lambda q, k, v: (q, k, v, Padding(_lengths(3)) & Padding(_lengths(4))),
+    "a tensor twice": lambda q, k, v: (q, k, v, keep(_bits(2, 1, 1, 37)) & keep(_bits(1, 37))),
+    "short lengths": lambda q, k, v: (q, k, v, Padding(_lengths(3).int())),
+    "lengths of another batch": lambda q, k, v: (q, k, v, Padding(_lengths(3)[:1])),
+    "lengths apart": lambda q, k, v: (q, k, v, Padding(_lengths(3).repeat(2)[::2])),
+    "lengths of a subclass": lambda q, k, v: (q, k, v, Padding(_lengths(3).as_subclass(_Subclass))),
+    "lengths elsewhere": lambda q, k, v: (q, k, v, Padding(_lengths(3).to("meta"))),
+    "a tensor of another size": lambda q, k, v: (q, k, v, keep(_bits(2, 1, 1, 36))),
+    "a tensor elsewhere": lambda q, k, v: (q, k, v, keep(_bits(2, 1, 1, 37).to("meta"))),
     "a scale that is no float": lambda q, k, v: (q, k, v, None, torch.tensor(0.5)),
 }
 
@@ -219,7 +287,7 @@ def test_the_precision_is_passed_on(precision: Precision, monkeypatch: pytest.Mo
     assert native.direct is not None
 
     def kept(*arguments: object) -> int:
-        asked.append(bool(arguments[-3]))
+        asked.append(bool(arguments[5]))
         return library.DONE
 
     monkeypatch.setattr(native, "direct", native.direct._replace(attend=kept))
@@ -235,7 +303,8 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
     assert direct is not None
     query, key, value = operands("a step")
     out = torch.zeros_like(query)
-    options = (0.3, 0, 0, 0, 1)
+    hidden = (0, 0, None, None)
+    options = (0.3, 0, 0, 1, *hidden)
     lse = direct.attend_with_lse(query, key, value, out, *options)
     gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
     backwards = (query, key, value, out, lse, out)
@@ -252,9 +321,14 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
         (),
         (query, key, value, out),
         (query, key, value, out, *options, 1),
-        (query, key, value, out, 1, 0, 0, 0, 1),
-        (query, key, value, out, 0.3, None, 0, 0, 1),
-        (query, key, value, out, 0.3, 0, 0, 2**70, 1),
+        (query, key, value, out, 1, 0, 0, 1, *hidden),
+        (query, key, value, out, 0.3, None, 0, 1, *hidden),
+        (query, key, value, out, 0.3, 0, 2**70, 1, *hidden),
+        (query, key, value, out, 0.3, 0, 0, 1, 0, -1, None, None),
+        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, 3, None),
+        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, torch.zeros(2), None),
+        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, None, torch.zeros(1, 1, 1, 1)),
+        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, None, torch.ones(1) > 0),
         (query, key, value, None, *options),
         (query, key, value, out[..., :3], *options),
         (query, key, value, out.double(), *options),
@@ -264,9 +338,9 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
         assert direct.attend(*arguments) == library.NOT_PLAIN, arguments
         assert direct.attend_with_lse(*arguments) == library.NOT_PLAIN, arguments
     with pytest.raises(RuntimeError, match="neither the processor nor the build"):
-        library.check(direct.attend(query, key, value, out, 0.3, 0, 0, 9, 1))
+        library.check(direct.attend(query, key, value, out, 0.3, 0, 9, 1, *hidden))
     with pytest.raises(RuntimeError, match="neither the processor nor the build"):
-        library.check(direct.attend_with_lse(query, key, value, out, 0.3, 0, 0, 9, 1))
+        library.check(direct.attend_with_lse(query, key, value, out, 0.3, 0, 9, 1, *hidden))
 
 
 def test_it_does_not_keep_what_it_was_given() -> None:

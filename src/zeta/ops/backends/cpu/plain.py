@@ -1,4 +1,4 @@
-"""Plain and causal calls, straight to the library.
+"""Calls without a bias under the common masks, straight to the library.
 
 To describe a call, choose for it and take it apart again takes longer than a short call itself.
 What this computes is what `cpu.run` would; whatever is not plainly right is left to it.
@@ -8,6 +8,7 @@ dimension.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -18,6 +19,7 @@ from zeta.ops.backends.cpu import library, passes
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.backends.cpu.functions import Once, differentiated_once
 from zeta.ops.buffers import rows
+from zeta.ops.lowering import Hidden, Lowered
 from zeta.ops.precision import Precision, float32_precision
 from zeta.ops.transforms import is_watched
 
@@ -29,7 +31,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     scale: float | None,
-    is_causal: bool,
+    hidden: Hidden,
     precision: Precision | None,
 ) -> Tensor | None:
     """The output ``(B, H, T, D)``; None where the call must be checked and described.
@@ -38,7 +40,7 @@ def attend(
         query: ``(B, H, T, D)``, if all is well; a plain tensor on the CPU, outside of a compiler.
         key, value: ``(B, G, S, D)``.
         scale: Of the scores; ``1 / sqrt(D)`` by default.
-        is_causal: Hide from a query the keys after it; queries are the last of the keys.
+        hidden: Its lengths int64, what it keeps broadcastable to ``(B, H, T, S)``, if all is well.
         precision: As in `zeta.attention`.
     """
     if is_watched() or torch.is_autocast_enabled("cpu"):
@@ -56,13 +58,13 @@ def attend(
         return None
     out = torch.empty_like(query)
     is_high = native.has_tiles and float32_precision(precision) == "high"
-    options = scale, is_causal, is_high, native.instruction_set, torch.get_num_threads()
+    options = scale, is_high, native.instruction_set, torch.get_num_threads(), *hidden
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
     ):
         lse = direct.attend_with_lse(query, key, value, out, *options)
         if type(lse) is Tensor:
-            return _Attended.record(query, key, value, (out, lse), options[:3])
+            return _Attended.record(query, key, value, (out, lse), (scale, is_high), hidden)
         answer = lse
     else:
         answer = direct.attend(query, key, value, out, *options)
@@ -85,28 +87,31 @@ class _Attended(Once):
         key: Tensor,
         value: Tensor,
         made: tuple[Tensor, Tensor],
-        options: tuple[float | None, bool, bool],
+        options: tuple[float | None, bool],
+        hidden: Hidden,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, *made)
-        ctx.options = options
+        ctx.save_for_backward(query, key, value, *made, hidden.padding_B, hidden.keep)
+        ctx.options = *options, hidden.causal, hidden.window
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        options = ctx.options
+        scale, is_high, causal, window = ctx.options
 
-        def compute(grad_out: Tensor, *saved: Tensor) -> tuple[Tensor | None, ...]:
-            return _gradients(rows(grad_out), saved, *options)
+        def compute(grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+            *inputs, padding, keep = saved
+            hidden = Hidden(causal, window, padding, keep)
+            return _gradients(rows(grad_out), inputs, scale, is_high, hidden)
 
-        return *differentiated_once(compute, grad_out, *ctx.saved_tensors), None, None
+        return *differentiated_once(compute, grad_out, *ctx.saved_tensors), None, None, None
 
 
 def _gradients(
     grad_out: Tensor,
-    saved: tuple[Tensor, ...],
+    saved: Sequence[Tensor],
     scale: float | None,
-    is_causal: bool,
     is_high: bool,
+    hidden: Hidden,
 ) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse = saved
     gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -114,12 +119,18 @@ def _gradients(
     assert native.direct is not None
     answer = native.direct.differentiate(
         *saved, grad_out, *gradients,
-        scale, is_causal, is_high, native.instruction_set, torch.get_num_threads(),
+        scale, is_high, native.instruction_set, torch.get_num_threads(), *hidden,
     )  # fmt: skip
     if library.is_done(answer):
         return gradients
     # Whoever saved the tensors gave others back, of other strides or of a class of their own.
-    scale = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
-    fixed = Fixed((), scale, is_causal, 0, 0.0, False, 0.0, is_high)
+    lowered = Lowered(
+        padding_B=hidden.padding_B,
+        keep=None if hidden.keep is None else hidden.keep.view(torch.uint8),
+        scale=1.0 / math.sqrt(query.shape[3]) if scale is None else scale,
+        causal=hidden.causal,
+        window=hidden.window,
+    )
     inputs = query, key, value, out, lse
+    fixed = Fixed(*lowered.fixed(), is_high)
     return passes.backward(grad_out, None, inputs, None, None, fixed, (False, False))[:3]

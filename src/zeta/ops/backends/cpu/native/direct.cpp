@@ -1,5 +1,5 @@
 // Calls that take torch's tensors as they are, for work so short that writing a record in Python takes
-// longer: plain and causal attention, and linear layers of a few rows.
+// longer: attention without a bias, under the common masks, and linear layers of a few rows.
 //
 // Here, unlike behind abi.h, everything is checked: whatever is not plainly right is answered with
 // ZETA_NOT_PLAIN, and Python goes its longer way, which has the errors.
@@ -35,13 +35,45 @@ bool were_numbers() {
     return false;
 }
 
+// How many of each sequence's keys there are: (B,), or None.
+bool read_padding(ZetaCall &call, PyObject *object) {
+    if (object == &_Py_NoneStruct) return true;
+    Operand lengths;
+    if (!lengths.read_any(object) || !lengths.is_int64() || lengths.ndim != 1 ||
+        lengths.shape[0] != call.batch || !lengths.is_contiguous())
+        return false;
+    call.padding_B = reinterpret_cast<const int64_t *>(lengths.address());
+    return true;
+}
+
+// True where a query sees a key: broadcastable to (B, H, T, S), or None.
+bool read_keep(ZetaCall &call, PyObject *object) {
+    if (object == &_Py_NoneStruct) return true;
+    Operand keep;
+    if (!keep.read_any(object) || !keep.is_bool() || keep.ndim != 4) return false;
+    const int64_t sizes[] = {call.batch, call.heads, call.target, call.source};
+    int64_t strides[4];
+    for (int dimension = 0; dimension < 4; ++dimension) {
+        const bool is_one = keep.shape[dimension] == 1;
+        if (!is_one && keep.shape[dimension] != sizes[dimension]) return false;
+        strides[dimension] = is_one ? 0 : keep.strides[dimension];
+    }
+    call.keep = {keep.address(), 0, strides[0], strides[1], strides[2], strides[3]};
+    return true;
+}
+
+// A window that hides nothing is none of these.
+constexpr int64_t LARGEST_WINDOW = INT32_MAX;
+
 struct AttentionOperands {
     Operand query, key, value, out;
 };
 
+constexpr int NUM_OPTIONS = 8;
+
 // Reads the operands, and makes the call of them; false where they are not plainly right. `options`:
-// the scale or None, and as numbers whether it is causal, the precision, the instruction set, the number
-// of threads.
+// the scale or None; as numbers the precision, the instruction set, the number of threads, whether it is
+// causal, and the window; lengths; what is kept.
 bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *objects,
                PyObject *const *options) {
     auto &[query, key, value, out] = operands;
@@ -53,11 +85,13 @@ bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *obj
     const bool has_scale = options[0] != &_Py_NoneStruct;
     if (has_scale && !is_a(options[0], &PyFloat_Type)) return false;
     call.scale = has_scale ? PyFloat_AsDouble(options[0]) : 0;
-    call.causal = PyLong_AsLong(options[1]);
-    call.precision = PyLong_AsLong(options[2]);
-    call.isa = PyLong_AsLong(options[3]);
-    call.num_threads = PyLong_AsLong(options[4]);
-    if (!were_numbers() || !query.are_rows() || !key.are_rows() || !value.are_rows() ||
+    call.precision = PyLong_AsLong(options[1]);
+    call.isa = PyLong_AsLong(options[2]);
+    call.num_threads = PyLong_AsLong(options[3]);
+    call.causal = PyLong_AsLong(options[4]);
+    call.window = PyLong_AsLong(options[5]);
+    if (!were_numbers() || call.window < 0 || call.window > LARGEST_WINDOW ||
+        !query.are_rows() || !key.are_rows() || !value.are_rows() ||
         !out.are_rows() || key.dtype() != call.dtype || value.dtype() != call.dtype ||
         out.dtype() != call.dtype || !have_same_sizes(query, out) ||
         !have_same_sizes(key, value) || query.shape[0] != key.shape[0] ||
@@ -75,7 +109,7 @@ bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *obj
     call.key = key.rows();
     call.value = value.rows();
     call.out = out.rows();
-    return true;
+    return read_padding(call, options[6]) && read_keep(call, options[7]);
 }
 
 // A number for each query: float32 (B, H, T).
@@ -102,7 +136,7 @@ int64_t run_attention(const ZetaCall &call) {
 PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
     AttentionOperands operands;
     ZetaCall call{};
-    if (count != 9 || !read_call(call, operands, arguments, arguments + 4))
+    if (count != 4 + NUM_OPTIONS || !read_call(call, operands, arguments, arguments + 4))
         return answer(ZETA_NOT_PLAIN);
     return answer(run_attention(call));
 }
@@ -111,7 +145,7 @@ PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
 PyObject *attend_with_lse(PyObject *, PyObject *const *arguments, intptr_t count) {
     AttentionOperands operands;
     ZetaCall call{};
-    if (count != 9 || !read_call(call, operands, arguments, arguments + 4))
+    if (count != 4 + NUM_OPTIONS || !read_call(call, operands, arguments, arguments + 4))
         return answer(ZETA_NOT_PLAIN);
     Made made;
     Owned *lse = made.add(ZETA_FLOAT32, 3, operands.query.shape);
@@ -136,7 +170,7 @@ bool read_rows_like(ZetaRows &to, PyObject *object, const Operand &like) {
 PyObject *differentiate(PyObject *, PyObject *const *arguments, intptr_t count) {
     AttentionOperands operands;
     ZetaCall call{};
-    if (count != 14 || !read_call(call, operands, arguments, arguments + 9) ||
+    if (count != 9 + NUM_OPTIONS || !read_call(call, operands, arguments, arguments + 9) ||
         !read_lse(call, arguments[4]) ||
         !read_rows_like(call.grad_out, arguments[5], operands.out) ||
         !read_rows_like(call.grad_query, arguments[6], operands.query) ||

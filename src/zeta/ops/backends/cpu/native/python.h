@@ -45,7 +45,7 @@ ZETA_PYTHON extern PyTypeObject PyFloat_Type;
 #undef ZETA_PYTHON
 
 enum { kDLCPU = 1 };
-enum { kDLFloat = 2, kDLBfloat = 4 };
+enum { kDLInt = 0, kDLFloat = 2, kDLBfloat = 4, kDLBool = 6 };
 
 struct DLTensor {
     void *data;

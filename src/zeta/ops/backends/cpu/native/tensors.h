@@ -18,17 +18,23 @@ bool is_a(PyObject *object, const void *type) {
     return found == type;
 }
 
-// A tensor of torch's own class, in memory of this machine, of a type that there are kernels for.
+// A tensor of torch's own class, in memory of this machine.
 struct Operand : DLTensor {
-    bool read(PyObject *object) {
+    bool read_any(PyObject *object) {
         if (!is_a(object, tensor_types[0]) && !is_a(object, tensor_types[1])) return false;
         if (exchange->tensor_from_object(object, this)) {
             PyErr_Clear();
             return false;
         }
         // Null: nothing of it is in memory, or nowhere that C could find it.
-        return data && device_type == kDLCPU && lanes == 1 && dtype() >= 0;
+        return data && device_type == kDLCPU && lanes == 1;
     }
+
+    // Of a type that there are kernels for.
+    bool read(PyObject *object) { return read_any(object) && dtype() >= 0; }
+
+    bool is_int64() const { return code == kDLInt && bits == 64; }
+    bool is_bool() const { return code == kDLBool && bits == 8; }
 
     int64_t dtype() const {
         if (code == kDLFloat && bits == 32) return ZETA_FLOAT32;
