@@ -72,9 +72,9 @@ def attention(
         BackendUnsupported: The named backend cannot do this call.
     """
     has_positions = query_positions is not None or key_positions is not None
-    has_more = bias is not None or sinks is not None or dropout_p != 0
+    has_more = sinks is not None or dropout_p != 0
     if backend == "auto" and not has_positions and not has_more:
-        found = plain.attend(query, key, value, mask, scale, precision)
+        found = plain.attend(query, key, value, mask, bias, scale, precision)
         if found is not None:
             return found
     call = AttentionCall.checked(

@@ -65,35 +65,75 @@ class Lowered(NamedTuple):
         )  # fmt: skip
 
 
-class Hidden(NamedTuple):
-    """What common masks hide, of calls that are soon over.
+class Plain(NamedTuple):
+    """`Lowered` for calls that are soon over: of each kind at most one, as it is.
 
     Attributes:
-        causal: The keys after a query.
-        window: Of the keys up to a query all but the last so many; 0 for none.
-        padding_B: The keys after the first so many, or None.
-        keep: Where it is False; as `masks.Dense` has it, or None.
+        causal, window, softcap, softcap_first: As in `Lowered`.
+        padding_B: Of `masks.Padding`.
+        keep: Of `masks.Dense`, bool.
+        offsets: As in `Lowered`, contiguous, without a gradient.
+        slopes_H: Of `biases.Alibi`.
+        dense: Of `biases.Dense`.
     """
 
     causal: bool = False
     window: int = 0
+    softcap: float = 0.0
+    softcap_first: bool = False
     padding_B: Tensor | None = None
     keep: Tensor | None = None
+    offsets: Tensor | None = None
+    slopes_H: Tensor | None = None
+    dense: Tensor | None = None
+
+    def lowered(self, scale: float) -> Lowered:
+        """The same for calls that may take longer."""
+        keep = None if self.keep is None else self.keep.view(torch.uint8)
+        return Lowered(
+            offsets=self.offsets, dense=self.dense, slopes_H=self.slopes_H,
+            padding_B=self.padding_B, keep=keep, scale=scale, causal=self.causal,
+            window=self.window, softcap=self.softcap, softcap_first=self.softcap_first,
+        )  # fmt: skip
 
 
-_NOTHING = Hidden()
-_LATER_KEYS = Hidden(causal=True)
+_PLAIN = Plain()
+_CAUSAL = Plain(causal=True)
 
 
-def plainly_hidden(mask: masks.Mask | None) -> Hidden | None:
-    """What a mask hides, looked at but not checked; None where it is of other kinds, or of one
-    of them twice.
+def plainly_lowered(
+    mask: masks.Mask | None, bias: biases.Bias | None, longest: int
+) -> Plain | None:
+    """Takes mask and bias apart, looked at but not checked; None where `lower` has to.
+
+    Args:
+        mask, bias: Whatever was given as these.
+        longest: The longest distance between a query and a key.
     """
     if mask is None:
-        return _NOTHING
-    if type(mask) is masks.Causal:
-        return _LATER_KEYS
-    causal, window, padding, keep = _NOTHING
+        found = _PLAIN
+    elif type(mask) is masks.Causal:
+        found = _CAUSAL
+    else:
+        hidden = _plainly_hidden(mask)
+        if hidden is None:
+            return None
+        causal, window, padding, keep = hidden
+        found = Plain(causal=causal, window=window, padding_B=padding, keep=keep)
+    if bias is None:
+        return found
+    added = _plainly_added(bias, longest)
+    if added is None:
+        return None
+    softcap, softcap_first, offsets, slopes, dense = added
+    return found._replace(
+        softcap=softcap, softcap_first=softcap_first, offsets=offsets, slopes_H=slopes, dense=dense
+    )
+
+
+def _plainly_hidden(mask: masks.Mask) -> tuple[bool, int, Tensor | None, Tensor | None] | None:
+    """``causal``, ``window``, ``padding_B``, ``keep`` of `Plain`."""
+    causal, window, padding, keep = False, 0, None, None
     for term in masks.conjuncts(mask):
         if type(term) is masks.Causal:
             causal = True
@@ -105,7 +145,30 @@ def plainly_hidden(mask: masks.Mask | None) -> Hidden | None:
             keep = term.tensor
         else:
             return None
-    return Hidden(causal, window, padding, keep)
+    return causal, window, padding, keep
+
+
+def _plainly_added(
+    bias: biases.Bias, longest: int
+) -> tuple[float, bool, Tensor | None, Tensor | None, Tensor | None] | None:
+    """``softcap``, ``softcap_first``, ``offsets``, ``slopes_H``, ``dense`` of `Plain`."""
+    softcap, softcap_first, offsets, slopes, dense = 0.0, False, None, None, None
+    terms = biases.summands(bias)
+    for place, term in enumerate(terms):
+        if isinstance(term, biases.Bias) and _learned(term):
+            return None
+        if type(term) is biases.Softcap and not softcap and place in (0, len(terms) - 1):
+            softcap, softcap_first = float(term.limit), place == 0
+        elif type(term) is biases.Dense and dense is None:
+            dense = term.tensor
+        elif type(term) is biases.Alibi and slopes is None:
+            slopes = term.slopes
+        elif type(term) is biases.Bucketed and offsets is None and _has_kept_buckets(term):
+            buckets_R = _kept_buckets(term, max(1, term.reach(longest)))
+            offsets = term.table.detach().T.index_select(1, buckets_R).float()
+        else:
+            return None
+    return softcap, softcap_first, offsets, slopes, dense
 
 
 def refusals(call: AttentionCall) -> list[str]:
@@ -214,18 +277,26 @@ def _offset_vector(call: AttentionCall, terms: tuple[biases.Bias, ...]) -> Tenso
 
 
 def _at_offsets(term: biases.OffsetBias, reach: int) -> Tensor:
-    """``term.offset_vector(reach)``, without finding T5's buckets each time.
-
-    On a GPU they are found: what is made while a graph is recorded lasts for its replays only.
-    """
+    """``term.offset_vector(reach)``, without finding T5's buckets each time."""
     if not isinstance(term, biases.Bucketed) or torch.compiler.is_compiling() or is_watched():
         return term.offset_vector(reach)
-    table, middle = term.table, term.max_distance
-    if not table.is_cpu or not reach <= middle <= MAX_KEPT_REACH:
+    if reach > term.max_distance or not _has_kept_buckets(term):
         return term.offset_vector(reach)
-    buckets_R = _buckets(term.bidirectional, table.shape[0], middle)
-    found: Tensor = F.embedding(buckets_R[middle - reach : middle + reach + 1], table)
-    return found.T
+    return F.embedding(_kept_buckets(term, reach), term.table).T
+
+
+def _has_kept_buckets(term: biases.Bucketed) -> bool:
+    """Whether the buckets of a T5 bias are kept. On a GPU they are found each time: what is made
+    while a graph is recorded lasts for its replays only.
+    """
+    return term.table.is_cpu and term.max_distance <= MAX_KEPT_REACH
+
+
+def _kept_buckets(term: biases.Bucketed, reach: int) -> Tensor:
+    """Of offsets ``-reach .. reach``, no further than the bias's own reach."""
+    middle = term.max_distance
+    buckets_R = _buckets(term.bidirectional, term.table.shape[0], middle)
+    return buckets_R[middle - reach : middle + reach + 1]
 
 
 @functools.lru_cache(maxsize=16)

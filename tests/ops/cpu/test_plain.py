@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import zeta
+from zeta.biases import Alibi, Bias, Bucketed, Dense, Softcap
 from zeta.masks import Causal, Documents, Mask, Padding, PrefixLM, SlidingWindow, keep
 from zeta.ops import plain
 from zeta.ops.backends.cpu import library
@@ -52,12 +53,53 @@ MASKS: dict[str, Callable[..., Mask | None]] = {  # of B, H, T, S
 }  # fmt: skip
 
 
+BIASES: dict[str, Callable[..., Bias]] = {  # of B, H, T, S, the dtype
+    "dense": lambda batch, heads, target, source, _: Dense(_dense(batch, heads, target, source)),
+    "dense across": lambda _, heads, target, source, dtype: Dense(
+        _dense(heads, source, target).mT.to(dtype)
+    ),
+    "dense of keys": lambda batch, _, __, source, dtype: Dense(
+        _dense(batch, 1, 1, source).masked_fill(_bits(batch, 1, 1, source), -torch.inf).half()
+    ),
+    "table": lambda _, heads, *__: _table(heads),
+    "table in half": lambda _, heads, *__: Bucketed(_table(heads).table.bfloat16()),
+    "slopes": lambda _, heads, *__: Alibi(torch.rand(heads)),
+    "cap": lambda *_: Softcap(2),
+    "cap, then table": lambda _, heads, *__: Softcap(0.5) + _table(heads),
+    "all of them": lambda batch, heads, target, source, dtype: (
+        _table(heads) + Alibi(torch.rand(heads)) + Dense(_dense(batch, 1, target, 1).to(dtype))
+        + Softcap(0.5)
+    ),
+}  # fmt: skip
+
+
+def _dense(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def bias_of(kind: str, made: Operands) -> Bias:
+    query, key, _ = made
+    return BIASES[kind](*query.shape[:3], key.shape[2], query.dtype)
+
+
 def _bits(*shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < 0.6
 
 
 def mask_of(kind: str, made: Operands) -> Mask | None:
     return MASKS[kind](*made[0].shape[:3], made[1].shape[2])
+
+
+KINDS = [
+    *((kind, "none") for kind in MASKS),
+    *(("none", kind) for kind in BIASES),
+    ("all of them", "all of them"),
+]
+
+
+def scores_of(kinds: tuple[str, str], made: Operands) -> tuple[Mask | None, Bias | None]:
+    mask, bias = kinds
+    return mask_of(mask, made), None if bias == "none" else bias_of(bias, made)
 
 
 def operands(name: str, dtype: torch.dtype = torch.float32, inside: bool = False) -> Operands:
@@ -76,15 +118,17 @@ def operands(name: str, dtype: torch.dtype = torch.float32, inside: bool = False
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_it_gives_the_same_bits(name: str, dtype: torch.dtype, kind: str, inside: bool) -> None:
+def test_it_gives_the_same_bits(
+    name: str, dtype: torch.dtype, kinds: tuple[str, str], inside: bool
+) -> None:
     made = operands(name, dtype, inside)
-    mask = mask_of(kind, made)
-    found = plain.attend(*made, mask, 0.3)
+    mask, bias = scores_of(kinds, made)
+    found = plain.attend(*made, mask, bias, 0.3)
     assert found is not None
-    expected = zeta.attention(*made, mask=mask, scale=0.3, backend="cpu")
+    expected = zeta.attention(*made, mask=mask, bias=bias, scale=0.3, backend="cpu")
     assert torch.equal(found, expected)
     assert found.dtype == dtype
     assert found.shape == expected.shape
@@ -104,19 +148,19 @@ def gradients(out: Tensor, made: Operands, grad_out: Tensor) -> tuple[Tensor, ..
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kinds", KINDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_its_gradients_are_the_same_bits(
-    name: str, dtype: torch.dtype, kind: str, inside: bool
+    name: str, dtype: torch.dtype, kinds: tuple[str, str], inside: bool
 ) -> None:
     made = operands(name, dtype, inside)
-    mask = mask_of(kind, made)
+    mask, bias = scores_of(kinds, made)
     for tensor in made:
         tensor.requires_grad_()
-    found = plain.attend(*made, mask, 0.3)
+    found = plain.attend(*made, mask, bias, 0.3)
     assert found is not None
-    expected = zeta.attention(*made, mask=mask, scale=0.3, backend="cpu")
+    expected = zeta.attention(*made, mask=mask, bias=bias, scale=0.3, backend="cpu")
     assert torch.equal(found, expected)
     grad_out = torch.randn_like(found)
     actual = gradients(found, made, grad_out)
@@ -170,14 +214,13 @@ def test_a_mask_written_to_before_the_backward_pass_is_noticed(which: str) -> No
         out.sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["none", "all of them"])
-def test_saved_tensors_may_come_back_otherwise(kind: str) -> None:
+@pytest.mark.parametrize("kinds", [("none", "none"), ("all of them", "all of them")], ids=str)
+def test_saved_tensors_may_come_back_otherwise(kinds: tuple[str, str]) -> None:
     """Of other strides, or of a class of their own."""
     made = learned("blocks")
-    mask = mask_of(kind, made)
-    expected = gradients(
-        zeta.attention(*made, mask=mask), made, torch.ones(1).expand(made[0].shape)
-    )
+    mask, bias = scores_of(kinds, made)
+    out = zeta.attention(*made, mask=mask, bias=bias)
+    expected = gradients(out, made, torch.ones(1).expand(made[0].shape))
 
     def spread(saved: Tensor) -> Tensor:
         return saved.mT.contiguous().mT if saved.dim() > 1 else saved
@@ -187,7 +230,7 @@ def test_saved_tensors_may_come_back_otherwise(kind: str) -> None:
 
     for change in (spread, wrapped):
         with torch.autograd.graph.saved_tensors_hooks(change, lambda saved: saved):
-            out = plain.attend(*made, mask, None)
+            out = plain.attend(*made, mask, bias)
         assert out is not None
         actual = gradients(out, made, torch.ones(1).expand(made[0].shape))
         for one, other in zip(actual, expected, strict=True):
@@ -208,6 +251,21 @@ def test_without_gradients_nothing_is_recorded() -> None:
 
 class _Subclass(Tensor):
     pass
+
+
+class _Steeper(Alibi):
+    """One that a user made, and may add more."""
+
+
+def _table(heads: int) -> Bucketed:
+    return Bucketed(torch.randn(16, heads, generator=torch.Generator().manual_seed(heads)))
+
+
+def _negated(*shape: int) -> Tensor:
+    """Of numbers whose sign is kept beside them."""
+    found = torch.randn(shape, dtype=torch.complex64).conj().imag
+    assert found.is_neg()
+    return found
 
 
 class _Later(Causal):
@@ -255,14 +313,32 @@ REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
     "lengths elsewhere": lambda q, k, v: (q, k, v, Padding(_lengths(3).to("meta"))),
     "a tensor of another size": lambda q, k, v: (q, k, v, keep(_bits(2, 1, 1, 36))),
     "a tensor elsewhere": lambda q, k, v: (q, k, v, keep(_bits(2, 1, 1, 37).to("meta"))),
-    "a scale that is no float": lambda q, k, v: (q, k, v, None, torch.tensor(0.5)),
+    "a scale that is no float": lambda q, k, v: (q, k, v, None, None, torch.tensor(0.5)),
+    "no bias": lambda q, k, v: (q, k, v, None, "t5"),
+    "a bias of the user's": lambda q, k, v: (q, k, v, None, _Steeper(torch.zeros(4))),
+    "a learned bias": lambda q, k, v: (q, k, v, None, Dense(torch.zeros(4, 1, 1).requires_grad_())),
+    "a bias of another size": lambda q, k, v: (q, k, v, None, Dense(torch.zeros(4, 1, 36))),
+    "a bias of another dtype": lambda q, k, v: (q, k, v, None, Dense(torch.zeros(1).double())),
+    "a bias elsewhere": lambda q, k, v: (q, k, v, None, Dense(torch.zeros(1, device="meta"))),
+    "a bias negated on paper": lambda q, k, v: (q, k, v, None, Dense(_negated(1, 37))),
+    "a bias twice": lambda q, k, v: (q, k, v, None, Dense(_negated(1)) + Dense(_negated(1))),
+    "a table of other heads": lambda q, k, v: (q, k, v, None, Bucketed(torch.zeros(32, 3))),
+    "a table without a length": lambda q, k, v: (q, k[0], v, None, Bucketed(torch.zeros(32, 4))),
+    "tables": lambda q, k, v: (q, k, v, None, _table(4) + _table(4)),
+    "slopes of other heads": lambda q, k, v: (q, k, v, None, Alibi(torch.zeros(3))),
+    "slopes of another dtype": lambda q, k, v: (q, k, v, None, Alibi(torch.zeros(4).half())),
+    "slopes apart": lambda q, k, v: (q, k, v, None, Alibi(torch.zeros(8)[::2])),
+    "slopes negated on paper": lambda q, k, v: (q, k, v, None, Alibi(_negated(4))),
+    "slopes twice": lambda q, k, v: (q, k, v, None, Alibi(torch.ones(4)) + Alibi(torch.ones(4))),
+    "two caps": lambda q, k, v: (q, k, v, None, Softcap(3.0) + Softcap(4.0)),
+    "a cap between": lambda q, k, v: (q, k, v, None, _table(4) + Softcap(3.0) + _table(4)),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_it_leaves_alone_what_is_not_plainly_right(name: str) -> None:
     arguments = REFUSED[name](*operands("a step"))
-    assert plain.attend(*(*arguments, None, None)[:5]) is None  # type: ignore[arg-type]
+    assert plain.attend(*(*arguments, None, None, None)[:6]) is None  # type: ignore[arg-type]
 
 
 def test_it_leaves_alone_what_is_watched() -> None:
@@ -293,9 +369,9 @@ def test_the_precision_is_passed_on(precision: Precision, monkeypatch: pytest.Mo
     monkeypatch.setattr(native, "direct", native.direct._replace(attend=kept))
     monkeypatch.setattr(native, "has_tiles", True)  # Else it does not matter.
     made = operands("a step")
-    assert plain.attend(*made, None, None, precision) is not None
+    assert plain.attend(*made, None, None, None, precision) is not None
     assert asked == [precision == "high"]
-    assert plain.attend(*made, None, None, "low") is None  # type: ignore[arg-type]
+    assert plain.attend(*made, None, None, None, "low") is None  # type: ignore[arg-type]
 
 
 def test_the_builtin_refuses_what_it_cannot_read() -> None:
@@ -303,8 +379,9 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
     assert direct is not None
     query, key, value = operands("a step")
     out = torch.zeros_like(query)
-    hidden = (0, 0, None, None)
-    options = (0.3, 0, 0, 1, *hidden)
+    numbers, nothing = (0, 0, 0.0, 0), (None, None, None, None, None)
+    scores = (*numbers, *nothing)
+    options = (0.3, 0, 0, 1, *scores)
     lse = direct.attend_with_lse(query, key, value, out, *options)
     gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
     backwards = (query, key, value, out, lse, out)
@@ -321,14 +398,30 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
         (),
         (query, key, value, out),
         (query, key, value, out, *options, 1),
-        (query, key, value, out, 1, 0, 0, 1, *hidden),
-        (query, key, value, out, 0.3, None, 0, 1, *hidden),
-        (query, key, value, out, 0.3, 0, 2**70, 1, *hidden),
-        (query, key, value, out, 0.3, 0, 0, 1, 0, -1, None, None),
-        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, 3, None),
-        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, torch.zeros(2), None),
-        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, None, torch.zeros(1, 1, 1, 1)),
-        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, None, torch.ones(1) > 0),
+        (query, key, value, out, 1, 0, 0, 1, *scores),
+        (query, key, value, out, 0.3, None, 0, 1, *scores),
+        (query, key, value, out, 0.3, 0, 2**70, 1, *scores),
+        (query, key, value, out, 0.3, 0, 0, 1, 0, -1, 0.0, 0, *nothing),
+        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, -1.0, 0, *nothing),
+        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, 1, 0, *nothing),
+        *(
+            (
+                query,
+                key,
+                value,
+                out,
+                0.3,
+                0,
+                0,
+                1,
+                *numbers,
+                *nothing[:place],
+                wrong_tensor,
+                *nothing[place + 1 :],
+            )
+            for place in range(len(nothing))
+            for wrong_tensor in (3, torch.zeros(()), torch.zeros(1, 1, 1, 3), torch.zeros(4, 4))
+        ),
         (query, key, value, None, *options),
         (query, key, value, out[..., :3], *options),
         (query, key, value, out.double(), *options),
@@ -338,9 +431,9 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
         assert direct.attend(*arguments) == library.NOT_PLAIN, arguments
         assert direct.attend_with_lse(*arguments) == library.NOT_PLAIN, arguments
     with pytest.raises(RuntimeError, match="neither the processor nor the build"):
-        library.check(direct.attend(query, key, value, out, 0.3, 0, 9, 1, *hidden))
+        library.check(direct.attend(query, key, value, out, 0.3, 0, 9, 1, *scores))
     with pytest.raises(RuntimeError, match="neither the processor nor the build"):
-        library.check(direct.attend_with_lse(query, key, value, out, 0.3, 0, 9, 1, *hidden))
+        library.check(direct.attend_with_lse(query, key, value, out, 0.3, 0, 9, 1, *scores))
 
 
 def test_it_does_not_keep_what_it_was_given() -> None:
@@ -357,7 +450,6 @@ def test_a_call_with_anything_more_is_left_alone() -> None:
     call = AttentionCall.checked(*made)
     assert plain.attend_call(call) is not None
     more = {
-        "bias": zeta.biases.Softcap(3.0),
         "dropout_p": 0.5,
         "sinks": torch.zeros(4),
         "query_positions": torch.arange(1),

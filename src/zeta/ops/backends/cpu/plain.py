@@ -1,4 +1,4 @@
-"""Calls without a bias under the common masks, straight to the library.
+"""Calls with common masks and biases, straight to the library.
 
 To describe a call, choose for it and take it apart again takes longer than a short call itself.
 What this computes is what `cpu.run` would; whatever is not plainly right is left to it.
@@ -19,9 +19,12 @@ from zeta.ops.backends.cpu import library, passes
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.backends.cpu.functions import Once, differentiated_once
 from zeta.ops.buffers import rows
-from zeta.ops.lowering import Hidden, Lowered
+from zeta.ops.lowering import Plain
 from zeta.ops.precision import Precision, float32_precision
 from zeta.ops.transforms import is_watched
+
+NUM_NUMBERS = 4
+"""Of `Plain`, before its tensors."""
 
 _PRECISIONS = (None, *get_args(Precision))
 
@@ -31,7 +34,7 @@ def attend(
     key: Tensor,
     value: Tensor,
     scale: float | None,
-    hidden: Hidden,
+    plain: Plain,
     precision: Precision | None,
 ) -> Tensor | None:
     """The output ``(B, H, T, D)``; None where the call must be checked and described.
@@ -40,7 +43,8 @@ def attend(
         query: ``(B, H, T, D)``, if all is well; a plain tensor on the CPU, outside of a compiler.
         key, value: ``(B, G, S, D)``.
         scale: Of the scores; ``1 / sqrt(D)`` by default.
-        hidden: Its lengths int64, what it keeps broadcastable to ``(B, H, T, S)``, if all is well.
+        plain: Lengths int64, slopes float32, both contiguous, tensors for pairs broadcastable to
+            ``(B, H, T, S)``, if all is well.
         precision: As in `zeta.attention`.
     """
     if is_watched() or torch.is_autocast_enabled("cpu"):
@@ -50,6 +54,8 @@ def attend(
     # What is negated is so on paper only, and C would not see it.
     if query.is_neg() or key.is_neg() or value.is_neg():
         return None
+    if any(given is not None and given.is_neg() for given in (plain.slopes_H, plain.dense)):
+        return None
     if precision not in _PRECISIONS or library.obstacle() is not None:
         return None
     native = library.load()
@@ -58,13 +64,13 @@ def attend(
         return None
     out = torch.empty_like(query)
     is_high = native.has_tiles and float32_precision(precision) == "high"
-    options = scale, is_high, native.instruction_set, torch.get_num_threads(), *hidden
+    options = scale, is_high, native.instruction_set, torch.get_num_threads(), *plain
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad
     ):
         lse = direct.attend_with_lse(query, key, value, out, *options)
         if type(lse) is Tensor:
-            return _Attended.record(query, key, value, (out, lse), (scale, is_high), hidden)
+            return _Attended.record(query, key, value, (out, lse), (scale, is_high), plain)
         answer = lse
     else:
         answer = direct.attend(query, key, value, out, *options)
@@ -88,20 +94,20 @@ class _Attended(Once):
         value: Tensor,
         made: tuple[Tensor, Tensor],
         options: tuple[float | None, bool],
-        hidden: Hidden,
+        plain: Plain,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, *made, hidden.padding_B, hidden.keep)
-        ctx.options = *options, hidden.causal, hidden.window
+        ctx.save_for_backward(query, key, value, *made, *plain[NUM_NUMBERS:])
+        ctx.options = options
+        ctx.numbers = plain[:NUM_NUMBERS]
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        scale, is_high, causal, window = ctx.options
+        (scale, is_high), numbers = ctx.options, ctx.numbers
 
         def compute(grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-            *inputs, padding, keep = saved
-            hidden = Hidden(causal, window, padding, keep)
-            return _gradients(rows(grad_out), inputs, scale, is_high, hidden)
+            plain = Plain(*numbers, *saved[5:])
+            return _gradients(rows(grad_out), saved[:5], scale, is_high, plain)
 
         return *differentiated_once(compute, grad_out, *ctx.saved_tensors), None, None, None
 
@@ -111,7 +117,7 @@ def _gradients(
     saved: Sequence[Tensor],
     scale: float | None,
     is_high: bool,
-    hidden: Hidden,
+    plain: Plain,
 ) -> tuple[Tensor | None, ...]:
     query, key, value, out, lse = saved
     gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -119,18 +125,15 @@ def _gradients(
     assert native.direct is not None
     answer = native.direct.differentiate(
         *saved, grad_out, *gradients,
-        scale, is_high, native.instruction_set, torch.get_num_threads(), *hidden,
+        scale, is_high, native.instruction_set, torch.get_num_threads(), *plain,
     )  # fmt: skip
     if library.is_done(answer):
         return gradients
     # Whoever saved the tensors gave others back, of other strides or of a class of their own.
-    lowered = Lowered(
-        padding_B=hidden.padding_B,
-        keep=None if hidden.keep is None else hidden.keep.view(torch.uint8),
-        scale=1.0 / math.sqrt(query.shape[3]) if scale is None else scale,
-        causal=hidden.causal,
-        window=hidden.window,
-    )
+    lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]) if scale is None else scale)
     inputs = query, key, value, out, lse
     fixed = Fixed(*lowered.fixed(), is_high)
-    return passes.backward(grad_out, None, inputs, None, None, fixed, (False, False))[:3]
+    made = passes.backward(
+        grad_out, None, inputs, plain.offsets, plain.dense, fixed, (False, False)
+    )
+    return made[:3]

@@ -1,5 +1,5 @@
 // Calls that take torch's tensors as they are, for work so short that writing a record in Python takes
-// longer: attention without a bias, under the common masks, and linear layers of a few rows.
+// longer: attention with common masks and biases, and linear layers of a few rows.
 //
 // Here, unlike behind abi.h, everything is checked: whatever is not plainly right is answered with
 // ZETA_NOT_PLAIN, and Python goes its longer way, which has the errors.
@@ -35,9 +35,11 @@ bool were_numbers() {
     return false;
 }
 
+bool is_none(PyObject *object) { return object == &_Py_NoneStruct; }
+
 // How many of each sequence's keys there are: (B,), or None.
 bool read_padding(ZetaCall &call, PyObject *object) {
-    if (object == &_Py_NoneStruct) return true;
+    if (is_none(object)) return true;
     Operand lengths;
     if (!lengths.read_any(object) || !lengths.is_int64() || lengths.ndim != 1 ||
         lengths.shape[0] != call.batch || !lengths.is_contiguous())
@@ -46,34 +48,82 @@ bool read_padding(ZetaCall &call, PyObject *object) {
     return true;
 }
 
-// True where a query sees a key: broadcastable to (B, H, T, S), or None.
-bool read_keep(ZetaCall &call, PyObject *object) {
-    if (object == &_Py_NoneStruct) return true;
-    Operand keep;
-    if (!keep.read_any(object) || !keep.is_bool() || keep.ndim != 4) return false;
+// What was read, if it is broadcastable to (B, H, T, S).
+bool read_plane(ZetaPlane &plane, const ZetaCall &call, const Operand &read, int64_t dtype) {
+    if (read.ndim != 4) return false;
     const int64_t sizes[] = {call.batch, call.heads, call.target, call.source};
     int64_t strides[4];
     for (int dimension = 0; dimension < 4; ++dimension) {
-        const bool is_one = keep.shape[dimension] == 1;
-        if (!is_one && keep.shape[dimension] != sizes[dimension]) return false;
-        strides[dimension] = is_one ? 0 : keep.strides[dimension];
+        const bool is_one = read.shape[dimension] == 1;
+        if (!is_one && read.shape[dimension] != sizes[dimension]) return false;
+        strides[dimension] = is_one ? 0 : read.strides[dimension];
     }
-    call.keep = {keep.address(), 0, strides[0], strides[1], strides[2], strides[3]};
+    plane = {read.address(), dtype, strides[0], strides[1], strides[2], strides[3]};
+    return true;
+}
+
+// True where a query sees a key, or None.
+bool read_keep(ZetaCall &call, PyObject *object) {
+    if (is_none(object)) return true;
+    Operand keep;
+    return keep.read_any(object) && keep.is_bool() && read_plane(call.keep, call, keep, 0);
+}
+
+bool read_dense(ZetaCall &call, PyObject *object) {
+    if (is_none(object)) return true;
+    Operand dense;
+    return dense.read(object) && read_plane(call.dense, call, dense, dense.dtype());
+}
+
+// For each head a number for each offset, of which there are as many on both sides of 0, or None.
+bool read_offsets(ZetaCall &call, PyObject *object) {
+    if (is_none(object)) return true;
+    Operand offsets;
+    if (!offsets.read(object) || offsets.dtype() != ZETA_FLOAT32 || offsets.ndim != 2 ||
+        offsets.shape[0] != call.heads || offsets.shape[1] % 2 == 0 || !offsets.is_contiguous())
+        return false;
+    call.offsets_HR = reinterpret_cast<const float *>(offsets.address());
+    call.reach = offsets.shape[1] / 2;
+    return true;
+}
+
+bool read_slopes(ZetaCall &call, PyObject *object) {
+    if (is_none(object)) return true;
+    Operand slopes;
+    if (!slopes.read(object) || slopes.dtype() != ZETA_FLOAT32 || slopes.ndim != 1 ||
+        slopes.shape[0] != call.heads || !slopes.is_contiguous())
+        return false;
+    call.slopes_H = reinterpret_cast<const float *>(slopes.address());
     return true;
 }
 
 // A window that hides nothing is none of these.
 constexpr int64_t LARGEST_WINDOW = INT32_MAX;
 
+constexpr int NUM_SCORE_OPTIONS = 9;
+
+// Everything between the products and the softmax, in the order of Python's `Plain`.
+bool read_scores(ZetaCall &call, PyObject *const *options) {
+    if (!is_a(options[2], &PyFloat_Type)) return false;
+    call.causal = PyLong_AsLong(options[0]);
+    call.window = PyLong_AsLong(options[1]);
+    call.softcap = PyFloat_AsDouble(options[2]);
+    call.softcap_first = PyLong_AsLong(options[3]);
+    return were_numbers() && call.window >= 0 && call.window <= LARGEST_WINDOW &&
+           call.softcap >= 0 && read_padding(call, options[4]) && read_keep(call, options[5]) &&
+           read_offsets(call, options[6]) && read_slopes(call, options[7]) &&
+           read_dense(call, options[8]);
+}
+
 struct AttentionOperands {
     Operand query, key, value, out;
 };
 
-constexpr int NUM_OPTIONS = 8;
+constexpr int NUM_OPTIONS = 4 + NUM_SCORE_OPTIONS;
 
 // Reads the operands, and makes the call of them; false where they are not plainly right. `options`:
-// the scale or None; as numbers the precision, the instruction set, the number of threads, whether it is
-// causal, and the window; lengths; what is kept.
+// the scale or None; as numbers the precision, the instruction set and the number of threads; and those
+// of the scores.
 bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *objects,
                PyObject *const *options) {
     auto &[query, key, value, out] = operands;
@@ -82,16 +132,13 @@ bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *obj
         return false;
     call.bytes = sizeof call;
     call.dtype = query.dtype();
-    const bool has_scale = options[0] != &_Py_NoneStruct;
+    const bool has_scale = !is_none(options[0]);
     if (has_scale && !is_a(options[0], &PyFloat_Type)) return false;
     call.scale = has_scale ? PyFloat_AsDouble(options[0]) : 0;
     call.precision = PyLong_AsLong(options[1]);
     call.isa = PyLong_AsLong(options[2]);
     call.num_threads = PyLong_AsLong(options[3]);
-    call.causal = PyLong_AsLong(options[4]);
-    call.window = PyLong_AsLong(options[5]);
-    if (!were_numbers() || call.window < 0 || call.window > LARGEST_WINDOW ||
-        !query.are_rows() || !key.are_rows() || !value.are_rows() ||
+    if (!were_numbers() || !query.are_rows() || !key.are_rows() || !value.are_rows() ||
         !out.are_rows() || key.dtype() != call.dtype || value.dtype() != call.dtype ||
         out.dtype() != call.dtype || !have_same_sizes(query, out) ||
         !have_same_sizes(key, value) || query.shape[0] != key.shape[0] ||
@@ -109,7 +156,7 @@ bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *obj
     call.key = key.rows();
     call.value = value.rows();
     call.out = out.rows();
-    return read_padding(call, options[6]) && read_keep(call, options[7]);
+    return read_scores(call, options + 4);
 }
 
 // A number for each query: float32 (B, H, T).
@@ -203,7 +250,7 @@ ZetaLayer *add_layer(ZetaProjection &call, PyObject *weight_object, PyObject *bi
     ZetaLayer &layer = call.layers[call.num_layers++];
     layer = {weight.address(), nullptr, nullptr, weight.strides[0], weight.shape[0],
              weight.shape[0]};
-    if (bias_object == &_Py_NoneStruct) return &layer;
+    if (is_none(bias_object)) return &layer;
     if (!bias.read(bias_object) || bias.ndim != 1 || bias.shape[0] != weight.shape[0] ||
         !bias.is_dense_at(0) || bias.dtype() != call.dtype)
         return nullptr;
