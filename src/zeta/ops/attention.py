@@ -12,7 +12,7 @@ from zeta.biases import Bias
 from zeta.masks import Mask
 from zeta.ops import backends, plain, stored
 from zeta.ops.backends import Backend
-from zeta.ops.call import AttentionCall, BackendUnsupported
+from zeta.ops.call import AttentionCall, BackendUnsupported, drawn_seed
 from zeta.ops.precision import Precision
 from zeta.ops.sinks import attenuate, attenuated_weights, without_sinks
 
@@ -71,10 +71,11 @@ def attention(
         TypeError: A type or a dtype is wrong.
         BackendUnsupported: The named backend cannot do this call.
     """
-    has_positions = query_positions is not None or key_positions is not None
-    has_more = sinks is not None or dropout_p != 0
-    if backend == "auto" and not has_positions and not has_more:
-        found = plain.attend(query, key, value, mask, bias, scale, precision)
+    if dropout_p and seed is None and isinstance(query, Tensor):
+        seed = drawn_seed(query.device)
+    has_more = query_positions is not None or key_positions is not None or sinks is not None
+    if backend == "auto" and not has_more:
+        found = plain.attend(query, key, value, mask, bias, scale, precision, dropout_p, seed)
         if found is not None:
             return found
     call = AttentionCall.checked(

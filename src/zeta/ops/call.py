@@ -292,9 +292,14 @@ def _check_sinks(sinks: Tensor, heads: int, device: torch.device) -> None:
     check_device("sinks", sinks, device)
 
 
+def drawn_seed(device: torch.device) -> Tensor:
+    """A fresh one from torch's generator."""
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+        return drawn_seed(device)
     if isinstance(seed, Tensor):
         if seed.dim() != 0 or seed.dtype != torch.int64:
             raise ValueError(

@@ -69,10 +69,11 @@ class Plain(NamedTuple):
     """`Lowered` for calls that are soon over: of each kind at most one, as it is.
 
     Attributes:
-        causal, window, softcap, softcap_first: As in `Lowered`.
+        causal, window, softcap, softcap_first, dropout_p: As in `Lowered`.
+        drop_below, seed: Of the dropout; see `zeta.ops.dropout`.
         padding_B: Of `masks.Padding`.
         keep: Of `masks.Dense`, bool.
-        offsets: As in `Lowered`, contiguous, without a gradient.
+        offsets: As in `Lowered`; float32 and contiguous where they are not learned.
         slopes_H: Of `biases.Alibi`.
         dense: Of `biases.Dense`.
     """
@@ -81,6 +82,9 @@ class Plain(NamedTuple):
     window: int = 0
     softcap: float = 0.0
     softcap_first: bool = False
+    dropout_p: float = 0.0
+    drop_below: int = 0
+    seed: int = 0
     padding_B: Tensor | None = None
     keep: Tensor | None = None
     offsets: Tensor | None = None
@@ -94,6 +98,7 @@ class Plain(NamedTuple):
             offsets=self.offsets, dense=self.dense, slopes_H=self.slopes_H,
             padding_B=self.padding_B, keep=keep, scale=scale, causal=self.causal,
             window=self.window, softcap=self.softcap, softcap_first=self.softcap_first,
+            dropout_p=self.dropout_p, seed=torch.tensor(self.seed) if self.dropout_p else None,
         )  # fmt: skip
 
 
@@ -155,20 +160,24 @@ def _plainly_added(
     softcap, softcap_first, offsets, slopes, dense = 0.0, False, None, None, None
     terms = biases.summands(bias)
     for place, term in enumerate(terms):
-        if isinstance(term, biases.Bias) and _learned(term):
-            return None
         if type(term) is biases.Softcap and not softcap and place in (0, len(terms) - 1):
             softcap, softcap_first = float(term.limit), place == 0
         elif type(term) is biases.Dense and dense is None:
             dense = term.tensor
-        elif type(term) is biases.Alibi and slopes is None:
+        elif type(term) is biases.Alibi and slopes is None and not _learned(term):
             slopes = term.slopes
         elif type(term) is biases.Bucketed and offsets is None and _has_kept_buckets(term):
-            buckets_R = _kept_buckets(term, max(1, term.reach(longest)))
-            offsets = term.table.detach().T.index_select(1, buckets_R).float()
+            offsets = _plain_offsets(term, max(1, term.reach(longest)))
         else:
             return None
     return softcap, softcap_first, offsets, slopes, dense
+
+
+def _plain_offsets(term: biases.Bucketed, reach: int) -> Tensor:
+    if _learned(term):
+        return _at_offsets(term, reach)
+    # Less work than an embedding, but not so its gradient.
+    return term.table.detach().T.index_select(1, _kept_buckets(term, reach)).float()
 
 
 def refusals(call: AttentionCall) -> list[str]:

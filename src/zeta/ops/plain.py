@@ -11,8 +11,10 @@ from torch import Tensor
 from zeta.biases import Bias
 from zeta.masks import Mask
 from zeta.ops.call import AttentionCall
-from zeta.ops.lowering import plainly_lowered
+from zeta.ops.dropout import threshold
+from zeta.ops.lowering import Plain, plainly_lowered
 from zeta.ops.precision import Precision
+from zeta.ops.transforms import is_watched
 
 
 def attend(
@@ -23,17 +25,19 @@ def attend(
     bias: Bias | None = None,
     scale: float | None = None,
     precision: Precision | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
 ) -> Tensor | None:
     """Attention ``(B, H, T, D)``; None where the call has to be checked and a backend chosen.
 
     Args:
-        query, key, value, mask, bias, scale, precision: As `zeta.attention` takes them, not
-            checked.
+        query, key, value, mask, bias, scale, precision, dropout_p, seed: As `zeta.attention` takes
+            them, not checked; a seed where there is dropout.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_watched():
         return None
     # A subclass may hold its numbers elsewhere.
-    if type(query) is not Tensor or not query.is_cpu:
+    if type(query) is not Tensor or not query.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
     longest = 0
     if bias is not None:
@@ -41,7 +45,17 @@ def attend(
             return None
         longest = max(query.shape[2], key.shape[2])
     plain = plainly_lowered(mask, bias, longest)
+    if plain is not None and dropout_p:
+        plain = _with_dropout(plain, dropout_p, seed)
     return None if plain is None else _cpu()(query, key, value, scale, plain, precision)
+
+
+def _with_dropout(plain: Plain, dropout_p: float, seed: int | Tensor | None) -> Plain | None:
+    if type(seed) is Tensor and seed.is_cpu and seed.dtype == torch.int64 and seed.dim() == 0:
+        seed = int(seed)
+    if type(seed) is not int or type(dropout_p) is not float or not 0.0 < dropout_p < 1.0:
+        return None
+    return plain._replace(dropout_p=dropout_p, drop_below=threshold(dropout_p), seed=seed)
 
 
 @functools.cache
@@ -53,10 +67,11 @@ def _cpu() -> Callable[..., Tensor | None]:
 
 def attend_call(call: AttentionCall) -> Tensor | None:
     """The same of a call, whatever it is."""
-    if call.dropout_p or call.sinks is not None:
+    if call.sinks is not None:
         return None
     if call.query_positions is not None or call.key_positions is not None:
         return None
     return attend(
-        call.query, call.key, call.value, call.mask, call.bias, call.scale, call.precision
-    )
+        call.query, call.key, call.value, call.mask, call.bias, call.scale, call.precision,
+        call.dropout_p, call.seed,
+    )  # fmt: skip

@@ -168,6 +168,51 @@ def test_its_gradients_are_the_same_bits(
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["dense", "dense across", "dense of keys", "table", "table in half", "cap, then table"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_learned_biases_get_the_same_bits(name: str, dtype: torch.dtype, kind: str) -> None:
+    made = operands(name, dtype)
+    bias = bias_of(kind, made)
+    (learned,) = bias.flatten()[1]
+    assert learned.is_floating_point()
+    learned.requires_grad_()
+    found = plain.attend(*made, Causal(), bias)  # Nothing else is learned.
+    assert found is not None
+    expected = zeta.attention(*made, mask=Causal(), bias=bias, backend="cpu")
+    grad_out = torch.randn_like(found)
+    (actual,) = torch.autograd.grad(found, learned, grad_out)
+    (gradient,) = torch.autograd.grad(expected, learned, grad_out)
+    assert actual.dtype == learned.dtype
+    assert torch.equal(actual, gradient)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("kinds", [("none", "none"), ("all of them", "all of them")], ids=str)
+@pytest.mark.parametrize("seed", [-5, 2**63 - 1, torch.tensor(1234567890123), None], ids=str)
+@pytest.mark.parametrize("name", ["a step", "blocks"])
+def test_it_drops_the_same_weights(
+    name: str, seed: int | Tensor | None, kinds: tuple[str, str]
+) -> None:
+    made = operands(name)
+    for tensor in made:
+        tensor.requires_grad_()
+    mask, bias = scores_of(kinds, made)
+    found = []
+    for backend in ("auto", "cpu"):
+        torch.manual_seed(3)
+        out = zeta.attention(*made, mask=mask, bias=bias, dropout_p=0.3, seed=seed, backend=backend)
+        found.append((out, *gradients(out, made, torch.ones(1).expand(out.shape))))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(found[0][0], zeta.attention(*made, mask=mask, bias=bias))
+    if seed is not None:
+        assert plain.attend(*made, mask, bias, dropout_p=0.3, seed=seed) is not None
+
+
 def learned(name: str = "a chunk of grouped heads") -> Operands:
     query, key, value = operands(name)
     return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
@@ -316,7 +361,7 @@ REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
     "a scale that is no float": lambda q, k, v: (q, k, v, None, None, torch.tensor(0.5)),
     "no bias": lambda q, k, v: (q, k, v, None, "t5"),
     "a bias of the user's": lambda q, k, v: (q, k, v, None, _Steeper(torch.zeros(4))),
-    "a learned bias": lambda q, k, v: (q, k, v, None, Dense(torch.zeros(4, 1, 1).requires_grad_())),
+    "learned slopes": lambda q, k, v: (q, k, v, None, Alibi(torch.zeros(4, requires_grad=True))),
     "a bias of another size": lambda q, k, v: (q, k, v, None, Dense(torch.zeros(4, 1, 36))),
     "a bias of another dtype": lambda q, k, v: (q, k, v, None, Dense(torch.zeros(1).double())),
     "a bias elsewhere": lambda q, k, v: (q, k, v, None, Dense(torch.zeros(1, device="meta"))),
@@ -379,19 +424,40 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
     assert direct is not None
     query, key, value = operands("a step")
     out = torch.zeros_like(query)
-    numbers, nothing = (0, 0, 0.0, 0), (None, None, None, None, None)
+    numbers, nothing = (0, 0, 0.0, 0, 0.0, 0, 0), (None, None, None, None, None)
     scores = (*numbers, *nothing)
     options = (0.3, 0, 0, 1, *scores)
     lse = direct.attend_with_lse(query, key, value, out, *options)
     gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
     backwards = (query, key, value, out, lse, out)
-    assert direct.differentiate(*backwards, *gradients, *options) == library.DONE
-    assert direct.differentiate(*backwards, *gradients) == library.NOT_PLAIN
-    assert direct.differentiate(*backwards, *gradients[::-1], *options) == library.NOT_PLAIN
-    assert direct.differentiate(*backwards[:5], key, *gradients, *options) == library.NOT_PLAIN
+    of_bias = (None, None)
+    assert direct.differentiate(*backwards, *gradients, *of_bias, *options) == library.DONE
+    for spoilt in (
+        (*backwards, *gradients, *of_bias),
+        (*backwards, *gradients, *options),
+        (*backwards, *gradients[::-1], *of_bias, *options),
+        (*backwards[:5], key, *gradients, *of_bias, *options),
+        # No bias is given that could have a gradient.
+        (*backwards, *gradients, torch.zeros(4, 3), None, *options),
+        (*backwards, *gradients, None, torch.zeros(1, 1, 1, 1), *options),
+    ):
+        assert direct.differentiate(*spoilt) == library.NOT_PLAIN
+    offsets, dense = torch.zeros(4, 3), torch.zeros(1, 4, 1, 37)
+    biased = (*options[:-3], offsets, None, dense)
+    assert (
+        direct.differentiate(*backwards, *gradients, offsets + 0, dense + 0, *biased)
+        == library.DONE
+    )
+    for wrong_offsets, wrong_dense in (
+        (torch.zeros(4, 5), None), (torch.zeros(3, 4).T, None), (offsets.half(), None), (3, None),
+        (None, torch.zeros(1, 4, 1, 1)), (None, dense.half()), (None, dense[0]), (None, "dense"),
+        (None, torch.zeros(1, 37, 1, 4).transpose(1, 3)),
+    ):  # fmt: skip
+        spoilt = (*backwards, *gradients, wrong_offsets, wrong_dense, *biased)
+        assert direct.differentiate(*spoilt) == library.NOT_PLAIN
     for wrong_lse in (None, lse[..., :0], lse.double(), lse.bfloat16()):
-        spoilt = (query, key, value, out, wrong_lse, out)
-        assert direct.differentiate(*spoilt, *gradients, *options) == library.NOT_PLAIN
+        spoilt = (query, key, value, out, wrong_lse, out, *gradients, *of_bias, *options)
+        assert direct.differentiate(*spoilt) == library.NOT_PLAIN
     assert direct.attend(query, key, value, out, *options) == library.DONE
     torch.testing.assert_close(out, zeta.attention(query, key, value, scale=0.3))
     wrong: list[tuple[object, ...]] = [
@@ -401,9 +467,34 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
         (query, key, value, out, 1, 0, 0, 1, *scores),
         (query, key, value, out, 0.3, None, 0, 1, *scores),
         (query, key, value, out, 0.3, 0, 2**70, 1, *scores),
-        (query, key, value, out, 0.3, 0, 0, 1, 0, -1, 0.0, 0, *nothing),
-        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, -1.0, 0, *nothing),
-        (query, key, value, out, 0.3, 0, 0, 1, 0, 0, 1, 0, *nothing),
+        *(
+            (
+                query,
+                key,
+                value,
+                out,
+                0.3,
+                0,
+                0,
+                1,
+                *numbers[:place],
+                number,
+                *numbers[place + 1 :],
+                *nothing,
+            )
+            for place, number in (
+                (1, -1),
+                (1, 2**31),
+                (2, -1.0),
+                (2, 1),
+                (4, 1.0),
+                (4, -0.5),
+                (4, 0),
+                (5, 2**31),
+                (6, 2**63),
+                (6, None),
+            )
+        ),
         *(
             (
                 query,
@@ -447,10 +538,9 @@ def test_it_does_not_keep_what_it_was_given() -> None:
 
 def test_a_call_with_anything_more_is_left_alone() -> None:
     made = operands("a step")
-    call = AttentionCall.checked(*made)
+    call = AttentionCall.checked(*made, dropout_p=0.5)
     assert plain.attend_call(call) is not None
     more = {
-        "dropout_p": 0.5,
         "sinks": torch.zeros(4),
         "query_positions": torch.arange(1),
         "key_positions": torch.arange(37),

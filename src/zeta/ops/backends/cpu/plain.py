@@ -21,9 +21,8 @@ from zeta.ops.backends.cpu.functions import Once, differentiated_once
 from zeta.ops.buffers import rows
 from zeta.ops.lowering import Plain
 from zeta.ops.precision import Precision, float32_precision
-from zeta.ops.transforms import is_watched
 
-NUM_NUMBERS = 4
+NUM_NUMBERS = 7
 """Of `Plain`, before its tensors."""
 
 _PRECISIONS = (None, *get_args(Precision))
@@ -40,21 +39,20 @@ def attend(
     """The output ``(B, H, T, D)``; None where the call must be checked and described.
 
     Args:
-        query: ``(B, H, T, D)``, if all is well; a plain tensor on the CPU, outside of a compiler.
+        query: ``(B, H, T, D)``, if all is well; a plain tensor on the CPU, which nothing watches.
         key, value: ``(B, G, S, D)``.
         scale: Of the scores; ``1 / sqrt(D)`` by default.
         plain: Lengths int64, slopes float32, both contiguous, tensors for pairs broadcastable to
             ``(B, H, T, S)``, if all is well.
         precision: As in `zeta.attention`.
     """
-    if is_watched() or torch.is_autocast_enabled("cpu"):
-        return None
     if not type(key) is type(value) is Tensor:
         return None
     # What is negated is so on paper only, and C would not see it.
     if query.is_neg() or key.is_neg() or value.is_neg():
         return None
-    if any(given is not None and given.is_neg() for given in (plain.slopes_H, plain.dense)):
+    slopes, dense = plain.slopes_H, plain.dense
+    if (slopes is not None and slopes.is_neg()) or (dense is not None and dense.is_neg()):
         return None
     if precision not in _PRECISIONS or library.obstacle() is not None:
         return None
@@ -64,13 +62,19 @@ def attend(
         return None
     out = torch.empty_like(query)
     is_high = native.has_tiles and float32_precision(precision) == "high"
+    learned = None
+    if plain.offsets is not None and plain.offsets.requires_grad:
+        learned = plain.offsets
+        plain = plain._replace(offsets=learned.detach().float().contiguous())
     options = scale, is_high, native.instruction_set, torch.get_num_threads(), *plain
     if torch.is_grad_enabled() and (
-        query.requires_grad or key.requires_grad or value.requires_grad
-    ):
+        query.requires_grad or key.requires_grad or value.requires_grad or learned is not None
+        or (dense is not None and dense.requires_grad)
+    ):  # fmt: skip
         lse = direct.attend_with_lse(query, key, value, out, *options)
         if type(lse) is Tensor:
-            return _Attended.record(query, key, value, (out, lse), (scale, is_high), plain)
+            record = _Attended.record
+            return record(query, key, value, learned, dense, (out, lse), scale, is_high, plain)
         answer = lse
     else:
         answer = direct.attend(query, key, value, out, *options)
@@ -92,24 +96,27 @@ class _Attended(Once):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        _: Tensor | None,
+        dense: Tensor | None,
         made: tuple[Tensor, Tensor],
-        options: tuple[float | None, bool],
+        scale: float | None,
+        is_high: bool,
         plain: Plain,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, *made, *plain[NUM_NUMBERS:])
-        ctx.options = options
-        ctx.numbers = plain[:NUM_NUMBERS]
+        ctx.options = scale, is_high, plain[:NUM_NUMBERS]
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        (scale, is_high), numbers = ctx.options, ctx.numbers
+        scale, is_high, numbers = ctx.options
+        needed = ctx.needs_input_grad[3:5]
 
         def compute(grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
             plain = Plain(*numbers, *saved[5:])
-            return _gradients(rows(grad_out), saved[:5], scale, is_high, plain)
+            return _gradients(rows(grad_out), saved[:5], scale, is_high, plain, needed)
 
-        return *differentiated_once(compute, grad_out, *ctx.saved_tensors), None, None, None
+        return *differentiated_once(compute, grad_out, *ctx.saved_tensors), *[None] * 4
 
 
 def _gradients(
@@ -118,22 +125,28 @@ def _gradients(
     scale: float | None,
     is_high: bool,
     plain: Plain,
+    needed: tuple[bool, bool],
 ) -> tuple[Tensor | None, ...]:
+    """Of query, key, value, and, where needed, of offsets and a dense bias."""
     query, key, value, out, lse = saved
     gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    grad_offsets = grad_dense = None
+    if plain.offsets is not None and needed[0]:
+        grad_offsets = torch.empty_like(plain.offsets)
+    if plain.dense is not None and needed[1]:
+        grad_dense = plain.dense.new_empty(plain.dense.shape, dtype=torch.float32)
     native = library.load()
     assert native.direct is not None
     answer = native.direct.differentiate(
-        *saved, grad_out, *gradients,
+        *saved, grad_out, *gradients, grad_offsets, grad_dense,
         scale, is_high, native.instruction_set, torch.get_num_threads(), *plain,
     )  # fmt: skip
     if library.is_done(answer):
-        return gradients
+        if plain.dense is not None and grad_dense is not None:
+            grad_dense = grad_dense.to(plain.dense.dtype)
+        return *gradients, grad_offsets, grad_dense
     # Whoever saved the tensors gave others back, of other strides or of a class of their own.
     lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]) if scale is None else scale)
     inputs = query, key, value, out, lse
     fixed = Fixed(*lowered.fixed(), is_high)
-    made = passes.backward(
-        grad_out, None, inputs, plain.offsets, plain.dense, fixed, (False, False)
-    )
-    return made[:3]
+    return passes.backward(grad_out, None, inputs, plain.offsets, plain.dense, fixed, needed)

@@ -100,19 +100,24 @@ bool read_slopes(ZetaCall &call, PyObject *object) {
 // A window that hides nothing is none of these.
 constexpr int64_t LARGEST_WINDOW = INT32_MAX;
 
-constexpr int NUM_SCORE_OPTIONS = 9;
+constexpr int NUM_SCORE_OPTIONS = 12;
 
 // Everything between the products and the softmax, in the order of Python's `Plain`.
 bool read_scores(ZetaCall &call, PyObject *const *options) {
-    if (!is_a(options[2], &PyFloat_Type)) return false;
+    if (!is_a(options[2], &PyFloat_Type) || !is_a(options[4], &PyFloat_Type)) return false;
     call.causal = PyLong_AsLong(options[0]);
     call.window = PyLong_AsLong(options[1]);
     call.softcap = PyFloat_AsDouble(options[2]);
     call.softcap_first = PyLong_AsLong(options[3]);
+    call.dropout_p = PyFloat_AsDouble(options[4]);
+    call.dropout_threshold = PyLong_AsLong(options[5]);
+    call.seed = PyLong_AsLong(options[6]);
     return were_numbers() && call.window >= 0 && call.window <= LARGEST_WINDOW &&
-           call.softcap >= 0 && read_padding(call, options[4]) && read_keep(call, options[5]) &&
-           read_offsets(call, options[6]) && read_slopes(call, options[7]) &&
-           read_dense(call, options[8]);
+           call.softcap >= 0 && call.dropout_p >= 0 && call.dropout_p < 1 &&
+           call.dropout_threshold >= INT32_MIN && call.dropout_threshold <= INT32_MAX &&
+           read_padding(call, options[7]) && read_keep(call, options[8]) &&
+           read_offsets(call, options[9]) && read_slopes(call, options[10]) &&
+           read_dense(call, options[11]);
 }
 
 struct AttentionOperands {
@@ -212,17 +217,43 @@ bool read_rows_like(ZetaRows &to, PyObject *object, const Operand &like) {
     return true;
 }
 
+// What the gradient of the offsets is written to, or None.
+bool read_grad_offsets(ZetaCall &call, PyObject *object) {
+    if (is_none(object)) return true;
+    Operand gradient;
+    if (!call.offsets_HR || !gradient.read(object) || gradient.dtype() != ZETA_FLOAT32 ||
+        gradient.ndim != 2 || gradient.shape[0] != call.heads ||
+        gradient.shape[1] != 2 * call.reach + 1 || !gradient.is_contiguous())
+        return false;
+    call.grad_offsets_HR = reinterpret_cast<float *>(gradient.address());
+    return true;
+}
+
+// The same of a dense bias, in its shape.
+bool read_grad_dense(ZetaCall &call, PyObject *object, PyObject *bias) {
+    if (is_none(object)) return true;
+    Operand gradient, dense;
+    return call.dense.data && dense.read(bias) && gradient.read(object) &&
+           gradient.dtype() == ZETA_FLOAT32 && gradient.ndim == 4 &&
+           have_same_sizes(gradient, dense) && gradient.is_contiguous() &&
+           read_plane(call.grad_dense, call, gradient, ZETA_FLOAT32);
+}
+
 // differentiate(query, key, value, out, log-sum-exp, gradient of out, and, to be written, those of query,
-// key and value, options ...)
+// key and value, and of offsets and a dense bias or None, options ...)
 PyObject *differentiate(PyObject *, PyObject *const *arguments, intptr_t count) {
     AttentionOperands operands;
     ZetaCall call{};
-    if (count != 9 + NUM_OPTIONS || !read_call(call, operands, arguments, arguments + 9) ||
+    const int before = 11;
+    if (count != before + NUM_OPTIONS ||
+        !read_call(call, operands, arguments, arguments + before) ||
         !read_lse(call, arguments[4]) ||
         !read_rows_like(call.grad_out, arguments[5], operands.out) ||
         !read_rows_like(call.grad_query, arguments[6], operands.query) ||
         !read_rows_like(call.grad_key, arguments[7], operands.key) ||
-        !read_rows_like(call.grad_value, arguments[8], operands.value))
+        !read_rows_like(call.grad_value, arguments[8], operands.value) ||
+        !read_grad_offsets(call, arguments[9]) ||
+        !read_grad_dense(call, arguments[10], arguments[count - 1]))
         return answer(ZETA_NOT_PLAIN);
     return answer(run_beside_python([&] { return zeta_backward(&call); }));
 }
