@@ -91,6 +91,7 @@ DROPOUT = Features(dropout_p=0.1)
 T5_CAUSAL = Features(t5=True, causal=True)
 EVERYTHING = Features(causal=True, t5=True, padding=True, dropout_p=0.1)
 HIGH, HIGH_CAUSAL = Features(precision="high"), Features(precision="high", causal=True)
+PADDING = Features(padding=True)
 COSTS = _bars(1 / 1.35, 1 / 1.35, 1 / 1.35, 1 / 1.2)
 NONE: Bars = ({}, None)
 
@@ -118,6 +119,22 @@ TABLE: tuple[tuple[str, str, Features, bool, Bars], ...] = (
     ("everything training", "bf16", EVERYTHING, True, COSTS),
     ("everything forward", "fp32", EVERYTHING, False, COSTS),
     ("everything training", "fp32", EVERYTHING, True, COSTS),
+)
+
+
+ALL_HEADS, ALL_LENGTHS = (1, 8, 32), (1, 2, 4, 8, 16, 32, 64)
+SOME_HEADS, SOME_LENGTHS = (1, 8), (4, 16, 64)
+
+# Name, what is on, whether it trains, heads, lengths, aim.
+SMALL: tuple[tuple[str, Features, bool, tuple[int, ...], tuple[int, ...], float | None], ...] = (
+    ("", PLAIN, False, ALL_HEADS, ALL_LENGTHS, 1.3),
+    (" causal", CAUSAL, False, ALL_HEADS, ALL_LENGTHS, 1.3),
+    (" training", PLAIN, True, ALL_HEADS, ALL_LENGTHS, None),
+    (" padding", PADDING, False, SOME_HEADS, SOME_LENGTHS, 1.3),
+    (" T5", T5, False, SOME_HEADS, SOME_LENGTHS, None),
+    (" training padding", PADDING, True, SOME_HEADS, SOME_LENGTHS, None),
+    (" training T5", T5, True, SOME_HEADS, SOME_LENGTHS, None),
+    (" training dropout", DROPOUT, True, SOME_HEADS, SOME_LENGTHS, None),
 )
 
 
@@ -176,13 +193,18 @@ class Problem:
         return {f"grad {name}": grad for name, grad in zip(leaves, found, strict=True)}
 
     def torch_does(self) -> Run:
-        """`F.scaled_dot_product_attention`; a bias is a dense leaf with a gradient of its own."""
+        """`F.scaled_dot_product_attention`; a bias is a dense leaf with a gradient of its own, and
+        padding a bool mask, both made before.
+        """
         leaves = {name: leaf for name, leaf in self.leaves.items() if name != "table"}
         features, bias = self.features, None
         query, key, value = leaves.values()
         if features.t5:
             bias = self._dense().requires_grad_(self.train)
             leaves["dense"] = bias
+        elif features.padding:
+            assert not features.causal
+            bias = (torch.arange(self.shape[2]) < self.lengths[:, None])[:, None, None]
 
         def run() -> Results:
             out = F.scaled_dot_product_attention(
@@ -306,29 +328,22 @@ def _decode(dtype: torch.dtype, head_dim: int, cached: int) -> Work:
 def small_rows(quick: bool) -> Iterator[Row]:
     """Calls so short that the cost of a call counts."""
     for dtype in DTYPES:
-        for heads in (8,) if quick else (1, 8, 32):
-            for length in (1, 16) if quick else (1, 2, 4, 8, 16, 32, 64):
-                for causal in (False, True):
+        for kind, features, train, heads, lengths, aim in SMALL:
+            for num_heads in (8,) if quick else heads:
+                for length in lengths:
+                    if quick and length not in (1, 16):
+                        continue
+                    # The weights of a single token are 1, and its gradients 0.
+                    if train and length == 1:
+                        continue
 
                     def make(
                         dtype: str = dtype,
-                        shape: Shape = (1, heads, length, 64),
-                        causal: bool = causal,
+                        shape: Shape = (1, num_heads, length, 64),
+                        features: Features = features,
+                        train: bool = train,
                     ) -> Work:
-                        work = _work(shape, DTYPES[dtype], Features(causal=causal), False)
-                        return dataclasses.replace(work, calls=50)
+                        work = _work(shape, DTYPES[dtype], features, train)
+                        return dataclasses.replace(work, calls=20 if train else 50)
 
-                    name = f"{dtype} small{' causal' if causal else ''}"
-                    yield Row(name, f"H {heads} T {length}", make, 0.95, 1.3)
-
-                def make_training(
-                    dtype: str = dtype, shape: Shape = (1, heads, length, 64)
-                ) -> Work:
-                    work = _work(shape, DTYPES[dtype], Features(), True)
-                    return dataclasses.replace(work, calls=20)
-
-                # The weights of a single token are 1, and its gradients 0.
-                if length > 1:
-                    yield Row(
-                        f"{dtype} small training", f"H {heads} T {length}", make_training, 0.95
-                    )
+                    yield Row(f"{dtype} small{kind}", f"H {num_heads} T {length}", make, 0.95, aim)

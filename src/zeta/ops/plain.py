@@ -45,7 +45,7 @@ def attend(
             return None
         longest = max(query.shape[2], key.shape[2])
     plain = plainly_lowered(mask, bias, longest)
-    if plain is not None and dropout_p:
+    if plain is not None and dropout_p != 0:
         plain = _with_dropout(plain, dropout_p, seed)
     return None if plain is None else _cpu()(query, key, value, scale, plain, precision)
 

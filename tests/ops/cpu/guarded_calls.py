@@ -24,7 +24,8 @@ from zeta import biases, masks
 from zeta.ops.backends.cpu import layout, library, passes
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.call import AttentionCall
-from zeta.ops.lowering import lower
+from zeta.ops.dropout import threshold
+from zeta.ops.lowering import Plain, lower
 
 Results = dict[str, Tensor]
 
@@ -90,10 +91,10 @@ def _all_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[bool | None]
                     lambda at_end, case=case, reduce=reduce: _weights(case, dtype, reduce, at_end),
                 )
     for sizes in DIRECT:
-        for causal in (False, True):
+        for kind in ("", " causal", " everything"):
             yield (
-                f"direct {sizes}{' causal' if causal else ''}",
-                lambda at_end, sizes=sizes, causal=causal: _direct(sizes, causal, dtype, at_end),
+                f"direct {sizes}{kind}",
+                lambda at_end, sizes=sizes, kind=kind: _direct(sizes, kind, dtype, at_end),
             )
     for cache in CACHES:
         yield cache.name, lambda at_end, cache=cache: _decode(cache, dtype, at_end)
@@ -141,15 +142,15 @@ def _output_and_weights(case: Case, made: Results, reduce: str | None) -> Result
     return {"out": out, "weights of the same pass": weights}
 
 
-def _direct(
-    sizes: tuple[int, ...], causal: bool, dtype: torch.dtype, at_end: bool | None
-) -> Results:
+def _direct(sizes: tuple[int, ...], kind: str, dtype: torch.dtype, at_end: bool | None) -> Results:
     batch, heads, key_heads, target, source, head_dim = sizes
     generator = torch.Generator().manual_seed(sum(sizes))
 
-    def placed(*shape: int) -> Tensor:
-        tensor = torch.randn(shape, generator=generator).to(dtype)
+    def put(tensor: Tensor) -> Tensor:
         return tensor if at_end is None else guarded(tensor, at_end)
+
+    def placed(*shape: int) -> Tensor:
+        return put(torch.randn(shape, generator=generator).to(dtype))
 
     query, key, value, out, grad_out, grad_query, grad_key, grad_value = (
         placed(batch, number, length, head_dim)
@@ -158,19 +159,32 @@ def _direct(
             (heads, target), (heads, target), (key_heads, source), (key_heads, source),
         )
     )  # fmt: skip
+    plain, of_bias = Plain(causal=kind == " causal"), (None, None)
+    if kind == " everything":
+        plain = Plain(
+            causal=True, window=50, softcap=3.0, dropout_p=0.2, drop_below=threshold(0.2), seed=7,
+            padding_B=put(torch.full((batch,), source - 1)),
+            keep=put(torch.rand(batch, heads, target, source, generator=generator) < 0.8),
+            offsets=put(torch.randn(heads, 23, generator=generator)),
+            slopes_H=put(torch.rand(heads, generator=generator)),
+            dense=placed(1, heads, target, source),
+        )  # fmt: skip
+        of_bias = put(torch.zeros(heads, 23)), put(torch.zeros(1, heads, target, source))
     native = library.load()
     direct = native.direct
     assert direct is not None
-    options = None, causal, False, native.instruction_set, 2
+    options = None, False, native.instruction_set, 2, *plain
     assert direct.attend(query, key, value, out, *options) == library.DONE
     alone = out.clone()
     lse = direct.attend_with_lse(query, key, value, out, *options)
     assert torch.equal(alone, out)
-    gradients = grad_query, grad_key, grad_value
+    gradients = grad_query, grad_key, grad_value, *of_bias
     saved = query, key, value, out, lse if at_end is None else guarded(lse, at_end)
     assert direct.differentiate(*saved, grad_out, *gradients, *options) == library.DONE
     return {"out": out, "lse": lse} | {
-        f"gradient {number}": gradient for number, gradient in enumerate(gradients)
+        f"gradient {number}": gradient
+        for number, gradient in enumerate(gradients)
+        if gradient is not None
     }
 
 
