@@ -328,7 +328,7 @@ def _decode(dtype: torch.dtype, head_dim: int, cached: int) -> Work:
 def small_rows(quick: bool) -> Iterator[Row]:
     """Calls so short that the cost of a call counts."""
     for dtype in DTYPES:
-        for kind, features, train, heads, lengths, aim in SMALL:
+        for kind, features, train, heads, lengths, bars in SMALL:
             for num_heads in (8,) if quick else heads:
                 for length in lengths:
                     if quick and length not in (1, 16):
@@ -346,4 +346,4 @@ def small_rows(quick: bool) -> Iterator[Row]:
                         work = _work(shape, DTYPES[dtype], features, train)
                         return dataclasses.replace(work, calls=20 if train else 50)
 
-                    yield Row(f"{dtype} small{kind}", f"H {num_heads} T {length}", make, 0.95, aim)
+                    yield Row(f"{dtype} small{kind}", f"H {num_heads} T {length}", make, *bars)

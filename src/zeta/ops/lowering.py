@@ -295,30 +295,37 @@ def _at_offsets(term: biases.OffsetBias, reach: int) -> Tensor:
 
 
 def _has_kept_buckets(term: biases.Bucketed) -> bool:
-    """Whether the buckets of a T5 bias are kept. On a GPU they are found each time: what is made
-    while a graph is recorded lasts for its replays only.
+    """Whether the buckets of a T5 bias are kept. While a CUDA graph is recorded they are found:
+    what it reads must last as long as the graph does.
     """
-    return term.table.is_cpu and term.max_distance <= MAX_KEPT_REACH
+    if term.max_distance > MAX_KEPT_REACH:
+        return False
+    table = term.table
+    return table.is_cpu or (table.is_cuda and not torch.cuda.is_current_stream_capturing())
 
 
 def _kept_buckets(term: biases.Bucketed, reach: int) -> Tensor:
     """Of offsets ``-reach .. reach``, no further than the bias's own reach."""
-    middle = term.max_distance
-    buckets_R = _buckets(term.bidirectional, term.table.shape[0], middle)
+    table, middle = term.table, term.max_distance
+    buckets_R = _buckets(term.bidirectional, table.shape[0], middle, table.device)
     return buckets_R[middle - reach : middle + reach + 1]
 
 
-@functools.lru_cache(maxsize=16)
-def _buckets(bidirectional: bool, num_buckets: int, max_distance: int) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _buckets(
+    bidirectional: bool, num_buckets: int, max_distance: int, device: torch.device
+) -> Tensor:
     """Buckets of offsets ``-max_distance .. max_distance``, which nobody changes."""
     # One made in inference mode could never take part in a gradient.
     with torch.inference_mode(False):
-        return t5_buckets(
+        buckets_R = t5_buckets(
             torch.arange(-max_distance, max_distance + 1, device="cpu"),
             bidirectional=bidirectional,
             num_buckets=num_buckets,
             max_distance=max_distance,
         )
+        # The copy waits for the device: any stream may read it.
+        return buckets_R.to(device)
 
 
 def _slopes(terms: tuple[biases.Bias, ...]) -> Tensor | None:

@@ -13,6 +13,7 @@ from tests.ops.triton.rotations import TURNINGS, Turning
 from zeta import BackendUnsupported, attention, attention_with_lse, biases, masks
 from zeta.nn import MultiheadAttention, RotaryEmbedding
 from zeta.ops import rotation
+from zeta.ops.lowering import _buckets
 from zeta.positions import rotary_tables
 
 pytestmark = pytest.mark.gpu
@@ -170,3 +171,23 @@ def test_rotations_beyond_31_bits() -> None:
     table = rotary_tables(torch.arange(1024, device="cuda"), 128)
     turned = rotation.rotate_one(x, table)
     assert torch.equal(turned[-1:], rotation.rotate_one(x[-1:].clone(), table))
+
+
+def test_buckets_are_kept_but_for_what_a_graph_records() -> None:
+    """What a graph reads must last as long as it does."""
+    table = torch.randn(18, 4, device="cuda")  # Of a number that no other test uses.
+    query = torch.randn(1, 4, 64, 64, device="cuda", dtype=torch.bfloat16)
+
+    def run() -> Tensor:
+        return attention(query, query, query, bias=biases.Bucketed(table), backend="triton")
+
+    expected = run()
+    found = _buckets.cache_info()
+    assert torch.equal(run(), expected)
+    assert _buckets.cache_info().misses == found.misses
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    _buckets.cache_clear()
+    graph.replay()
+    assert torch.equal(out, expected)
