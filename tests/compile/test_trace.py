@@ -54,6 +54,7 @@ class _Layer(nn.Module):
         return out
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")  # torch 2.14
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_module_is_saved_and_loaded(grad: bool) -> None:
     layer = _Layer().eval()

@@ -410,6 +410,7 @@ def test_safetensors_files_hold_numbers_only(tensor: Tensor, kind: str, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor:UserWarning")  # torch 2.14
 def test_a_sparse_tensor_beside_attentions_is_kept(
     state: dict[str, Tensor], tmp_path: Path, capsys: Captured
 ) -> None:

@@ -19,6 +19,8 @@ def _packed(**arguments: object) -> tuple[Results, Plan, list[Tensor]]:
     return made, plan, [tensor.detach().requires_grad_() for tensor in tensors]
 
 
+# By torch 2.14, of what `opcheck` itself does.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("explicit", [False, True])
 def test_operators_are_declared_as_they_are(explicit: bool) -> None:
     table = torch.randn(12, 4, dtype=torch.float64, requires_grad=True)
