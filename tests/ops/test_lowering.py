@@ -5,7 +5,8 @@ import torch
 
 from zeta import attention, biases
 from zeta.ops.call import AttentionCall
-from zeta.ops.lowering import _buckets, lower
+from zeta.ops.lowering import lower
+from zeta.ops.offsets import _buckets
 
 
 def lowered(table: torch.Tensor, length: int, **options: object) -> torch.Tensor:

@@ -8,20 +8,14 @@ import operator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zeta import biases, masks
 from zeta.ops.call import AttentionCall
-from zeta.ops.transforms import is_watched
-from zeta.positions import t5_buckets
+from zeta.ops.offsets import is_learned, offset_vector
 
 MAX_REACH = 1 << 20
 """The longest offset vector worth making: beyond, a bias is no function of a bounded distance."""
-
-
-MAX_KEPT_REACH = 1 << 13
-"""The longest reach of a T5 bias whose buckets are kept: 128 kB."""
 
 
 class Lowered(NamedTuple):
@@ -65,121 +59,6 @@ class Lowered(NamedTuple):
         )  # fmt: skip
 
 
-class Plain(NamedTuple):
-    """`Lowered` for calls that are soon over: of each kind at most one, as it is.
-
-    Attributes:
-        causal, window, softcap, softcap_first, dropout_p: As in `Lowered`.
-        drop_below, seed: Of the dropout; see `zeta.ops.dropout`.
-        padding_B: Of `masks.Padding`.
-        keep: Of `masks.Dense`, bool.
-        offsets: As in `Lowered`; float32 and contiguous where they are not learned.
-        slopes_H: Of `biases.Alibi`.
-        dense: Of `biases.Dense`.
-    """
-
-    causal: bool = False
-    window: int = 0
-    softcap: float = 0.0
-    softcap_first: bool = False
-    dropout_p: float = 0.0
-    drop_below: int = 0
-    seed: int = 0
-    padding_B: Tensor | None = None
-    keep: Tensor | None = None
-    offsets: Tensor | None = None
-    slopes_H: Tensor | None = None
-    dense: Tensor | None = None
-
-    def lowered(self, scale: float) -> Lowered:
-        """The same for calls that may take longer."""
-        keep = None if self.keep is None else self.keep.view(torch.uint8)
-        return Lowered(
-            offsets=self.offsets, dense=self.dense, slopes_H=self.slopes_H,
-            padding_B=self.padding_B, keep=keep, scale=scale, causal=self.causal,
-            window=self.window, softcap=self.softcap, softcap_first=self.softcap_first,
-            dropout_p=self.dropout_p, seed=torch.tensor(self.seed) if self.dropout_p else None,
-        )  # fmt: skip
-
-
-_PLAIN = Plain()
-_CAUSAL = Plain(causal=True)
-
-
-def plainly_lowered(
-    mask: masks.Mask | None, bias: biases.Bias | None, longest: int
-) -> Plain | None:
-    """Takes mask and bias apart, looked at but not checked; None where `lower` has to.
-
-    Args:
-        mask, bias: Whatever was given as these.
-        longest: The longest distance between a query and a key.
-    """
-    if mask is None:
-        found = _PLAIN
-    elif type(mask) is masks.Causal:
-        found = _CAUSAL
-    else:
-        hidden = _plainly_hidden(mask)
-        if hidden is None:
-            return None
-        causal, window, padding, keep = hidden
-        found = Plain(causal=causal, window=window, padding_B=padding, keep=keep)
-    if bias is None:
-        return found
-    added = _plainly_added(bias, longest)
-    if added is None:
-        return None
-    softcap, softcap_first, offsets, slopes, dense = added
-    return found._replace(
-        softcap=softcap, softcap_first=softcap_first, offsets=offsets, slopes_H=slopes, dense=dense
-    )
-
-
-def _plainly_hidden(mask: masks.Mask) -> tuple[bool, int, Tensor | None, Tensor | None] | None:
-    """``causal``, ``window``, ``padding_B``, ``keep`` of `Plain`."""
-    causal, window, padding, keep = False, 0, None, None
-    for term in masks.conjuncts(mask):
-        if type(term) is masks.Causal:
-            causal = True
-        elif type(term) is masks.SlidingWindow and not window:
-            causal, window = True, term.size
-        elif type(term) is masks.Padding and padding is None:
-            padding = term.lengths
-        elif type(term) is masks.Dense and keep is None:
-            keep = term.tensor
-        else:
-            return None
-    return causal, window, padding, keep
-
-
-def _plainly_added(
-    bias: biases.Bias, longest: int
-) -> tuple[float, bool, Tensor | None, Tensor | None, Tensor | None] | None:
-    """``softcap``, ``softcap_first``, ``offsets``, ``slopes_H``, ``dense`` of `Plain`."""
-    softcap, softcap_first, offsets, slopes, dense = 0.0, False, None, None, None
-    terms = biases.summands(bias)
-    for place, term in enumerate(terms):
-        if type(term) is biases.Softcap and not softcap and place in (0, len(terms) - 1):
-            softcap, softcap_first = float(term.limit), place == 0
-        elif type(term) is biases.Dense and dense is None:
-            dense = term.tensor
-        elif type(term) is biases.Alibi and slopes is None and not _learned(term):
-            slopes = term.slopes
-        elif type(term) is biases.Bucketed and offsets is None and _has_kept_buckets(term):
-            offsets = _plain_offsets(term, max(1, term.reach(longest)))
-        else:
-            return None
-    return softcap, softcap_first, offsets, slopes, dense
-
-
-def _plain_offsets(term: biases.Bucketed, reach: int) -> Tensor:
-    if _learned(term):
-        return _at_offsets(term, reach)
-    # Less work than an embedding, but not so its gradient.
-    return term.table.detach().T.index_select(1, _kept_buckets(term, reach)).float()
-
-
 def refusals(call: AttentionCall) -> list[str]:
     """Why a mask or bias cannot be lowered."""
     if call.mask is None and call.bias is None:
@@ -205,7 +84,7 @@ def _refused_offsets(call: AttentionCall, terms: tuple[biases.Bias, ...]) -> lis
     reasons = []
     if any(term.reach(_longest(call)) > MAX_REACH for term in offsets if _in_vector(term)):
         reasons.append("it needs an offset bias that ends within a bounded distance")
-    if _has_positions(call) and any(_learned(term) for term in offsets):
+    if _has_positions(call) and any(is_learned(term) for term in offsets):
         reasons.append("it finds no gradient of an offset bias under explicit positions")
     return reasons
 
@@ -266,14 +145,10 @@ def _longest(call: AttentionCall) -> int:
     return 1 << 62 if _has_positions(call) else max(call.source, call.target)
 
 
-def _learned(term: biases.Bias) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in term.flatten()[1])
-
-
 def _in_vector(term: biases.Bias) -> bool:
     """Whether an offset bias is read from a vector: fixed ALiBi slopes are multiplied instead."""
     return isinstance(term, biases.OffsetBias) and not (
-        isinstance(term, biases.Alibi) and not _learned(term)
+        isinstance(term, biases.Alibi) and not is_learned(term)
     )
 
 
@@ -282,50 +157,7 @@ def _offset_vector(call: AttentionCall, terms: tuple[biases.Bias, ...]) -> Tenso
     if not vectors:
         return None
     reach = max(1, *(term.reach(_longest(call)) for term in vectors))
-    return functools.reduce(operator.add, (_at_offsets(t, reach).float() for t in vectors))
-
-
-def _at_offsets(term: biases.OffsetBias, reach: int) -> Tensor:
-    """``term.offset_vector(reach)``, without finding T5's buckets each time."""
-    if not isinstance(term, biases.Bucketed) or torch.compiler.is_compiling() or is_watched():
-        return term.offset_vector(reach)
-    if reach > term.max_distance or not _has_kept_buckets(term):
-        return term.offset_vector(reach)
-    return F.embedding(_kept_buckets(term, reach), term.table).T
-
-
-def _has_kept_buckets(term: biases.Bucketed) -> bool:
-    """Whether the buckets of a T5 bias are kept. While a CUDA graph is recorded they are found:
-    what it reads must last as long as the graph does.
-    """
-    if term.max_distance > MAX_KEPT_REACH:
-        return False
-    table = term.table
-    return table.is_cpu or (table.is_cuda and not torch.cuda.is_current_stream_capturing())
-
-
-def _kept_buckets(term: biases.Bucketed, reach: int) -> Tensor:
-    """Of offsets ``-reach .. reach``, no further than the bias's own reach."""
-    table, middle = term.table, term.max_distance
-    buckets_R = _buckets(term.bidirectional, table.shape[0], middle, table.device)
-    return buckets_R[middle - reach : middle + reach + 1]
-
-
-@functools.lru_cache(maxsize=64)
-def _buckets(
-    bidirectional: bool, num_buckets: int, max_distance: int, device: torch.device
-) -> Tensor:
-    """Buckets of offsets ``-max_distance .. max_distance``, which nobody changes."""
-    # One made in inference mode could never take part in a gradient.
-    with torch.inference_mode(False):
-        buckets_R = t5_buckets(
-            torch.arange(-max_distance, max_distance + 1, device="cpu"),
-            bidirectional=bidirectional,
-            num_buckets=num_buckets,
-            max_distance=max_distance,
-        )
-        # The copy waits for the device: any stream may read it.
-        return buckets_R.to(device)
+    return functools.reduce(operator.add, (offset_vector(t, reach).float() for t in vectors))
 
 
 def _slopes(terms: tuple[biases.Bias, ...]) -> Tensor | None:

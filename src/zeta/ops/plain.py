@@ -12,7 +12,7 @@ from zeta.biases import Bias
 from zeta.masks import Mask
 from zeta.ops.call import AttentionCall
 from zeta.ops.dropout import threshold
-from zeta.ops.lowering import Plain, plainly_lowered
+from zeta.ops.plain_lowering import Plain, plainly_lowered
 from zeta.ops.precision import Precision
 from zeta.ops.transforms import is_watched
 

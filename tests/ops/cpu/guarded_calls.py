@@ -25,7 +25,8 @@ from zeta.ops.backends.cpu import layout, library, passes
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.call import AttentionCall
 from zeta.ops.dropout import threshold
-from zeta.ops.lowering import Plain, lower
+from zeta.ops.lowering import lower
+from zeta.ops.plain_lowering import Plain
 
 Results = dict[str, Tensor]
 

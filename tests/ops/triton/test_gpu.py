@@ -13,7 +13,7 @@ from tests.ops.triton.rotations import TURNINGS, Turning
 from zeta import BackendUnsupported, attention, attention_with_lse, biases, masks
 from zeta.nn import MultiheadAttention, RotaryEmbedding
 from zeta.ops import rotation
-from zeta.ops.lowering import _buckets
+from zeta.ops.offsets import _buckets
 from zeta.positions import rotary_tables
 
 pytestmark = pytest.mark.gpu

@@ -19,7 +19,7 @@ from zeta.ops.backends.cpu import library, passes
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.backends.cpu.functions import Once, differentiated_once
 from zeta.ops.buffers import rows
-from zeta.ops.lowering import Plain
+from zeta.ops.plain_lowering import Plain
 from zeta.ops.precision import Precision, float32_precision
 
 NUM_NUMBERS = 7

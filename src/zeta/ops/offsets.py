@@ -1,0 +1,77 @@
+"""Offset biases as vectors, and T5's without finding its buckets each time.
+
+Shape suffix: R offsets.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zeta import biases
+from zeta.ops.transforms import is_watched
+from zeta.positions import t5_buckets
+
+MAX_KEPT_REACH = 1 << 13
+"""The longest reach of a T5 bias whose buckets are kept: 128 kB."""
+
+
+def is_learned(term: biases.Bias) -> bool:
+    """Whether a gradient is to be found of it."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in term.flatten()[1])
+
+
+def offset_vector(term: biases.OffsetBias, reach: int) -> Tensor:
+    """``term.offset_vector(reach)``, without finding T5's buckets each time."""
+    if type(term) is not biases.Bucketed or torch.compiler.is_compiling() or is_watched():
+        return term.offset_vector(reach)
+    if reach > term.max_distance or not _has_kept_buckets(term):
+        return term.offset_vector(reach)
+    return F.embedding(_kept_buckets(term, reach), term.table).T
+
+
+def plain_offset_vector(term: biases.Bucketed, reach: int) -> Tensor | None:
+    """The same of a T5 bias, float32 and contiguous where it is not learned; None where its buckets
+    are not kept.
+    """
+    if not _has_kept_buckets(term):
+        return None
+    if is_learned(term):
+        return offset_vector(term, reach)
+    # Less work than an embedding, but its gradient would be more.
+    return term.table.detach().T.index_select(1, _kept_buckets(term, reach)).float()
+
+
+def _has_kept_buckets(term: biases.Bucketed) -> bool:
+    """Whether the buckets of a T5 bias are kept. While a CUDA graph is recorded they are found:
+    what it reads must last as long as the graph does.
+    """
+    if term.max_distance > MAX_KEPT_REACH:
+        return False
+    table = term.table
+    return table.is_cpu or (table.is_cuda and not torch.cuda.is_current_stream_capturing())
+
+
+def _kept_buckets(term: biases.Bucketed, reach: int) -> Tensor:
+    """Of offsets ``-reach .. reach``, no further than the bias's own reach."""
+    table, middle = term.table, term.max_distance
+    buckets_R = _buckets(term.bidirectional, table.shape[0], middle, table.device)
+    return buckets_R[middle - reach : middle + reach + 1]
+
+
+@functools.lru_cache(maxsize=64)
+def _buckets(
+    bidirectional: bool, num_buckets: int, max_distance: int, device: torch.device
+) -> Tensor:
+    """Buckets of offsets ``-max_distance .. max_distance``, which nobody changes."""
+    # One made in inference mode could never take part in a gradient.
+    with torch.inference_mode(False):
+        buckets_R = t5_buckets(
+            torch.arange(-max_distance, max_distance + 1, device="cpu"),
+            bidirectional=bidirectional,
+            num_buckets=num_buckets,
+            max_distance=max_distance,
+        )
+        # The copy waits for the device: any stream may read it.
+        return buckets_R.to(device)
