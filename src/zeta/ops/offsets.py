@@ -26,24 +26,12 @@ def offset_vector(term: biases.OffsetBias, reach: int) -> Tensor:
     """``term.offset_vector(reach)``, without finding T5's buckets each time."""
     if type(term) is not biases.Bucketed or torch.compiler.is_compiling() or is_watched():
         return term.offset_vector(reach)
-    if reach > term.max_distance or not _has_kept_buckets(term):
+    if reach > term.max_distance or not has_kept_buckets(term):
         return term.offset_vector(reach)
-    return F.embedding(_kept_buckets(term, reach), term.table).T
+    return F.embedding(kept_buckets(term, reach), term.table).T
 
 
-def plain_offset_vector(term: biases.Bucketed, reach: int) -> Tensor | None:
-    """The same of a T5 bias, float32 and contiguous where it is not learned; None where its buckets
-    are not kept.
-    """
-    if not _has_kept_buckets(term):
-        return None
-    if is_learned(term):
-        return offset_vector(term, reach)
-    # Less work than an embedding, but its gradient would be more.
-    return term.table.detach().T.index_select(1, _kept_buckets(term, reach)).float()
-
-
-def _has_kept_buckets(term: biases.Bucketed) -> bool:
+def has_kept_buckets(term: biases.Bucketed) -> bool:
     """Whether the buckets of a T5 bias are kept. While a CUDA graph is recorded they are found:
     what it reads must last as long as the graph does.
     """
@@ -53,7 +41,7 @@ def _has_kept_buckets(term: biases.Bucketed) -> bool:
     return table.is_cpu or (table.is_cuda and not torch.cuda.is_current_stream_capturing())
 
 
-def _kept_buckets(term: biases.Bucketed, reach: int) -> Tensor:
+def kept_buckets(term: biases.Bucketed, reach: int) -> Tensor:
     """Of offsets ``-reach .. reach``, no further than the bias's own reach."""
     table, middle = term.table, term.max_distance
     buckets_R = _buckets(term.bidirectional, table.shape[0], middle, table.device)

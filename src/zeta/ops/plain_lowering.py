@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zeta import biases, masks
 from zeta.ops.lowering import Lowered
-from zeta.ops.offsets import is_learned, plain_offset_vector
+from zeta.ops.offsets import has_kept_buckets, is_learned, kept_buckets, offset_vector
 
 
 class Plain(NamedTuple):
@@ -21,7 +21,8 @@ class Plain(NamedTuple):
         drop_below, seed: Of the dropout; see `zeta.ops.dropout`.
         padding_B: Of `masks.Padding`.
         keep: Of `masks.Dense`, bool.
-        offsets: As in `Lowered`; float32 and contiguous where they are not learned.
+        offsets: As in `Lowered`, where they are learned.
+        table, buckets_R: Of `biases.Bucketed`, where it is not.
         slopes_H: Of `biases.Alibi`.
         dense: Of `biases.Dense`.
     """
@@ -36,14 +37,19 @@ class Plain(NamedTuple):
     padding_B: Tensor | None = None
     keep: Tensor | None = None
     offsets: Tensor | None = None
+    table: Tensor | None = None
+    buckets_R: Tensor | None = None
     slopes_H: Tensor | None = None
     dense: Tensor | None = None
 
     def lowered(self, scale: float) -> Lowered:
         """The same for calls that may take longer."""
         keep = None if self.keep is None else self.keep.view(torch.uint8)
+        offsets = self.offsets
+        if self.table is not None and self.buckets_R is not None:
+            offsets = self.table.detach()[self.buckets_R].T.float()
         return Lowered(
-            offsets=self.offsets, dense=self.dense, slopes_H=self.slopes_H,
+            offsets=offsets, dense=self.dense, slopes_H=self.slopes_H,
             padding_B=self.padding_B, keep=keep, scale=scale, causal=self.causal,
             window=self.window, softcap=self.softcap, softcap_first=self.softcap_first,
             dropout_p=self.dropout_p, seed=torch.tensor(self.seed) if self.dropout_p else None,
@@ -78,10 +84,11 @@ def plainly_lowered(
     added = _plainly_added(bias, longest)
     if added is None:
         return None
-    softcap, softcap_first, offsets, slopes, dense = added
+    softcap, softcap_first, offsets, (table, buckets), slopes, dense = added
     return found._replace(
-        softcap=softcap, softcap_first=softcap_first, offsets=offsets, slopes_H=slopes, dense=dense
-    )
+        softcap=softcap, softcap_first=softcap_first, offsets=offsets, table=table,
+        buckets_R=buckets, slopes_H=slopes, dense=dense,
+    )  # fmt: skip
 
 
 def _plainly_hidden(mask: masks.Mask) -> tuple[bool, int, Tensor | None, Tensor | None] | None:
@@ -101,11 +108,20 @@ def _plainly_hidden(mask: masks.Mask) -> tuple[bool, int, Tensor | None, Tensor 
     return causal, window, padding, keep
 
 
-def _plainly_added(
-    bias: biases.Bias, longest: int
-) -> tuple[float, bool, Tensor | None, Tensor | None, Tensor | None] | None:
-    """``softcap``, ``softcap_first``, ``offsets``, ``slopes_H``, ``dense`` of `Plain`."""
+_Added = tuple[
+    float,
+    bool,
+    Tensor | None,
+    tuple[Tensor, Tensor] | tuple[None, None],
+    Tensor | None,
+    Tensor | None,
+]
+
+
+def _plainly_added(bias: biases.Bias, longest: int) -> _Added | None:
+    """Softcap, and whether it is first, offsets, table and buckets, slopes, dense of `Plain`."""
     softcap, softcap_first, offsets, slopes, dense = 0.0, False, None, None, None
+    looked_up: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
     terms = biases.summands(bias)
     for place, term in enumerate(terms):
         if type(term) is biases.Softcap and not softcap and place in (0, len(terms) - 1):
@@ -114,10 +130,14 @@ def _plainly_added(
             dense = term.tensor
         elif type(term) is biases.Alibi and slopes is None and not is_learned(term):
             slopes = term.slopes
-        elif type(term) is biases.Bucketed and offsets is None:
-            offsets = plain_offset_vector(term, max(1, term.reach(longest)))
-            if offsets is None:
+        elif type(term) is biases.Bucketed and offsets is looked_up[0] is None:
+            if not has_kept_buckets(term):
                 return None
+            reach = max(1, term.reach(longest))
+            if is_learned(term):
+                offsets = offset_vector(term, reach)
+            else:
+                looked_up = term.table, kept_buckets(term, reach)
         else:
             return None
-    return softcap, softcap_first, offsets, slopes, dense
+    return softcap, softcap_first, offsets, looked_up, slopes, dense

@@ -92,7 +92,7 @@ def _all_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[bool | None]
                     lambda at_end, case=case, reduce=reduce: _weights(case, dtype, reduce, at_end),
                 )
     for sizes in DIRECT:
-        for kind in ("", " causal", " everything"):
+        for kind in ("", " causal", " table", " everything"):
             yield (
                 f"direct {sizes}{kind}",
                 lambda at_end, sizes=sizes, kind=kind: _direct(sizes, kind, dtype, at_end),
@@ -161,6 +161,9 @@ def _direct(sizes: tuple[int, ...], kind: str, dtype: torch.dtype, at_end: bool 
         )
     )  # fmt: skip
     plain, of_bias = Plain(causal=kind == " causal"), (None, None)
+    if kind == " table":
+        buckets = torch.randint(0, 5, (23,), generator=generator)
+        plain = Plain(table=put(torch.randn(5, heads, generator=generator)), buckets_R=put(buckets))
     if kind == " everything":
         plain = Plain(
             causal=True, window=50, softcap=3.0, dropout_p=0.2, drop_below=threshold(0.2), seed=7,

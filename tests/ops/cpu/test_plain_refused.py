@@ -6,6 +6,7 @@ dimension.
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from zeta.masks import Causal, Documents, Padding, PrefixLM, SlidingWindow, keep
 from zeta.ops import plain
 from zeta.ops.backends.cpu import library
 from zeta.ops.call import AttentionCall
+from zeta.ops.plain_lowering import Plain
 from zeta.ops.precision import Precision
 
 pytestmark = pytest.mark.skipif(library.obstacle() is not None, reason=str(library.obstacle()))
@@ -96,6 +98,8 @@ REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
     "a table of other heads": lambda q, k, v: (q, k, v, None, Bucketed(torch.zeros(32, 3))),
     "a table without a length": lambda q, k, v: (q, k[0], v, None, Bucketed(torch.zeros(32, 4))),
     "tables": lambda q, k, v: (q, k, v, None, table_of(4) + table_of(4)),
+    "a table of halves": lambda q, k, v: (q, k, v, None, Bucketed(torch.zeros(32, 4).half())),
+    "a table negated on paper": lambda q, k, v: (q, k, v, None, Bucketed(_negated(32, 4))),
     "slopes of other heads": lambda q, k, v: (q, k, v, None, Alibi(torch.zeros(3))),
     "slopes of another dtype": lambda q, k, v: (q, k, v, None, Alibi(torch.zeros(4).half())),
     "slopes apart": lambda q, k, v: (q, k, v, None, Alibi(torch.zeros(8)[::2])),
@@ -145,112 +149,118 @@ def test_the_precision_is_passed_on(precision: Precision, monkeypatch: pytest.Mo
     assert plain.attend(*made, None, None, None, "low") is None  # type: ignore[arg-type]
 
 
-def test_the_builtin_refuses_what_it_cannot_read() -> None:
+def options(**scores: Any) -> tuple[object, ...]:
+    """What a builtin is given after its tensors."""
+    return 0.3, False, 0, 1, *Plain(**scores)
+
+
+def direct_calls() -> library.DirectCalls:
     direct = library.load().direct
     assert direct is not None
+    return direct
+
+
+def test_the_builtin_refuses_what_it_cannot_read() -> None:
+    direct = direct_calls()
     query, key, value = operands("a step")
     out = torch.zeros_like(query)
-    numbers, nothing = (0, 0, 0.0, 0, 0.0, 0, 0), (None, None, None, None, None)
-    scores = (*numbers, *nothing)
-    options = (0.3, 0, 0, 1, *scores)
-    lse = direct.attend_with_lse(query, key, value, out, *options)
-    gradients = [torch.zeros_like(tensor) for tensor in (query, key, value)]
-    backwards = (query, key, value, out, lse, out)
-    of_bias = (None, None)
-    assert direct.differentiate(*backwards, *gradients, *of_bias, *options) == library.DONE
-    for spoilt in (
-        (*backwards, *gradients, *of_bias),
-        (*backwards, *gradients, *options),
-        (*backwards, *gradients[::-1], *of_bias, *options),
-        (*backwards[:5], key, *gradients, *of_bias, *options),
-        # No bias is given that could have a gradient.
-        (*backwards, *gradients, torch.zeros(4, 3), None, *options),
-        (*backwards, *gradients, None, torch.zeros(1, 1, 1, 1), *options),
-    ):
-        assert direct.differentiate(*spoilt) == library.NOT_PLAIN
-    offsets, dense = torch.zeros(4, 3), torch.zeros(1, 4, 1, 37)
-    biased = (*options[:-3], offsets, None, dense)
-    assert (
-        direct.differentiate(*backwards, *gradients, offsets + 0, dense + 0, *biased)
-        == library.DONE
-    )
-    for wrong_offsets, wrong_dense in (
-        (torch.zeros(4, 5), None), (torch.zeros(3, 4).T, None), (offsets.half(), None), (3, None),
-        (None, torch.zeros(1, 4, 1, 1)), (None, dense.half()), (None, dense[0]), (None, "dense"),
-        (None, torch.zeros(1, 37, 1, 4).transpose(1, 3)),
-    ):  # fmt: skip
-        spoilt = (*backwards, *gradients, wrong_offsets, wrong_dense, *biased)
-        assert direct.differentiate(*spoilt) == library.NOT_PLAIN
-    for wrong_lse in (None, lse[..., :0], lse.double(), lse.bfloat16()):
-        spoilt = (query, key, value, out, wrong_lse, out, *gradients, *of_bias, *options)
-        assert direct.differentiate(*spoilt) == library.NOT_PLAIN
-    assert direct.attend(query, key, value, out, *options) == library.DONE
+    assert direct.attend(query, key, value, out, *options()) == library.DONE
     torch.testing.assert_close(out, zeta.attention(query, key, value, scale=0.3))
+    _, is_high, isa, threads, *scores = options()
     wrong: list[tuple[object, ...]] = [
         (),
         (query, key, value, out),
-        (query, key, value, out, *options, 1),
-        (query, key, value, out, 1, 0, 0, 1, *scores),
-        (query, key, value, out, 0.3, None, 0, 1, *scores),
-        (query, key, value, out, 0.3, 0, 2**70, 1, *scores),
-        *(
-            (
-                query,
-                key,
-                value,
-                out,
-                0.3,
-                0,
-                0,
-                1,
-                *numbers[:place],
-                number,
-                *numbers[place + 1 :],
-                *nothing,
-            )
-            for place, number in (
-                (1, -1),
-                (1, 2**31),
-                (2, -1.0),
-                (2, 1),
-                (4, 1.0),
-                (4, -0.5),
-                (4, 0),
-                (5, 2**31),
-                (6, 2**63),
-                (6, None),
-            )
-        ),
-        *(
-            (
-                query,
-                key,
-                value,
-                out,
-                0.3,
-                0,
-                0,
-                1,
-                *numbers,
-                *nothing[:place],
-                wrong_tensor,
-                *nothing[place + 1 :],
-            )
-            for place in range(len(nothing))
-            for wrong_tensor in (3, torch.zeros(()), torch.zeros(1, 1, 1, 3), torch.zeros(4, 4))
-        ),
-        (query, key, value, None, *options),
-        (query, key, value, out[..., :3], *options),
-        (query, key, value, out.double(), *options),
-        (query, key, value, out.mT.contiguous().mT.expand(2, 4, 1, 64)[..., ::2], *options),
+        (query, key, value, out, *options(), 1),
+        (query, key, value, out, 1, is_high, isa, threads, *scores),
+        (query, key, value, out, 0.3, None, isa, threads, *scores),
+        (query, key, value, out, 0.3, is_high, isa, 2**70, *scores),
+        (query, key, value, None, *options()),
+        (query, key, value, out[..., :3], *options()),
+        (query, key, value, out.double(), *options()),
+        (query, key, value, out.mT.contiguous().mT.expand(2, 4, 1, 64)[..., ::2], *options()),
     ]
     for arguments in wrong:
         assert direct.attend(*arguments) == library.NOT_PLAIN, arguments
         assert direct.attend_with_lse(*arguments) == library.NOT_PLAIN, arguments
-    with pytest.raises(RuntimeError, match="neither the processor nor the build"):
-        library.check(direct.attend(query, key, value, out, 0.3, 0, 9, 1, *scores))
-    with pytest.raises(RuntimeError, match="neither the processor nor the build"):
-        library.check(direct.attend_with_lse(query, key, value, out, 0.3, 0, 9, 1, *scores))
+    for attend in (direct.attend, direct.attend_with_lse):
+        with pytest.raises(RuntimeError, match="neither the processor nor the build"):
+            library.check(attend(query, key, value, out, 0.3, is_high, 9, threads, *scores))
+
+
+TABLE, BUCKETS = torch.randn(3, 4), torch.tensor([0, 1, 2, 1, 0])
+WRONG_SCORES: list[dict[str, object]] = [
+    {"window": -1},
+    {"window": 2**31},
+    {"softcap": -1.0},
+    {"softcap": 1},
+    {"dropout_p": 1.0},
+    {"dropout_p": -0.5},
+    {"dropout_p": 0},
+    {"drop_below": 2**31},
+    {"seed": 2**63},
+    {"seed": None},
+    *(
+        {name: tensor}
+        for name in ("padding_B", "keep", "offsets", "slopes_H", "dense")
+        for tensor in (3, torch.zeros(()), torch.zeros(1, 1, 1, 3), torch.zeros(4, 4))
+    ),
+    {"table": TABLE},
+    {"table": TABLE, "buckets_R": 3},
+    {"table": TABLE, "buckets_R": BUCKETS.int()},
+    {"table": TABLE, "buckets_R": BUCKETS[:4]},
+    {"table": TABLE, "buckets_R": BUCKETS[:, None]},
+    {"table": TABLE, "buckets_R": torch.arange(10)[::2]},
+    {"table": TABLE, "buckets_R": BUCKETS + 1},
+    {"table": TABLE, "buckets_R": BUCKETS - 1},
+    {"table": TABLE.half(), "buckets_R": BUCKETS},
+    {"table": TABLE[:, :3], "buckets_R": BUCKETS},
+    {"table": TABLE[0], "buckets_R": BUCKETS},
+    {"table": TABLE, "buckets_R": BUCKETS, "offsets": torch.zeros(4, 5)},
+]
+
+
+@pytest.mark.parametrize("scores", WRONG_SCORES, ids=" ".join)
+def test_the_builtin_refuses_masks_and_biases_that_it_cannot_read(scores: dict[str, Any]) -> None:
+    query, key, value = operands("a step")
+    arguments = (query, key, value, torch.zeros_like(query), *options(**scores))
+    assert direct_calls().attend(*arguments) == library.NOT_PLAIN
+    assert direct_calls().attend_with_lse(*arguments) == library.NOT_PLAIN
+
+
+def test_the_builtin_refuses_gradients_that_it_cannot_write() -> None:
+    differentiate = direct_calls().differentiate
+    query, key, value = operands("a step")
+    out = torch.zeros_like(query)
+    lse = direct_calls().attend_with_lse(query, key, value, out, *options())
+    made = [torch.zeros_like(tensor) for tensor in (query, key, value)]
+    given, of_bias = (query, key, value, out, lse, out), (None, None)
+    assert differentiate(*given, *made, *of_bias, *options()) == library.DONE
+    wrong: list[tuple[object, ...]] = [
+        (*given, *made, *of_bias),
+        (*given, *made, *options()),
+        (*given, *made[::-1], *of_bias, *options()),
+        (*given[:5], key, *made, *of_bias, *options()),
+        # No bias is given that could have a gradient.
+        (*given, *made, torch.zeros(4, 3), None, *options()),
+        (*given, *made, None, torch.zeros(1, 1, 1, 1), *options()),
+        *(
+            (*given[:4], wrong_lse, out, *made, *of_bias, *options())
+            for wrong_lse in (None, lse[..., :0], lse.double(), lse.bfloat16())
+        ),
+    ]
+    offsets, dense = torch.zeros(4, 3), torch.zeros(1, 4, 1, 37)
+    biased = options(offsets=offsets, dense=dense)
+    assert differentiate(*given, *made, offsets + 0, dense + 0, *biased) == library.DONE
+    wrong += [
+        (*given, *made, *gradients, *biased)
+        for gradients in (
+            (torch.zeros(4, 5), None), (torch.zeros(3, 4).T, None), (offsets.half(), None),
+            (3, None), (None, torch.zeros(1, 4, 1, 1)), (None, dense.half()), (None, dense[0]),
+            (None, "dense"), (None, torch.zeros(1, 37, 1, 4).transpose(1, 3)),
+        )
+    ]  # fmt: skip
+    for arguments in wrong:
+        assert differentiate(*arguments) == library.NOT_PLAIN
 
 
 def test_it_does_not_keep_what_it_was_given() -> None:

@@ -42,8 +42,8 @@ def attend(
         query: ``(B, H, T, D)``, if all is well; a plain tensor on the CPU, which nothing watches.
         key, value: ``(B, G, S, D)``.
         scale: Of the scores; ``1 / sqrt(D)`` by default.
-        plain: Lengths int64, slopes float32, both contiguous, tensors for pairs broadcastable to
-            ``(B, H, T, S)``, if all is well.
+        plain: Lengths int64, slopes float32, both contiguous, a table not float16, tensors for
+            pairs broadcastable to ``(B, H, T, S)``, if all is well.
         precision: As in `zeta.attention`.
     """
     if not type(key) is type(value) is Tensor:
@@ -51,9 +51,10 @@ def attend(
     # What is negated is so on paper only, and C would not see it.
     if query.is_neg() or key.is_neg() or value.is_neg():
         return None
-    slopes, dense = plain.slopes_H, plain.dense
-    if (slopes is not None and slopes.is_neg()) or (dense is not None and dense.is_neg()):
-        return None
+    for tensor in (plain.table, plain.slopes_H, plain.dense):
+        if tensor is not None and tensor.is_neg():
+            return None
+    dense = plain.dense
     if precision not in _PRECISIONS or library.obstacle() is not None:
         return None
     native = library.load()
@@ -62,9 +63,8 @@ def attend(
         return None
     out = torch.empty_like(query)
     is_high = native.has_tiles and float32_precision(precision) == "high"
-    learned = None
-    if plain.offsets is not None and plain.offsets.requires_grad:
-        learned = plain.offsets
+    learned = plain.offsets
+    if learned is not None:
         plain = plain._replace(offsets=learned.detach().float().contiguous())
     options = scale, is_high, native.instruction_set, torch.get_num_threads(), *plain
     if torch.is_grad_enabled() and (
@@ -149,4 +149,4 @@ def _gradients(
     lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]) if scale is None else scale)
     inputs = query, key, value, out, lse
     fixed = Fixed(*lowered.fixed(), is_high)
-    return passes.backward(grad_out, None, inputs, plain.offsets, plain.dense, fixed, needed)
+    return passes.backward(grad_out, None, inputs, lowered.offsets, plain.dense, fixed, needed)

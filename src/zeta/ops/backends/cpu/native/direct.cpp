@@ -6,16 +6,9 @@
 //
 // Compiled for any x86-64 processor, as library.cpp is.
 
-#include "tensors.h"
+#include "direct_scores.h"
 
 namespace {
-
-// Of tensors of as many dimensions.
-bool have_same_sizes(const Operand &one, const Operand &other) {
-    for (int dimension = 0; dimension < one.ndim; ++dimension)
-        if (one.shape[dimension] != other.shape[dimension]) return false;
-    return true;
-}
 
 PyObject *answer(int64_t number) { return PyLong_FromLong(static_cast<long>(number)); }
 
@@ -28,100 +21,9 @@ int64_t run_beside_python(const Pass &pass) {
     return found;
 }
 
-// Whether every number that Python gave was one.
-bool were_numbers() {
-    if (!PyErr_Occurred()) return true;
-    PyErr_Clear();
-    return false;
-}
-
-bool is_none(PyObject *object) { return object == &_Py_NoneStruct; }
-
-// How many of each sequence's keys there are: (B,), or None.
-bool read_padding(ZetaCall &call, PyObject *object) {
-    if (is_none(object)) return true;
-    Operand lengths;
-    if (!lengths.read_any(object) || !lengths.is_int64() || lengths.ndim != 1 ||
-        lengths.shape[0] != call.batch || !lengths.is_contiguous())
-        return false;
-    call.padding_B = reinterpret_cast<const int64_t *>(lengths.address());
-    return true;
-}
-
-// What was read, if it is broadcastable to (B, H, T, S).
-bool read_plane(ZetaPlane &plane, const ZetaCall &call, const Operand &read, int64_t dtype) {
-    if (read.ndim != 4) return false;
-    const int64_t sizes[] = {call.batch, call.heads, call.target, call.source};
-    int64_t strides[4];
-    for (int dimension = 0; dimension < 4; ++dimension) {
-        const bool is_one = read.shape[dimension] == 1;
-        if (!is_one && read.shape[dimension] != sizes[dimension]) return false;
-        strides[dimension] = is_one ? 0 : read.strides[dimension];
-    }
-    plane = {read.address(), dtype, strides[0], strides[1], strides[2], strides[3]};
-    return true;
-}
-
-// True where a query sees a key, or None.
-bool read_keep(ZetaCall &call, PyObject *object) {
-    if (is_none(object)) return true;
-    Operand keep;
-    return keep.read_any(object) && keep.is_bool() && read_plane(call.keep, call, keep, 0);
-}
-
-bool read_dense(ZetaCall &call, PyObject *object) {
-    if (is_none(object)) return true;
-    Operand dense;
-    return dense.read(object) && read_plane(call.dense, call, dense, dense.dtype());
-}
-
-// For each head a number for each offset, of which there are as many on both sides of 0, or None.
-bool read_offsets(ZetaCall &call, PyObject *object) {
-    if (is_none(object)) return true;
-    Operand offsets;
-    if (!offsets.read(object) || offsets.dtype() != ZETA_FLOAT32 || offsets.ndim != 2 ||
-        offsets.shape[0] != call.heads || offsets.shape[1] % 2 == 0 || !offsets.is_contiguous())
-        return false;
-    call.offsets_HR = reinterpret_cast<const float *>(offsets.address());
-    call.reach = offsets.shape[1] / 2;
-    return true;
-}
-
-bool read_slopes(ZetaCall &call, PyObject *object) {
-    if (is_none(object)) return true;
-    Operand slopes;
-    if (!slopes.read(object) || slopes.dtype() != ZETA_FLOAT32 || slopes.ndim != 1 ||
-        slopes.shape[0] != call.heads || !slopes.is_contiguous())
-        return false;
-    call.slopes_H = reinterpret_cast<const float *>(slopes.address());
-    return true;
-}
-
-// A window that hides nothing is none of these.
-constexpr int64_t LARGEST_WINDOW = INT32_MAX;
-
-constexpr int NUM_SCORE_OPTIONS = 12;
-
-// Everything between the products and the softmax, in the order of Python's `Plain`.
-bool read_scores(ZetaCall &call, PyObject *const *options) {
-    if (!is_a(options[2], &PyFloat_Type) || !is_a(options[4], &PyFloat_Type)) return false;
-    call.causal = PyLong_AsLong(options[0]);
-    call.window = PyLong_AsLong(options[1]);
-    call.softcap = PyFloat_AsDouble(options[2]);
-    call.softcap_first = PyLong_AsLong(options[3]);
-    call.dropout_p = PyFloat_AsDouble(options[4]);
-    call.dropout_threshold = PyLong_AsLong(options[5]);
-    call.seed = PyLong_AsLong(options[6]);
-    return were_numbers() && call.window >= 0 && call.window <= LARGEST_WINDOW &&
-           call.softcap >= 0 && call.dropout_p >= 0 && call.dropout_p < 1 &&
-           call.dropout_threshold >= INT32_MIN && call.dropout_threshold <= INT32_MAX &&
-           read_padding(call, options[7]) && read_keep(call, options[8]) &&
-           read_offsets(call, options[9]) && read_slopes(call, options[10]) &&
-           read_dense(call, options[11]);
-}
-
 struct AttentionOperands {
     Operand query, key, value, out;
+    Numbers looked_up;
 };
 
 constexpr int NUM_OPTIONS = 4 + NUM_SCORE_OPTIONS;
@@ -131,7 +33,7 @@ constexpr int NUM_OPTIONS = 4 + NUM_SCORE_OPTIONS;
 // of the scores.
 bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *objects,
                PyObject *const *options) {
-    auto &[query, key, value, out] = operands;
+    auto &[query, key, value, out, looked_up] = operands;
     if (!query.read(objects[0]) || !key.read(objects[1]) || !value.read(objects[2]) ||
         !out.read(objects[3]))
         return false;
@@ -161,7 +63,7 @@ bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *obj
     call.key = key.rows();
     call.value = value.rows();
     call.out = out.rows();
-    return read_scores(call, options + 4);
+    return read_scores(call, options + 4, looked_up);
 }
 
 // A number for each query: float32 (B, H, T).
@@ -215,28 +117,6 @@ bool read_rows_like(ZetaRows &to, PyObject *object, const Operand &like) {
         return false;
     to = rows.rows();
     return true;
-}
-
-// What the gradient of the offsets is written to, or None.
-bool read_grad_offsets(ZetaCall &call, PyObject *object) {
-    if (is_none(object)) return true;
-    Operand gradient;
-    if (!call.offsets_HR || !gradient.read(object) || gradient.dtype() != ZETA_FLOAT32 ||
-        gradient.ndim != 2 || gradient.shape[0] != call.heads ||
-        gradient.shape[1] != 2 * call.reach + 1 || !gradient.is_contiguous())
-        return false;
-    call.grad_offsets_HR = reinterpret_cast<float *>(gradient.address());
-    return true;
-}
-
-// The same of a dense bias, in its shape.
-bool read_grad_dense(ZetaCall &call, PyObject *object, PyObject *bias) {
-    if (is_none(object)) return true;
-    Operand gradient, dense;
-    return call.dense.data && dense.read(bias) && gradient.read(object) &&
-           gradient.dtype() == ZETA_FLOAT32 && gradient.ndim == 4 &&
-           have_same_sizes(gradient, dense) && gradient.is_contiguous() &&
-           read_plane(call.grad_dense, call, gradient, ZETA_FLOAT32);
 }
 
 // differentiate(query, key, value, out, log-sum-exp, gradient of out, and, to be written, those of query,
