@@ -162,7 +162,9 @@ class AttentionCall:
         rows: slice | None = None,
         columns: slice | None = None,
     ) -> Tile:
-        """The coordinates of a block of the scores; the whole by default."""
+        """The coordinates of a block of the scores, of steps of 1 inside them; the whole by
+        default.
+        """
         # Not as defaults of the arguments: torch 2.11 cannot trace a slice among those.
         batches, heads = batches or ALL, heads or ALL
         rows, columns = rows or ALL, columns or ALL
@@ -235,9 +237,8 @@ def _narrowed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
 
 
 def _ends(part: slice, length: int) -> tuple[int, int]:
-    # `slice.indices` would bind a compiled function to this length.
-    whole = part.start is None and part.stop is None
-    return (0, length) if whole else part.indices(length)[:2]
+    # `slice.indices` would bind a compiled function to this length, and torch 2.11 cannot trace it.
+    return part.start or 0, length if part.stop is None else part.stop
 
 
 def _name(value: Mask | Bias) -> str:

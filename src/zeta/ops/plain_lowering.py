@@ -56,8 +56,9 @@ class Plain(NamedTuple):
         )  # fmt: skip
 
 
-_PLAIN = Plain()
-_CAUSAL = Plain(causal=True)
+NOTHING = Plain()
+LATER_KEYS = Plain(causal=True)
+"""What most calls have between products and softmax."""
 
 
 def plainly_lowered(
@@ -70,9 +71,9 @@ def plainly_lowered(
         longest: The longest distance between a query and a key.
     """
     if mask is None:
-        found = _PLAIN
+        found = NOTHING
     elif type(mask) is masks.Causal:
-        found = _CAUSAL
+        found = LATER_KEYS
     else:
         hidden = _plainly_hidden(mask)
         if hidden is None:

@@ -9,6 +9,13 @@ from torch.autograd import forward_ad
 NO_FORWARD_MODE = "it has no forward-mode derivative (torch.func.jvp)"
 
 
+def is_exporting() -> bool:
+    """Inside ``torch.export``. In torch 2.11 ``torch.compiler.is_exporting`` says so inside
+    ``torch.compile`` too.
+    """
+    return torch.compiler._is_exporting_flag
+
+
 def is_transforming() -> bool:
     """Inside any transform of ``torch.func``, forward-mode differentiation, ``torch.jit.trace``."""
     return (

@@ -58,7 +58,8 @@ def mask(
         ValueError: The model computes its attention itself, or ``attention_mask`` is not
             ``(B, positions)``.
     """
-    from transformers import masking_utils as masking
+    # Not the module from its package, which loads lazily: torch 2.11 cannot trace that.
+    from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     check_calls_by_name(kwargs.get("config"))
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -66,9 +67,9 @@ def mask(
             "attention_mask must be (batch, length), or your own (batch, 1 or heads, target, "
             f"source); got {tuple(attention_mask.shape)}"
         )
-    function = masking.causal_mask_function if mask_function is None else mask_function
+    function = causal_mask_function if mask_function is None else mask_function
     dense = functools.partial(
-        masking.sdpa_mask,
+        sdpa_mask,
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,

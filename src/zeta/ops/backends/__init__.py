@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zeta.ops.call import AttentionCall
+from zeta.ops.transforms import is_exporting
 
 ORDER = ("sdpa", "triton", "chunked", "reference", "cpu")
 ORDER_ON_CPU = ("cpu", "sdpa", "chunked", "reference", "triton")
@@ -72,7 +73,7 @@ def order(call: AttentionCall) -> tuple[str, ...]:
     A program that ``torch.export`` makes is to run where Zeta is not installed, and in other
     runtimes: first come those that are made of torch's own operators.
     """
-    if torch.compiler.is_compiling() and torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and is_exporting():
         return ORDER_OF_PROGRAMS
     if call.query.is_cpu:
         return ORDER_ON_CPU

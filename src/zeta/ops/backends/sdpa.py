@@ -15,7 +15,12 @@ from zeta.biases import Dense, OffsetBias, summands
 from zeta.masks import Causal, Mask, conjuncts
 from zeta.masks import Dense as DenseMask
 from zeta.ops.call import AttentionCall
-from zeta.ops.transforms import NO_FORWARD_MODE, is_forward_mode, needs_gradient
+from zeta.ops.transforms import (
+    NO_FORWARD_MODE,
+    is_exporting,
+    is_forward_mode,
+    needs_gradient,
+)
 from zeta.values import broadcast_shape
 
 NAME = "sdpa"
@@ -102,7 +107,7 @@ def _unsupported_bias(call: AttentionCall) -> list[str]:
 
 
 def _unsupported_mask_tensor(call: AttentionCall) -> list[str]:
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return [
             "the runtimes of exported programs do not agree on a row whose keys are all hidden by "
             "a mask tensor"

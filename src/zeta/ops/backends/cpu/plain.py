@@ -19,7 +19,7 @@ from zeta.ops.backends.cpu import library, passes
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.backends.cpu.functions import Once, differentiated_once
 from zeta.ops.buffers import rows
-from zeta.ops.plain_lowering import Plain
+from zeta.ops.plain_lowering import LATER_KEYS, NOTHING, Plain
 from zeta.ops.precision import Precision, float32_precision
 
 NUM_NUMBERS = 7
@@ -51,10 +51,6 @@ def attend(
     # What is negated is so on paper only, and C would not see it.
     if query.is_neg() or key.is_neg() or value.is_neg():
         return None
-    for tensor in (plain.table, plain.slopes_H, plain.dense):
-        if tensor is not None and tensor.is_neg():
-            return None
-    dense = plain.dense
     if precision not in _PRECISIONS or library.obstacle() is not None:
         return None
     native = library.load()
@@ -63,10 +59,16 @@ def attend(
         return None
     out = torch.empty_like(query)
     is_high = native.has_tiles and float32_precision(precision) == "high"
-    learned = plain.offsets
-    if learned is not None:
-        plain = plain._replace(offsets=learned.detach().float().contiguous())
-    options = scale, is_high, native.instruction_set, torch.get_num_threads(), *plain
+    learned, dense = plain.offsets, plain.dense
+    options: tuple[Any, ...] = scale, is_high, native.instruction_set, torch.get_num_threads()
+    if plain is NOTHING or plain is LATER_KEYS:
+        options += (plain.causal,)
+    else:
+        if any(tensor is not None and tensor.is_neg() for tensor in (plain.table, *plain[-2:])):
+            return None
+        if learned is not None:
+            plain = plain._replace(offsets=learned.detach().float().contiguous())
+        options += plain
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or learned is not None
         or (dense is not None and dense.requires_grad)

@@ -94,7 +94,7 @@ def weights(call: AttentionCall) -> Tensor:
 
 def unsupported_device(device: torch.device) -> list[str]:
     """Why no kernel runs on a device; empty if they do."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return ["Triton is not installed"]
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
@@ -106,3 +106,11 @@ def unsupported_device(device: torch.device) -> list[str]:
     if capability < MIN_CAPABILITY:
         return [f"it needs compute capability 8.0 or more; {device} has {capability}"]
     return []
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+# Torch 2.11 cannot trace it. What `assume_constant_result` does, which imports the compiler.
+_is_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark

@@ -26,13 +26,15 @@ struct AttentionOperands {
     Numbers looked_up;
 };
 
-constexpr int NUM_OPTIONS = 4 + NUM_SCORE_OPTIONS;
+constexpr int NUM_CALL_OPTIONS = 4;
 
 // Reads the operands, and makes the call of them; false where they are not plainly right. `options`:
 // the scale or None; as numbers the precision, the instruction set and the number of threads; and those
-// of the scores.
+// of the scores, or only whether keys after a query are hidden.
 bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *objects,
-               PyObject *const *options) {
+               PyObject *const *options, intptr_t num_options) {
+    if (num_options != NUM_CALL_OPTIONS + 1 && num_options != NUM_CALL_OPTIONS + NUM_SCORE_OPTIONS)
+        return false;
     auto &[query, key, value, out, looked_up] = operands;
     if (!query.read(objects[0]) || !key.read(objects[1]) || !value.read(objects[2]) ||
         !out.read(objects[3]))
@@ -63,7 +65,10 @@ bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *obj
     call.key = key.rows();
     call.value = value.rows();
     call.out = out.rows();
-    return read_scores(call, options + 4, looked_up);
+    if (num_options > NUM_CALL_OPTIONS + 1)
+        return read_scores(call, options + NUM_CALL_OPTIONS, looked_up);
+    call.causal = PyLong_AsLong(options[NUM_CALL_OPTIONS]);
+    return were_numbers();
 }
 
 // A number for each query: float32 (B, H, T).
@@ -90,7 +95,7 @@ int64_t run_attention(const ZetaCall &call) {
 PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
     AttentionOperands operands;
     ZetaCall call{};
-    if (count != 4 + NUM_OPTIONS || !read_call(call, operands, arguments, arguments + 4))
+    if (count < 4 || !read_call(call, operands, arguments, arguments + 4, count - 4))
         return answer(ZETA_NOT_PLAIN);
     return answer(run_attention(call));
 }
@@ -99,7 +104,7 @@ PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
 PyObject *attend_with_lse(PyObject *, PyObject *const *arguments, intptr_t count) {
     AttentionOperands operands;
     ZetaCall call{};
-    if (count != 4 + NUM_OPTIONS || !read_call(call, operands, arguments, arguments + 4))
+    if (count < 4 || !read_call(call, operands, arguments, arguments + 4, count - 4))
         return answer(ZETA_NOT_PLAIN);
     Made made;
     Owned *lse = made.add(ZETA_FLOAT32, 3, operands.query.shape);
@@ -125,8 +130,8 @@ PyObject *differentiate(PyObject *, PyObject *const *arguments, intptr_t count) 
     AttentionOperands operands;
     ZetaCall call{};
     const int before = 11;
-    if (count != before + NUM_OPTIONS ||
-        !read_call(call, operands, arguments, arguments + before) ||
+    if (count < before ||
+        !read_call(call, operands, arguments, arguments + before, count - before) ||
         !read_lse(call, arguments[4]) ||
         !read_rows_like(call.grad_out, arguments[5], operands.out) ||
         !read_rows_like(call.grad_query, arguments[6], operands.query) ||
