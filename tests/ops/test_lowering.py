@@ -37,6 +37,21 @@ def test_the_vector_of_two_t5_biases_that_reach_differently_far() -> None:
     )
 
 
+class Doubled(biases.Bucketed):
+    """One that a user made."""
+
+    def at(self, offset: torch.Tensor) -> torch.Tensor:
+        return 2 * super().at(offset)
+
+
+def test_a_bias_made_of_t5s_is_asked_for_its_numbers() -> None:
+    query, table = torch.randn(1, 2, 30, 8), torch.randn(16, 2)
+    for backend in ("auto", "cpu", "chunked"):
+        found = attention(query, query, query, bias=Doubled(table), backend=backend)
+        expected = attention(query, query, query, bias=biases.Bucketed(2 * table))
+        torch.testing.assert_close(found, expected)
+
+
 def test_buckets_of_a_reach_without_end_are_not_kept() -> None:
     before = _buckets.cache_info().misses
     lowered(torch.randn(16, 2), 4, max_distance=2**40)
