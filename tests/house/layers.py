@@ -32,9 +32,10 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("deferred", "reading", "plain_lowering"),
         ("parts", "dropout", "lowering"),
         ("offsets",),
-        ("transforms", "buffers"),
+        ("buffers",),
         ("call",),
         ("precision",),
+        ("transforms",),
     ),
     "zeta.ops.backends": (
         ("",),

@@ -3,7 +3,7 @@
 Shape suffixes: B batch, H heads.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ class Plain(NamedTuple):
         )  # fmt: skip
 
 
+NUM_NUMBERS = Plain._fields.index("padding_B")
+"""Of its fields; then come tensors."""
+
 NOTHING = Plain()
 LATER_KEYS = Plain(causal=True)
 """What most calls have between products and softmax."""
@@ -70,75 +73,51 @@ def plainly_lowered(
         mask, bias: Whatever was given as these.
         longest: The longest distance between a query and a key.
     """
-    if mask is None:
-        found = NOTHING
-    elif type(mask) is masks.Causal:
-        found = LATER_KEYS
-    else:
-        hidden = _plainly_hidden(mask)
-        if hidden is None:
-            return None
-        causal, window, padding, keep = hidden
-        found = Plain(causal=causal, window=window, padding_B=padding, keep=keep)
-    if bias is None:
-        return found
-    added = _plainly_added(bias, longest)
-    if added is None:
-        return None
-    softcap, softcap_first, offsets, (table, buckets), slopes, dense = added
-    return found._replace(
-        softcap=softcap, softcap_first=softcap_first, offsets=offsets, table=table,
-        buckets_R=buckets, slopes_H=slopes, dense=dense,
-    )  # fmt: skip
+    if bias is None and mask is None:
+        return NOTHING
+    if bias is None and type(mask) is masks.Causal:
+        return LATER_KEYS
+    found: dict[str, Any] = {}
+    is_plain = _take_mask(mask, found) and _take_bias(bias, longest, found)
+    return Plain(**found) if is_plain else None
 
 
-def _plainly_hidden(mask: masks.Mask) -> tuple[bool, int, Tensor | None, Tensor | None] | None:
-    """``causal``, ``window``, ``padding_B``, ``keep`` of `Plain`."""
-    causal, window, padding, keep = False, 0, None, None
+def _take_mask(mask: masks.Mask | None, found: dict[str, Any]) -> bool:
+    """Adds the fields of `Plain` that a mask says; False where it says more."""
     for term in masks.conjuncts(mask):
         if type(term) is masks.Causal:
-            causal = True
-        elif type(term) is masks.SlidingWindow and not window:
-            causal, window = True, term.size
-        elif type(term) is masks.Padding and padding is None:
-            padding = term.lengths
-        elif type(term) is masks.Dense and keep is None:
-            keep = term.tensor
+            found["causal"] = True
+        elif type(term) is masks.SlidingWindow and "window" not in found:
+            found |= {"causal": True, "window": term.size}
+        elif type(term) is masks.Padding and "padding_B" not in found:
+            found["padding_B"] = term.lengths
+        elif type(term) is masks.Dense and "keep" not in found:
+            found["keep"] = term.tensor
         else:
-            return None
-    return causal, window, padding, keep
+            return False
+    return True
 
 
-_Added = tuple[
-    float,
-    bool,
-    Tensor | None,
-    tuple[Tensor, Tensor] | tuple[None, None],
-    Tensor | None,
-    Tensor | None,
-]
-
-
-def _plainly_added(bias: biases.Bias, longest: int) -> _Added | None:
-    """Softcap, and whether it is first, offsets, table and buckets, slopes, dense of `Plain`."""
-    softcap, softcap_first, offsets, slopes, dense = 0.0, False, None, None, None
-    looked_up: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+def _take_bias(bias: biases.Bias | None, longest: int, found: dict[str, Any]) -> bool:
+    """The same of a bias."""
     terms = biases.summands(bias)
     for place, term in enumerate(terms):
-        if type(term) is biases.Softcap and not softcap and place in (0, len(terms) - 1):
-            softcap, softcap_first = float(term.limit), place == 0
-        elif type(term) is biases.Dense and dense is None:
-            dense = term.tensor
-        elif type(term) is biases.Alibi and slopes is None and not is_learned(term):
-            slopes = term.slopes
-        elif type(term) is biases.Bucketed and offsets is looked_up[0] is None:
+        if type(term) is biases.Softcap and "softcap" not in found:
+            if place not in (0, len(terms) - 1):
+                return False
+            found |= {"softcap": float(term.limit), "softcap_first": place == 0}
+        elif type(term) is biases.Dense and "dense" not in found:
+            found["dense"] = term.tensor
+        elif type(term) is biases.Alibi and "slopes_H" not in found and not is_learned(term):
+            found["slopes_H"] = term.slopes
+        elif type(term) is biases.Bucketed and not found.keys() & {"offsets", "table"}:
             if not has_kept_buckets(term):
-                return None
+                return False
             reach = max(1, term.reach(longest))
             if is_learned(term):
-                offsets = offset_vector(term, reach)
+                found["offsets"] = offset_vector(term, reach)
             else:
-                looked_up = term.table, kept_buckets(term, reach)
+                found |= {"table": term.table, "buckets_R": kept_buckets(term, reach)}
         else:
-            return None
-    return softcap, softcap_first, offsets, looked_up, slopes, dense
+            return False
+    return True

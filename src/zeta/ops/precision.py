@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from zeta.ops.transforms import constant_in_graphs
+
 Precision = Literal["highest", "high"]
 
 _chosen: Precision | None = None
@@ -41,13 +43,10 @@ def float32_precision(precision: Precision | None = None) -> Precision:
     return "highest" if _of_torch() == "highest" else "high"
 
 
+@constant_in_graphs
 def _of_torch() -> str:
+    # torch.compile cannot look into it.
     return torch.get_float32_matmul_precision()
-
-
-# torch.compile cannot look into it, and takes what it finds while it traces: what
-# `torch.compiler.assume_constant_result` does, which imports the compiler.
-_of_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 def check_precision(precision: object) -> None:

@@ -1,12 +1,23 @@
 """Which of torch's function transforms are going on, for what cannot live inside one."""
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+FunctionT = TypeVar("FunctionT", bound=Callable[[], object])
+
 NO_FORWARD_MODE = "it has no forward-mode derivative (torch.func.jvp)"
+
+
+def constant_in_graphs(function: FunctionT) -> FunctionT:
+    """A compiler calls it while it traces, and takes the answer for a constant: what
+    `torch.compiler.assume_constant_result` does, which imports the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
+    return function
 
 
 def is_exporting() -> bool:

@@ -113,3 +113,7 @@ def table_of(heads: int) -> Bucketed:
 def learned(name: str = "a chunk of grouped heads") -> Operands:
     query, key, value = operands(name)
     return query.requires_grad_(), key.requires_grad_(), value.requires_grad_()
+
+
+class Subclass(Tensor):
+    """Of a class of its own, which may hold its numbers elsewhere."""

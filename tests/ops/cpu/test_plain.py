@@ -13,6 +13,7 @@ from tests.ops.cpu.plain_calls import (
     KINDS,
     SHAPES,
     Operands,
+    Subclass,
     bias_of,
     bits,
     learned,
@@ -197,7 +198,3 @@ def test_without_gradients_nothing_is_recorded() -> None:
     assert recorded is not None
     assert recorded.requires_grad
     assert torch.equal(out, recorded)
-
-
-class Subclass(Tensor):
-    pass

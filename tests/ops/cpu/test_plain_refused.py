@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import zeta
-from tests.ops.cpu.plain_calls import bits, operands, table_of
+from tests.ops.cpu.plain_calls import Subclass, bits, operands, table_of
 from zeta.biases import Alibi, Bucketed, Dense, Softcap
 from zeta.masks import Causal, Documents, Padding, PrefixLM, SlidingWindow, keep
 from zeta.ops import plain
@@ -24,10 +24,6 @@ from zeta.ops.plain_lowering import Plain
 from zeta.ops.precision import Precision
 
 pytestmark = pytest.mark.skipif(library.obstacle() is not None, reason=str(library.obstacle()))
-
-
-class _Subclass(Tensor):
-    pass
 
 
 class _Steeper(Alibi):
@@ -50,7 +46,7 @@ def _lengths(most: int) -> Tensor:
 
 
 REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
-    "a subclass": lambda q, k, v: (q.as_subclass(_Subclass), k, v),
+    "a subclass": lambda q, k, v: (q.as_subclass(Subclass), k, v),
     "a parameter": lambda q, k, v: (nn.Parameter(q), k, v),
     "a value that is none": lambda q, k, v: (q, k, None),
     "a query that is none": lambda q, k, v: (None, k, v),
@@ -82,7 +78,7 @@ REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
     "short lengths": lambda q, k, v: (q, k, v, Padding(_lengths(3).int())),
     "lengths of another batch": lambda q, k, v: (q, k, v, Padding(_lengths(3)[:1])),
     "lengths apart": lambda q, k, v: (q, k, v, Padding(_lengths(3).repeat(2)[::2])),
-    "lengths of a subclass": lambda q, k, v: (q, k, v, Padding(_lengths(3).as_subclass(_Subclass))),
+    "lengths of a subclass": lambda q, k, v: (q, k, v, Padding(_lengths(3).as_subclass(Subclass))),
     "lengths elsewhere": lambda q, k, v: (q, k, v, Padding(_lengths(3).to("meta"))),
     "a tensor of another size": lambda q, k, v: (q, k, v, keep(bits(2, 1, 1, 36))),
     "a tensor elsewhere": lambda q, k, v: (q, k, v, keep(bits(2, 1, 1, 37).to("meta"))),

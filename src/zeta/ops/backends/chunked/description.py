@@ -11,6 +11,7 @@ from zeta.masks import Mask
 from zeta.ops.backends.chunked.offsets import Offset, OffsetByPosition
 from zeta.ops.backends.chunked.terms import Dense, Distance, Softcap, Term
 from zeta.ops.call import AttentionCall
+from zeta.ops.offsets import offset_vector
 from zeta.ops.transforms import reasons_of_opaque
 
 _FAR = 2**40
@@ -83,7 +84,7 @@ class Plan:
                 # The reach is the vector's to tell: a size in a text would bind torch.compile to
                 # it.
                 words.append(("offset", 0))
-                tensors.append(bias.offset_vector(bias.reach(_longest(call))))
+                tensors.append(offset_vector(bias, bias.reach(_longest(call))))
         dropout = call.seed if call.dropout_p else None
         positions = (call.query_positions, call.key_positions)
         return cls(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from zeta.ops.backends.cpu import layout
+from zeta.ops.transforms import constant_in_graphs
 
 PATH = Path(__file__).with_name("libzeta_cpu.so")
 INSTRUCTION_SETS = ("AVX2", "AVX-512", "AVX-512 BF16", "AMX")
@@ -149,14 +150,10 @@ def load() -> Library:
     return Library(PATH)
 
 
+@constant_in_graphs
 def obstacle() -> str | None:
     """Why the library cannot run here; None if it can."""
     return _find_obstacle()
-
-
-# A compiler calls it while it traces, and takes the answer for a constant: what
-# `torch.compiler.assume_constant_result` does, which imports the compiler.
-obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 @functools.cache

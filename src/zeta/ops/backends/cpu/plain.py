@@ -19,11 +19,8 @@ from zeta.ops.backends.cpu import library, passes
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.backends.cpu.functions import Once, differentiated_once
 from zeta.ops.buffers import rows
-from zeta.ops.plain_lowering import LATER_KEYS, NOTHING, Plain
+from zeta.ops.plain_lowering import LATER_KEYS, NOTHING, NUM_NUMBERS, Plain
 from zeta.ops.precision import Precision, float32_precision
-
-NUM_NUMBERS = 7
-"""Of `Plain`, before its tensors."""
 
 _PRECISIONS = (None, *get_args(Precision))
 
@@ -64,7 +61,8 @@ def attend(
     if plain is NOTHING or plain is LATER_KEYS:
         options += (plain.causal,)
     else:
-        if any(tensor is not None and tensor.is_neg() for tensor in (plain.table, *plain[-2:])):
+        floating = plain.table, plain.slopes_H, dense
+        if any(tensor is not None and tensor.is_neg() for tensor in floating):
             return None
         if learned is not None:
             plain = plain._replace(offsets=learned.detach().float().contiguous())

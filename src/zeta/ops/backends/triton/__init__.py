@@ -21,7 +21,7 @@ from zeta.ops.backends.triton.configs import SPLIT_ROWS
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
 from zeta.ops.reading import NO_STORE, reasons_of_tensors, store_of
-from zeta.ops.transforms import reasons_of_opaque
+from zeta.ops.transforms import constant_in_graphs, reasons_of_opaque
 from zeta.stored import Pages
 
 NAME = "triton"
@@ -108,9 +108,7 @@ def unsupported_device(device: torch.device) -> list[str]:
     return []
 
 
+@constant_in_graphs
 def _is_installed() -> bool:
+    # Torch 2.11 cannot look into it.
     return importlib.util.find_spec("triton") is not None
-
-
-# Torch 2.11 cannot trace it. What `assume_constant_result` does, which imports the compiler.
-_is_installed._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark

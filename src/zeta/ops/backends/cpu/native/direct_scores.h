@@ -62,12 +62,17 @@ bool read_dense(ZetaCall &call, PyObject *object) {
     return dense.read(object) && read_plane(call.dense, call, dense, dense.dtype());
 }
 
+// Of a tensor that was read: float32, contiguous, of as many dimensions, the first for heads.
+bool is_by_head(const Operand &tensor, const ZetaCall &call, int ndim) {
+    return tensor.dtype() == ZETA_FLOAT32 && tensor.ndim == ndim &&
+           tensor.shape[0] == call.heads && tensor.is_contiguous();
+}
+
 // For each head a number for each offset, of which there are as many on both sides of 0, or None.
 bool read_offsets(ZetaCall &call, PyObject *object) {
     if (is_none(object)) return true;
     Operand offsets;
-    if (!offsets.read(object) || offsets.dtype() != ZETA_FLOAT32 || offsets.ndim != 2 ||
-        offsets.shape[0] != call.heads || offsets.shape[1] % 2 == 0 || !offsets.is_contiguous())
+    if (!offsets.read(object) || !is_by_head(offsets, call, 2) || offsets.shape[1] % 2 == 0)
         return false;
     call.offsets_HR = reinterpret_cast<const float *>(offsets.address());
     call.reach = offsets.shape[1] / 2;
@@ -118,9 +123,7 @@ bool read_table(ZetaCall &call, PyObject *table_object, PyObject *buckets_object
 bool read_slopes(ZetaCall &call, PyObject *object) {
     if (is_none(object)) return true;
     Operand slopes;
-    if (!slopes.read(object) || slopes.dtype() != ZETA_FLOAT32 || slopes.ndim != 1 ||
-        slopes.shape[0] != call.heads || !slopes.is_contiguous())
-        return false;
+    if (!slopes.read(object) || !is_by_head(slopes, call, 1)) return false;
     call.slopes_H = reinterpret_cast<const float *>(slopes.address());
     return true;
 }
@@ -153,9 +156,8 @@ bool read_scores(ZetaCall &call, PyObject *const *options, Numbers &looked_up) {
 bool read_grad_offsets(ZetaCall &call, PyObject *object) {
     if (is_none(object)) return true;
     Operand gradient;
-    if (!call.offsets_HR || !gradient.read(object) || gradient.dtype() != ZETA_FLOAT32 ||
-        gradient.ndim != 2 || gradient.shape[0] != call.heads ||
-        gradient.shape[1] != 2 * call.reach + 1 || !gradient.is_contiguous())
+    if (!call.offsets_HR || !gradient.read(object) || !is_by_head(gradient, call, 2) ||
+        gradient.shape[1] != 2 * call.reach + 1)
         return false;
     call.grad_offsets_HR = reinterpret_cast<float *>(gradient.address());
     return true;
