@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import zeta
 from zeta.ops.call import AttentionCall
 from zeta.ops.dropout import keep_mask
 
@@ -44,6 +45,22 @@ def test_it_is_the_documented_hash(seed: int, dropout_p: float) -> None:
             for i in range(8):
                 for j in range(8):
                     assert mask[b, h, i, j].item() == kept(seed, b, h, i, j, dropout_p)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_compiled_code_draws_the_same() -> None:
+    """Also from a seed that the compiler knows, where it writes all of the hash as one loop."""
+    query = torch.randn(2, 3, 40, 4)
+
+    def attend(seed: int | torch.Tensor) -> torch.Tensor:
+        return zeta.ops.attention(
+            query, query, query, dropout_p=0.5, seed=seed, backend="reference"
+        )
+
+    compiled = torch.compile(attend, fullgraph=True)
+    torch.testing.assert_close(compiled(5), attend(5))
+    torch.testing.assert_close(compiled(torch.tensor(6)), attend(6))
 
 
 def test_a_tile_draws_what_the_whole_draws() -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 from zeta.ops.call import AttentionCall
 from zeta.values import Tile
 
-MULTIPLIER_1 = 0x7FEB352D
-MULTIPLIER_2 = 0x846CA68B - 2**32
-COLUMN_SALT = 0x9E3779B9 - 2**32
+LOW_32 = 0xFFFFFFFF
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)
+COLUMN_SALT = 0x9E3779B9
 
 
 def threshold(dropout_p: float) -> int:
@@ -34,7 +34,7 @@ def threshold(dropout_p: float) -> int:
 def keep_mask(call: AttentionCall, tile: Tile) -> Tensor:
     """Which weights of a tile are kept: bool, ``(B, H, rows, columns)``."""
     row, column = row_and_column_hashes(call, tile)
-    return row * column >= threshold(call.dropout_p)
+    return _product(row, column) >= threshold(call.dropout_p)
 
 
 def row_and_column_hashes(call: AttentionCall, tile: Tile) -> tuple[Tensor, Tensor]:
@@ -42,24 +42,32 @@ def row_and_column_hashes(call: AttentionCall, tile: Tile) -> tuple[Tensor, Tens
     if call.seed is None:
         raise ValueError("dropout needs a seed")
     device = call.query.device
-    batch = torch.arange(call.batch, dtype=torch.int32, device=device)[tile.batches]
-    head = torch.arange(call.heads, dtype=torch.int32, device=device)[tile.heads]
-    base = _mix(_mix(_low_32(call.seed)) + _low_32(call.seed >> 32))
+    batch = torch.arange(call.batch, device=device)[tile.batches]
+    head = torch.arange(call.heads, device=device)[tile.heads]
+    base = _mix(_mix(call.seed) + (call.seed >> 32))
     sequence = _mix(_mix(base + batch[:, None, None, None]) + head[:, None, None])
-    row = _mix(sequence + _low_32(tile.query_position))
-    column = _mix(_mix(base + COLUMN_SALT) + _low_32(tile.key_position))
-    return row | 1, column | 1
-
-
-def _low_32(x: Tensor) -> Tensor:
-    """The low 32 bits of int64 values, as int32."""
-    low = x & 0xFFFFFFFF
-    return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32)
+    row = _mix(sequence + tile.query_position)
+    column = _mix(_mix(base + COLUMN_SALT) + tile.key_position)
+    return _signed(row | 1), _signed(column | 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = x ^ ((x >> 16) & 0xFFFF)
-    x = x * MULTIPLIER_1
-    x = x ^ ((x >> 15) & 0x1FFFF)
-    x = x * MULTIPLIER_2
-    return x ^ ((x >> 16) & 0xFFFF)
+    """Of the low 32 bits of int64 values, in which no product is too large."""
+    x = x & LOW_32
+    for shift, multiplier in zip((16, 15), MULTIPLIERS, strict=True):
+        x = ((x ^ (x >> shift)) * multiplier) & LOW_32
+    return x ^ (x >> 16)
+
+
+def _signed(x: Tensor) -> Tensor:
+    """The low 32 bits of int64 values, as int32."""
+    low = x & LOW_32
+    return torch.where(low >= 2**31, low - 2**32, low).to(torch.int32)
+
+
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """The low 32 bits of a product of int32 values."""
+    if torch.compiler.is_compiling():
+        # Inductor writes it in C++, where one that is too large may become anything.
+        return _signed(x.long() * y)
+    return x * y
