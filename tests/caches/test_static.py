@@ -141,7 +141,7 @@ def test_a_long_generation_allocates_little_more_than_its_cache() -> None:
     with torch.inference_mode():
         cache.update(key, key)
         held = cache.nbytes
-        with torch.profiler.profile(profile_memory=True) as profile:
+        with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
             for _ in range(4095):
                 cache.update(key, key)
     assert cache.length == 4096

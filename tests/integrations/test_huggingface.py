@@ -255,7 +255,8 @@ def largest_allocation(model: Any, given: dict[str, Tensor]) -> int:
     from zeta.bench.memory import _allocations
     from zeta.ops.backends.chunked import passes
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
         model(**given).logits.float().square().mean().backward()
     tree = profiled.profiler.kineto_results.experimental_event_tree()
     # Beside memory that the backend allocates and frees untouched.

@@ -25,7 +25,9 @@ def peak_bytes(work: Callable[[], object], device: str | None = None) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    # Accumulated, though there is one time only: or else torch 2.11 warns that it keeps no more.
+    activities = [ProfilerActivity.CPU]
+    with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
         work()
     results = profiled.profiler.kineto_results
     held = peak = 0

@@ -86,11 +86,16 @@ def mean_over_heads(call: AttentionCall, columns: int, of_head: Callable[[int], 
     """``(B, T, columns)``, the mean over query heads of ``of_head(h)``, ``(B, 1, T, columns)``.
 
     One head is held at a time, and made again for the gradient.
+
+    Raises:
+        Indivisible: The call cannot be cut into heads.
     """
 
     def wide(head: int) -> Tensor:
         return of_head(head).squeeze(1).to(call.wide_dtype)
 
+    # A call that cannot be cut says so here: torch 2.11 does not leave a checkpoint that raises.
+    heads_of(call, slice(0, 1))
     shape = (call.batch, call.target, columns)
     total_BTS = call.query.new_zeros(shape, dtype=call.wide_dtype)
     for head in range(call.heads):

@@ -80,4 +80,8 @@ def _readable(call: AttentionCall, tensor_BGSD: Tensor) -> Tensor:
 
 def _for_query_heads(call: AttentionCall, tensor_BGSD: Tensor) -> Tensor:
     """Each key head repeated for the query heads that read it."""
-    return tensor_BGSD.repeat_interleave(call.heads // call.key_heads, dim=1)
+    if call.key_heads == call.heads:
+        return tensor_BGSD
+    # Not `repeat_interleave`, which torch 2.11 does not export for every length.
+    heads = torch.arange(call.heads, device=tensor_BGSD.device)
+    return tensor_BGSD[:, heads // (call.heads // call.key_heads)]
