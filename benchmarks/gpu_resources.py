@@ -38,7 +38,8 @@ FASTER: dict[tuple[str, int], int] = {
     ("keys_kernel", 64): 48,
     ("keys_kernel", 128): 160,
     ("queries_kernel", 128): 136,
-    ("inputs_kernel", 64): 1600,
+    ("forward_kernel", 128): 36,
+    ("inputs_kernel", 64): 1704,
     ("inputs_kernel", 128): 1600,
 }
 """Bytes a thread that kernels may spill on compute capability 9.0 in half precision, by the width
@@ -46,7 +47,8 @@ of a head. Tiles that spill none, or 16 at most, were timed with an offset bias 
 `results/gpu-tiles-h200.json`: keys at width 64 3 to 7 % (32 x 64) and at 128 about 23 % (16 x 64),
 queries at 128 21 to 34 % (128 x 32). Not timed, and spilling none: keys at 128, 32 x 64 by 8 warps.
 Hopper's kernel for all three spills in tiles that a mask or a band cuts, and where far offsets are
-summed; no form of it that does not was found.
+summed; no form of it that does not was found. Not timed either: forward at 128 and all three at 64
+with an offset bias and dropout.
 """
 MAX_SPILL = 400
 """The same for float32 on 9.0, whose products are made of three, and half precision elsewhere."""

@@ -9,16 +9,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton.language as tl
 from torch import Tensor
 
 from zeta.ops.backends.triton import configs
-from zeta.ops.backends.triton.kernels.dropout import hash_columns_kernel, hash_rows_kernel
+from zeta.ops.backends.triton.kernels.dropout import hash_kernel
 from zeta.ops.backends.triton.kernels.operands import (
     Dropout,
     Labels,
     Offsets,
+    Places,
     Plane,
     Rows,
     Score,
@@ -30,8 +30,6 @@ from zeta.ops.backends.triton.kernels.spreading import spread_kernel
 from zeta.ops.buffers import written_out
 
 LOG2E = 1.4426950408889634
-PAD = 256
-"""Repeated ends of an offset vector: twice the largest side of a tile."""
 SPREAD_SCORES = 1 << 20
 """From so many scores of a head on, an offset bias is written out for the tiles that its band cuts:
 read as a vector, in a tile where few elements are next to each other, it takes longer.
@@ -39,7 +37,7 @@ read as a vector, in a tile where few elements are next to each other, it takes 
 HASH_BLOCK = 1024
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class Fixed:
     """What needs no gradient, as the operators get it."""
 
@@ -50,6 +48,8 @@ class Fixed:
     softcap: float
     softcap_first: bool
     dropout_p: float
+    hashes: tuple[Tensor, Tensor] | None = None
+    """Both halves of the dropout's hash, where they are made already."""
 
 
 def cdiv(number: int, divisor: int) -> int:
@@ -99,9 +99,9 @@ def score_operand(
 ) -> Score:
     """Everything between the products and the softmax."""
     slopes, prefix, padding, document_rows, document_columns, keep, *placed = fixed.tensors
-    query_positions, key_positions, seed = placed
+    query_positions, key_positions, _ = placed
     unit = score_unit(query)
-    score = Score(
+    return Score(
         exact=tl.constexpr(is_exact(query)),
         unit=unit,
         scale=fixed.scale * unit,
@@ -115,16 +115,13 @@ def score_operand(
         keep=None if keep is None else plane_operand(keep),
         positions=_labels(query_positions, key_positions),
         softcap=_softcap(fixed, unit),
-        offsets=_offsets(offsets, unit),
+        offsets=_offsets(offsets),
         spread=None,
         slopes=None if slopes is None else slopes * unit,
         dense=None if dense is None else plane_operand(dense),
-        dropout=None,
+        dropout=_dropout(query, key, fixed),
+        pipelined=tl.constexpr(True),
     )
-    if not fixed.dropout_p:
-        return score
-    assert seed is not None
-    return score._replace(dropout=_dropout(seed, fixed.dropout_p, score, sizes_of(query, key)))
 
 
 def _labels(row: Tensor | None, column: Tensor | None) -> Labels | None:
@@ -142,11 +139,10 @@ def _softcap(fixed: Fixed, unit: float) -> Softcap | None:
     )
 
 
-def _offsets(offsets: Tensor | None, unit: float) -> Offsets | None:
+def _offsets(offsets: Tensor | None) -> Offsets | None:
     if offsets is None:
         return None
-    padded = F.pad(offsets.detach() * unit, (PAD, PAD), mode="replicate")
-    return Offsets(padded, padded.stride(0), offsets.shape[1] // 2, PAD)
+    return Offsets(written_out(offsets).contiguous(), offsets.shape[1] // 2)
 
 
 def spread(
@@ -179,33 +175,42 @@ def spread_from(
     offsets = score.offsets
     tiles = offsets.pointer.new_empty((sizes.heads, count, *tile))
     launch(
-        spread_kernel, (sizes.heads * count,), offsets.pointer, offsets.head, offsets.reach,
-        offsets.pad, tiles, count, first, step, BLOCK_M=tile[0], BLOCK_N=tile[1],
-        KEY_MAJOR=key_major,
+        spread_kernel, (sizes.heads * count,), *offsets, score.unit, tiles, count, first, step,
+        BLOCK_M=tile[0], BLOCK_N=tile[1], KEY_MAJOR=key_major,
     )  # fmt: skip
     return score._replace(spread=Spread(tiles, count, first, step))
 
 
-def _dropout(seed: Tensor, dropout_p: float, score: Score, sizes: Sizes) -> Dropout:
-    """Both halves of the hash."""
-    batches = 1
-    if score.positions is not None and score.positions.column_batch:
-        batches = sizes.batch
-    row_hash = seed.new_empty((sizes.batch, sizes.heads, sizes.queries), dtype=torch.int32)
-    column_hash = seed.new_empty((batches, sizes.keys), dtype=torch.int32)
-    for kernel, hashes, programs, length in (
-        (hash_rows_kernel, row_hash, sizes.batch * sizes.heads, sizes.queries),
-        (hash_columns_kernel, column_hash, batches, sizes.keys),
-    ):
-        grid = (programs, cdiv(length, HASH_BLOCK))
-        launch(kernel, grid, seed, hashes, score, sizes, BLOCK=HASH_BLOCK)
+def _dropout(query: Tensor, key: Tensor, fixed: Fixed) -> Dropout | None:
+    hashes = fixed.hashes or hashes_of(query, key, fixed)
+    if hashes is None:
+        return None
+    rows, columns = hashes
     return Dropout(
-        row_hash,
-        column_hash,
-        sizes.keys if batches > 1 else 0,
-        min(round(dropout_p * 2**32), 2**32 - 1) - 2**31,
-        1.0 - dropout_p,
+        rows,
+        columns,
+        columns.shape[1] if columns.shape[0] > 1 else 0,
+        min(round(fixed.dropout_p * 2**32), 2**32 - 1) - 2**31,
+        1.0 - fixed.dropout_p,
     )
+
+
+def hashes_of(query: Tensor, key: Tensor, fixed: Fixed) -> tuple[Tensor, Tensor] | None:
+    """Both halves of the dropout's hash, ``(B, H, T)`` and ``(B or 1, S)``; None without any."""
+    if not fixed.dropout_p:
+        return None
+    *_, query_positions, key_positions, seed = fixed.tensors
+    assert seed is not None
+    sizes = sizes_of(query, key)
+    batches = 1 if key_positions is None else key_positions.shape[0]
+    rows = seed.new_empty((sizes.batch, sizes.heads, sizes.queries), dtype=torch.int32)
+    columns = seed.new_empty((batches, sizes.keys), dtype=torch.int32)
+    longest = cdiv(max(sizes.queries, sizes.keys), HASH_BLOCK)
+    launch(
+        hash_kernel, (sizes.batch * sizes.heads + batches, longest), seed, rows, columns,
+        Places(_labels(query_positions, key_positions)), sizes, BLOCK=HASH_BLOCK,
+    )  # fmt: skip
+    return rows, columns
 
 
 def device_capability(tensor: Tensor) -> tuple[int, int] | None:

@@ -29,6 +29,7 @@ from zeta.ops.backends.triton.kernels.bias_gradient import (
     band_kernel,
     dense_kernel,
     diagonals_kernel,
+    ends_kernel,
 )
 from zeta.ops.backends.triton.kernels.gradients import delta_kernel, row_sums_kernel
 from zeta.ops.backends.triton.kernels.operands import Plane, Rows, Score, Sizes
@@ -37,7 +38,7 @@ from zeta.ops.buffers import empty_rows, rows
 BAND_PROGRAMS = 1024
 """About how many programs share the band: a constant, so that the order of a sum is one too."""
 DELTA_ROWS = 64
-DIAGONAL_BLOCK = 64
+DIAGONAL_BLOCK, ENDS_BLOCK = 64, 1024
 
 
 @dataclasses.dataclass(slots=True)
@@ -93,7 +94,7 @@ def of_output(
     statistics = inputs[4].contiguous()  # Who saved it may have packed it otherwise.
     sizes = sizes_of(query, key)
     score = score_operand(query, key, offsets, dense, fixed)
-    delta = torch.empty_like(statistics[0])
+    delta = statistics.new_empty(statistics.shape[1:])
     given = Backward(query, key, value, dout, None, statistics, delta, score, sizes, fixed)
     if dlse is not None:
         dlse = torch.where(statistics[0] == float("inf"), 0.0, dlse).contiguous()
@@ -125,7 +126,7 @@ def of_weights(
     if dweights.dim() == 3:
         dweights = (dweights.float() / sizes.heads).unsqueeze(1)
     score = score_operand(query, key, offsets, dense, fixed)
-    delta = torch.empty_like(statistics[0])
+    delta = statistics.new_empty(statistics.shape[1:])
     given = Backward(query, key, key, query, dweights, statistics, delta, score, sizes, fixed)
     _row_sums(given, None)
     return given
@@ -138,7 +139,9 @@ def _row_sums(given: Backward, dlse: Tensor | None) -> None:
     launch(
         row_sums_kernel,
         (cdiv(sizes.queries, constants["BLOCK_M"]) * sizes.batch * sizes.heads,),
-        *operands, dlse, delta, given.score, sizes, **constants,
+        *operands, dlse, delta,
+        spread(given.score, sizes, constants["BLOCK_M"], constants["BLOCK_N"]), sizes,
+        **constants,
     )  # fmt: skip
 
 
@@ -161,7 +164,9 @@ def keys_gradient(given: Backward) -> tuple[Tensor, Tensor]:
 def queries_gradient(
     given: Backward, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Gradient of queries; where wanted, the sums ``(H,)`` of dS beyond the reach on each side."""
+    """Gradient of queries; where wanted, each row's sums ``(B, H, T)`` of dS beyond the reach on
+    each side.
+    """
     sizes, constants = given.sizes, given.constants("queries")
     dquery = empty_rows(given.query, given.query.shape[-1])
     sums = [torch.empty_like(given.delta) if each else None for each in wanted]
@@ -171,8 +176,7 @@ def queries_gradient(
         spread(given.score, sizes, constants["BLOCK_M"], constants["BLOCK_N"]), sizes,
         EVEN=sizes.keys % constants["BLOCK_N"] == 0, **constants,
     )  # fmt: skip
-    totals = [None if sum_BHT is None else sum_BHT.sum((0, 2)) for sum_BHT in sums]
-    return dquery, (totals[0], totals[1])
+    return dquery, (sums[0], sums[1])
 
 
 def _far_sides(given: Backward) -> tuple[bool, bool]:
@@ -218,7 +222,9 @@ def gradients(
 
 
 def offsets_gradient(given: Backward, far: tuple[Tensor | None, Tensor | None]) -> Tensor:
-    """Gradient ``(H, 2 * reach + 1)`` of an offset vector, given the far sums."""
+    """Gradient ``(H, 2 * reach + 1)`` of an offset vector, given the sums ``(B, H, length)`` beyond
+    the reach, left and right.
+    """
     sizes, constants = given.sizes, given.constants("band")
     reach = given.score.offsets.reach
     rows_, columns = constants["BLOCK_M"], constants["BLOCK_N"]
@@ -233,28 +239,30 @@ def offsets_gradient(given: Backward, far: tuple[Tensor | None, Tensor | None]) 
         band_kernel, (sizes.heads * num_diagonals * num_splits,), *given.operands(), tiles, score,
         sizes, num_diagonals, num_splits, **constants,
     )  # fmt: skip
-    gradient = given.delta.new_zeros((sizes.heads, 2 * reach + 1))
+    gradient = given.delta.new_empty((sizes.heads, 2 * reach + 1))
     launch(
         diagonals_kernel, (sizes.heads, cdiv(2 * reach + 1, DIAGONAL_BLOCK)), tiles,
         gradient, reach, num_diagonals, num_splits, given.keep, BLOCK_M=rows_, BLOCK_N=columns,
         BLOCK=DIAGONAL_BLOCK,
     )  # fmt: skip
-    left, right = far
-    if _sums_are_known(given):
-        rest = -gradient.sum(1)
-        if given.total_H is not None:
-            rest = rest + given.total_H
-        if left is not None:
-            right = rest - left
-        elif _far_sides(given)[0]:
-            left = rest
-        elif _far_sides(given)[1]:
-            right = rest
-    if left is not None:
-        gradient[:, 0] = left
-    if right is not None:
-        gradient[:, -1] = right
+    left, right = _ends(given, far)
+    summed = far[0] if far[1] is None else far[1]
+    launch(
+        ends_kernel, (sizes.heads,), gradient, *far, given.total_H, reach, sizes.batch,
+        0 if summed is None else summed.shape[2], LEFT=left, RIGHT=right, BLOCK=ENDS_BLOCK,
+    )  # fmt: skip
     return gradient
+
+
+def _ends(given: Backward, far: tuple[Tensor | None, Tensor | None]) -> tuple[str, str]:
+    """How `ends_kernel` finds the sum of each side: where all sums are known, one is the rest."""
+    ends = ["none" if sums is None else "sums" for sums in far]
+    if _sums_are_known(given):
+        for side in (1, 0):
+            if _far_sides(given)[side] and ends[side] == "none":
+                ends[side] = "rest"
+                break
+    return ends[0], ends[1]
 
 
 def dense_gradient(given: Backward, dense: Tensor) -> Tensor:

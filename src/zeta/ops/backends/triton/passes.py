@@ -154,9 +154,11 @@ def weights(
     constants = shape_of_tiles("weights", query, fixed.causal, query.shape[-1])
     num_tiles = cdiv(sizes.queries, constants["BLOCK_M"])
     num_tiles *= cdiv(sizes.keys, constants["BLOCK_N"])
+    score = score_operand(query, key, offsets, dense, fixed)
     launch(
         weights_kernel, (num_tiles * sizes.batch * (1 if mean else sizes.heads),),
         rows_operand(query), rows_operand(key), statistics, out,
-        score_operand(query, key, offsets, dense, fixed), sizes, MEAN=mean, **constants,
+        spread(score, sizes, constants["BLOCK_M"], constants["BLOCK_N"]), sizes, MEAN=mean,
+        **constants,
     )  # fmt: skip
     return out, statistics

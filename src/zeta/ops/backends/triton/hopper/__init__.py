@@ -23,7 +23,7 @@ def takes(score: Score, *tensors: Tensor) -> bool:
     width = query.shape[-1]
     return (
         device_capability(query) == (9, 0)
-        and all(part is None for part in _left_out(score))
+        and score.dense is score.keep is score.slopes is score.softcap is score.positions is None
         and not is_exact(query)
         and value.shape[-1] == width
         and 32 < width <= 128
@@ -33,11 +33,8 @@ def takes(score: Score, *tensors: Tensor) -> bool:
     )
 
 
-def _left_out(score: Score) -> tuple[object, ...]:
-    return score.dense, score.keep, score.slopes, score.softcap, score.positions
-
-
 def _can_be_fetched(tensor: Tensor) -> bool:
     """Whether the copy engine can read it: 16 bytes at a time."""
-    strides = tensor.stride()[:-1]
-    return tensor.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides)
+    batch, head, row, _ = tensor.stride()
+    steps = batch | head | row
+    return tensor.data_ptr() % 16 == 0 and min(batch, head, row) > 0 and steps % 8 == 0

@@ -44,12 +44,12 @@ def forward(
     columns, stages = FORWARD_TILES[padded]
     programs = cdiv(sizes.queries, QUERIES) * sizes.batch * sizes.heads
     dropout = score.dropout
-    hashes = None if dropout is None else _numbers(dropout.columns[:, None], columns, 0)
+    hashes = None if dropout is None else _numbers(dropout.columns, columns, 0)
     launch(
         forward_kernel, (programs,), _tiles(query, QUERIES, padded),
         _tiles(key, columns, padded), _tiles(value, columns, padded), hashes, *results,
-        spread(score, sizes, PART, columns), sizes, WIDTH=width, BLOCK_D=padded, BLOCK_N=columns,
-        STAGES=stages, EVEN=sizes.keys % columns == 0, num_warps=4,
+        spread(_by_hand(score), sizes, PART, columns), sizes, WIDTH=width, BLOCK_D=padded,
+        BLOCK_N=columns, STAGES=stages, EVEN=sizes.keys % columns == 0, num_warps=4,
     )  # fmt: skip
 
 
@@ -57,7 +57,8 @@ def inputs_gradient(
     given: Backward, wanted: tuple[bool, bool]
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
     """Gradients of query, key and value, each laid out as what it belongs to; and, where wanted,
-    the sums ``(H,)`` of dS beyond the reach on the left. Those on the right only a soft cap wants.
+    each key's sums ``(B, H, S)`` of dS beyond the reach on the left. Those on the right only a soft
+    cap wants.
     """
     sizes, width = given.sizes, given.query.shape[-1]
     padded = _padded(width)
@@ -69,23 +70,28 @@ def inputs_gradient(
         left_BHS = given.delta.new_zeros((sizes.batch, sizes.heads, sizes.keys))
     num_tiles = cdiv(sizes.keys, KEYS)
     programs = num_tiles * sizes.batch * given.key.shape[1]
-    sums, turns = _turns(given, programs)
+    made, turns = _turns(given, programs)
     dropout = given.score.dropout
     hashes = None if dropout is None else _numbers(dropout.rows, rows, 0)
     launch(
         inputs_kernel, (programs,), _tiles(given.query, rows, padded),
         _tiles(given.key, KEYS, padded), _tiles(given.value, KEYS, padded),
-        _tiles(given.dout, rows, padded), _numbers(given.statistics[0], rows, float("inf")),
+        _tiles(given.dout, rows, padded), _numbers(given.statistics, rows, float("inf")),
         _numbers(given.delta, rows, 0.0), hashes, rows_operand(dkey), rows_operand(dvalue),
-        left_BHS, _sums(sums, rows, padded), turns,
-        spread(given.score, sizes, rows, PART, key_major=True), sizes,
+        left_BHS, _sums(made, given.query, rows, padded), turns,
+        spread(_by_hand(given.score), sizes, rows, PART, key_major=True), sizes,
         _heads_at_once(sizes.queries, rows), WIDTH=width, BLOCK_D=padded, BLOCK_M=rows,
         STAGES=STAGES, WHOLE=given.score.padding is None and sizes.keys % KEYS == 0, num_warps=4,
     )  # fmt: skip
     # One pass: the product is rounded as it is written.
+    sums = made.as_strided(dquery.shape, _dense_strides(dquery))
     torch.mul(sums, given.score.slope / given.keep, out=dquery)
-    left_H = None if left_BHS is None else left_BHS.sum((0, 2))
-    return (dquery, dkey, dvalue), (left_H, None)
+    return (dquery, dkey, dvalue), (left_BHS, None)
+
+
+def _by_hand(score: Score) -> Score:
+    """For kernels that stage themselves what they read."""
+    return score._replace(pipelined=gl.constexpr(False))
 
 
 def _padded(width: int) -> int:
@@ -106,21 +112,29 @@ def _tiles(tensor: Tensor, rows: int, padded: int) -> TensorDescriptor:
 
 
 def _numbers(tensor: Tensor, rows: int, missing: float) -> TensorDescriptor:
-    """A number for each row of each head, ``(B, H, T)``; past the last row, `missing`."""
+    """A number for each row of each plane, ``(..., T)`` and dense; past the last row, `missing`."""
     beyond = -tensor.shape[-1] % rows
     padded = F.pad(tensor, (0, beyond), value=missing) if beyond else tensor
-    return TensorDescriptor.from_tensor(padded.flatten(0, 1), [1, rows], IN_A_ROW)
-
-
-def _sums(tensor: Tensor, rows: int, padded: int) -> TensorDescriptor:
-    """A dense ``(B, H, T, D)`` tensor in float32 to which the copy engine adds tiles."""
-    return TensorDescriptor.from_tensor(tensor.flatten(0, 1), [1, rows, padded], IN_FULL)
+    length = padded.shape[-1]
+    # Of the planes as one dimension: no tensor is made for it.
+    shape = [padded.numel() // length, length]
+    return TensorDescriptor(padded, shape, [length, 1], [1, rows], IN_A_ROW)
 
 
 def _turns(given: Backward, programs: int) -> tuple[Tensor, Turns]:
-    """Sums of the queries' gradient, and who adds to them when: made as one tensor of zeros."""
+    """Sums of the queries' gradient, and behind them who adds to them when: one tensor of zeros."""
     size = given.query.numel()
     made = given.delta.new_zeros(size + 1 + programs)
-    counts = made[size:].view(torch.int32)
-    sums = made[:size].view(given.query.shape)
-    return sums, Turns(counts[:1], counts[1:])
+    return made, Turns(made[size:].view(torch.int32))
+
+
+def _sums(made: Tensor, query: Tensor, rows: int, padded: int) -> TensorDescriptor:
+    """The sums, as many as queries, to which the copy engine adds tiles of a head."""
+    batch, heads, queries, width = query.shape
+    shape = [batch * heads, queries, width]
+    return TensorDescriptor(made, shape, [queries * width, width, 1], [1, rows, padded], IN_FULL)
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    _, heads, length, width = tensor.shape
+    return heads * length * width, length * width, width, 1

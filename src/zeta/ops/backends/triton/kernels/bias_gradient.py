@@ -111,6 +111,53 @@ def diagonals_kernel(
 
 
 @triton.jit
+def ends_kernel(
+    dvector, left, right, total, reach, batches, length,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sums of a head's far offsets, the two ends of dvector (H, 2 * reach + 1).
+
+    LEFT, RIGHT: "sums" adds up left or right (B, H, length); "rest" is what the others leave of
+    the sum of all, total (H,) or 0; "none" is 0.
+    """
+    head = tl.program_id(0)
+    base = dvector + tl.cast(head, tl.int64) * (2 * reach + 1)
+    left_end = 0.0
+    right_end = 0.0
+    if LEFT == "sums":
+        left_end = sum_of_head(left, head, batches, length, BLOCK)
+    if RIGHT == "sums":
+        right_end = sum_of_head(right, head, batches, length, BLOCK)
+    if LEFT == "rest" or RIGHT == "rest":
+        near = tl.zeros([BLOCK], dtype=tl.float32)
+        local = tl.arange(0, BLOCK)
+        for first in range(1, 2 * reach, BLOCK):
+            near += tl.load(base + first + local, mask=first + local < 2 * reach, other=0.0)
+        rest = -tl.sum(near, 0) - left_end - right_end
+        if total is not None:
+            rest += tl.load(total + head)
+        if LEFT == "rest":
+            left_end = rest
+        else:
+            right_end = rest
+    tl.store(base, left_end)
+    tl.store(base + 2 * reach, right_end)
+
+
+@triton.jit
+def sum_of_head(tensor, head, batches, length, BLOCK: tl.constexpr):
+    """The sum of what a tensor (B, H, length) has for one head."""
+    local = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], dtype=tl.float32)
+    for batch in range(batches):
+        plane = (batch * tl.num_programs(0) + head).to(tl.int64)
+        for first in range(0, length, BLOCK):
+            place = tensor + plane * length + first + local
+            sums += tl.load(place, mask=first + local < length, other=0.0)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
 def dense_kernel(
     q, k, v, dout, dweights, statistics, delta, dbias, score, sizes, bias_heads, bias_batch,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,

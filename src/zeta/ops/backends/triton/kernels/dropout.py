@@ -32,27 +32,26 @@ def seed_hash(seed):
 
 
 @triton.jit
-def hash_rows_kernel(seed, out, score, sizes, BLOCK: tl.constexpr):
-    """The row half for a block of queries of one head: out (B, H, T), int32."""
-    batch_head = tl.program_id(0)
-    batch = (batch_head // sizes.heads).to(tl.int64)
-    head = batch_head % sizes.heads
-    local = tl.arange(0, BLOCK)
-    row0 = tl.program_id(1) * BLOCK
-    x = mix(seed_hash(seed) + batch.to(tl.uint32))
-    x = mix(x + head.to(tl.uint32))
-    x = mix(x + query_positions(score, sizes, batch, row0, local).to(tl.uint32))
-    target = out + batch_head.to(tl.int64) * sizes.queries + row0 + local
-    tl.store(target, (x | 1).to(tl.int32, bitcast=True), mask=row0 + local < sizes.queries)
+def hash_kernel(seed, rows, columns, places, sizes, BLOCK: tl.constexpr):
+    """Both halves, a block a program: rows (B, H, T) of each head, then columns (B or 1, S), int32.
 
-
-@triton.jit
-def hash_columns_kernel(seed, out, score, sizes, BLOCK: tl.constexpr):
-    """The column half for a block of keys: out (B or 1, S), int32."""
-    batch = tl.program_id(0).to(tl.int64)
+    places: has what `query_positions` and `key_positions` read of a `Score`.
+    """
+    plane = tl.program_id(0)
+    start = tl.program_id(1) * BLOCK
     local = tl.arange(0, BLOCK)
-    column0 = tl.program_id(1) * BLOCK
-    x = mix(seed_hash(seed) + 0x9E3779B9)
-    x = mix(x + key_positions(score, sizes, batch, column0, local).to(tl.uint32))
-    target = out + batch * sizes.keys + column0 + local
-    tl.store(target, (x | 1).to(tl.int32, bitcast=True), mask=column0 + local < sizes.keys)
+    hashed = seed_hash(seed)
+    num_heads = sizes.batch * sizes.heads
+    if plane < num_heads:
+        batch = (plane // sizes.heads).to(tl.int64)
+        x = mix(hashed + batch.to(tl.uint32))
+        x = mix(x + (plane % sizes.heads).to(tl.uint32))
+        x = mix(x + query_positions(places, sizes, batch, start, local).to(tl.uint32))
+        target = rows + plane.to(tl.int64) * sizes.queries + start + local
+        tl.store(target, (x | 1).to(tl.int32, bitcast=True), mask=start + local < sizes.queries)
+    else:
+        batch = (plane - num_heads).to(tl.int64)
+        x = mix(hashed + 0x9E3779B9)
+        x = mix(x + key_positions(places, sizes, batch, start, local).to(tl.uint32))
+        target = columns + batch * sizes.keys + start + local
+        tl.store(target, (x | 1).to(tl.int32, bitcast=True), mask=start + local < sizes.keys)

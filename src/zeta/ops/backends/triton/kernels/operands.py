@@ -67,12 +67,11 @@ class Plane(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """Whose turn it is among programs that add to the same sums: `begun` counts those that have
-    begun, `done` says of each how far it has come. All are 0 at first.
+    """Whose turn it is among programs that add to the same sums: how many have begun, then of each
+    how far it has come. All are 0 at first.
     """
 
-    begun: Any
-    done: Any
+    counts: Any
 
 
 class Labels(NamedTuple):
@@ -86,6 +85,12 @@ class Labels(NamedTuple):
     column_batch: Any
 
 
+class Places(NamedTuple):
+    """Where queries and keys stand, as a `Score` says it: None if one after another."""
+
+    positions: Any
+
+
 class Softcap(NamedTuple):
     """`outer * tanh(inner * score)`, before or after what is added."""
 
@@ -95,9 +100,9 @@ class Softcap(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """An offset bias written out for the tiles that its band cuts: (H, count, a tile), by the
-    offset of a tile's first element, `first` and `step` more each. The first and the last tile are
-    those that lie beyond the reach.
+    """An offset bias in the unit of the scores, written out for the tiles that its band cuts:
+    (H, count, a tile), by the offset of a tile's first element, `first` and `step` more each. The
+    first and the last tile are those that lie beyond the reach.
     """
 
     pointer: Any
@@ -107,12 +112,10 @@ class Spread(NamedTuple):
 
 
 class Offsets(NamedTuple):
-    """A vector per head over key-query offsets, each end repeated `pad` times."""
+    """A vector (H, 2 * reach + 1) over key-query offsets, dense; its ends hold beyond it too."""
 
     pointer: Any
-    head: Any
     reach: Any
-    pad: Any
 
 
 class Dropout(NamedTuple):
@@ -132,7 +135,9 @@ class Score(NamedTuple):
 
     Scores, and all that is added to them, are in a unit: with `exact`, that of the natural
     exponential, and 1; otherwise that of exp2, which is faster, and log2(e). `scale` includes the
-    unit, `slope` does not; `scale` is not negative where `folds`.
+    unit, `slope` does not; `scale` is not negative where `folds`. Offset and dense biases are in
+    that of the natural exponential. `pipelined` says that the compiler chooses what is staged in
+    shared memory.
     """
 
     unit: Any
@@ -152,5 +157,6 @@ class Score(NamedTuple):
     slopes: Any
     dense: Any
     dropout: Any
+    pipelined: Any
     # Last, because Triton 3.6 loses a constant in a nested tuple unless one of the outer follows.
     exact: Any

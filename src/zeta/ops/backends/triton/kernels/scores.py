@@ -119,30 +119,23 @@ def spread_bias(score, sizes, head, row0, column0, row, column):
 @triton.jit
 def offset_bias(score, sizes, batch, head, row0, column0, row, column):
     """A tile of an offset bias."""
-    offsets = score.offsets
-    base = offsets.pointer + head * offsets.head + offsets.pad + offsets.reach
     if score.spread is not None:
         return spread_bias(score, sizes, head, row0, column0, row, column)
-    elif score.positions is None:
-        start = column0 - row0 - (sizes.keys - sizes.queries)
-        local = column - row
-        bound = offsets.reach + offsets.pad // 2
-        tile = local.to(tl.float32) * 0.0
-        if start > bound:
-            tile += tl.load(base + offsets.reach)
-        elif start < -bound:
-            tile += tl.load(base - offsets.reach)
-        else:
-            # The ends of the vector are repeated, so that no element needs a bound. And under a
-            # condition, the compiler keeps this tile out of the loads that it stages in shared
-            # memory.
-            tile = tl.load(base + start + local)
-        return tile
     else:
+        reach = score.offsets.reach
+        base = score.offsets.pointer + head * (2 * reach + 1) + reach
         query = query_positions(score, sizes, batch, row0, row)
         key = key_positions(score, sizes, batch, column0, column)
-        offset = tl.minimum(tl.maximum(key - query, -offsets.reach), offsets.reach)
-        return tl.load(base + offset)
+        offset = tl.minimum(tl.maximum(key - query, -reach), reach)
+        tile = offset.to(tl.float32)
+        if score.pipelined:
+            # There are keys; but under a condition, the compiler keeps this tile out of the loads
+            # that it stages in shared memory.
+            if sizes.keys > 0:
+                tile = tl.load(base + offset) * score.unit
+        else:
+            tile = tl.load(base + offset) * score.unit
+        return tile
 
 
 @triton.jit
@@ -150,10 +143,11 @@ def far_bias(score, head, RIGHT: tl.constexpr):
     """The value that all offsets beyond the reach share, on one side."""
     side = 0.0
     if score.offsets is not None:
-        base = score.offsets.pointer + head * score.offsets.head
+        last = 2 * score.offsets.reach
+        place = head * (last + 1)
         if RIGHT:
-            base += 2 * (score.offsets.pad + score.offsets.reach)
-        side = tl.load(base)
+            place += last
+        side = tl.load(score.offsets.pointer + place) * score.unit
     return side
 
 

@@ -8,10 +8,12 @@ import triton.language as tl
 
 @triton.jit
 def spread_kernel(
-    vector, stride, reach, pad, out, count, first, step,
+    vector, reach, unit, out, count, first, step,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEY_MAJOR: tl.constexpr,
 ):  # fmt: skip
-    """One tile: out (H, count, M, N), or with KEY_MAJOR (H, count, N, M)."""
+    """One tile of a vector (H, 2 * reach + 1): out (H, count, M, N), or with KEY_MAJOR
+    (H, count, N, M).
+    """
     program = tl.program_id(0)
     local_M = tl.arange(0, BLOCK_M)
     local_N = tl.arange(0, BLOCK_N)
@@ -23,5 +25,5 @@ def spread_kernel(
         place = local_M[:, None] * BLOCK_N + local_N[None, :]
     offset += first + program % count * step
     offset = tl.minimum(tl.maximum(offset, -reach), reach)
-    tile = tl.load(vector + program // count * stride + pad + reach + offset)
+    tile = tl.load(vector + program // count * (2 * reach + 1) + reach + offset) * unit
     tl.store(out + program.to(tl.int64) * (BLOCK_M * BLOCK_N) + place, tile)

@@ -271,7 +271,7 @@ def inputs_kernel(
     num_tiles = gl.cdiv(sizes.keys, BLOCK_N)
     key_heads = sizes.heads // sizes.group
     # In the order in which programs begin: one whose turn is earlier is never still to come.
-    program = gl.atomic_add(turns.begun, 1, sem="relaxed", scope="gpu")
+    program = gl.atomic_add(turns.counts, 1, sem="relaxed", scope="gpu")
     # Earlier keys are seen by more rows under a causal mask, and come first as they are. Heads are
     # taken some at a time, so that the tiles of one do not all begin, and wait, together.
     first_head = program // (num_tiles * interleaved) * interleaved
@@ -330,7 +330,7 @@ def inputs_kernel(
         mbarrier.init(empty.index(stage), count=2)
     for index in gl.static_range(2):
         mbarrier.init(exchanged.index(index), count=2)
-    own = turns.done + batch_head * num_tiles + tile
+    own = turns.counts + 1 + batch_head * num_tiles + tile
     gl.warp_specialize(
         [
             (
