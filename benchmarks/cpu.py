@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import cpu_growth, cpu_modules, cpu_rows
+from benchmarks import cpu_compiled, cpu_growth, cpu_modules, cpu_rows
 from benchmarks.cpu_rows import Results, Row, Run, Work
 from zeta.bench import Timing, describe_machine, time_interleaved
 from zeta.ops.backends.cpu import library
@@ -60,6 +60,7 @@ def all_rows(quick: bool) -> list[Row]:
         *cpu_rows.attention_rows(shapes),
         *cpu_rows.decode_rows(quick),
         *cpu_rows.small_rows(quick),
+        *cpu_compiled.compiled_rows(quick),
         *cpu_modules.small_module_rows(quick),
         *cpu_modules.training_rows(quick),
     ]

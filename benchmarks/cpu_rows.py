@@ -187,9 +187,10 @@ class Problem:
             backend=backend,
             precision=features.precision,
         )
-        return {"out": out} | self._gradients(out, leaves)
+        return {"out": out} | self.gradients(out, leaves)
 
-    def _gradients(self, out: Tensor, leaves: Results) -> Results:
+    def gradients(self, out: Tensor, leaves: Results) -> Results:
+        """Of the leaves, where it trains."""
         if not self.train:
             return {}
         found = torch.autograd.grad(out, list(leaves.values()), self.incoming.to(out.dtype))
@@ -218,7 +219,7 @@ class Problem:
                 dropout_p=features.dropout_p,
                 is_causal=features.causal and bias is None,
             )
-            return {"out": out} | self._gradients(out, leaves)
+            return {"out": out} | self.gradients(out, leaves)
 
         return run
 

@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("deferred", "reading", "plain_lowering"),
         ("parts", "dropout", "lowering"),
         ("offsets",),
-        ("buffers",),
+        ("buffers", "registration"),
         ("call",),
         ("precision",),
         ("transforms",),

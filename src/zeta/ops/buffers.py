@@ -1,9 +1,7 @@
-"""What compiled kernels read and write, as tensors: dense rows, unwritten results, no gradients.
+"""What compiled kernels read and write, as tensors: dense rows, unwritten results.
 
 Shape suffixes: B batch, H heads, T length.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -41,8 +39,3 @@ def empty_contiguous(tensor: Tensor | None, other: Tensor) -> Tensor:
     if tensor is None:
         return other.new_empty(0)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def no_gradients(tensors: Sequence[Tensor | None]) -> list[None] | None:
-    """To torch.library, a list with an absent tensor in it is one argument; else it is many."""
-    return None if any(tensor is None for tensor in tensors) else [None] * len(tensors)

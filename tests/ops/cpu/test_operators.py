@@ -86,10 +86,10 @@ def test_operators_are_declared_as_they_are() -> None:
     assert lowered.offsets is not None
     offsets = lowered.offsets.detach().requires_grad_()
     operands = (query, key, value, offsets, lowered.dense)
-    torch.library.opcheck(operators.attention, (*operands, *lowered.fixed(), False))
+    torch.library.opcheck(operators.attention.overload, (*operands, *lowered.fixed(), False))
     for mean in (False, True):
         given = (query, key, offsets, lowered.dense, mean, *lowered.fixed(), False)
-        torch.library.opcheck(operators.weights, given)
+        torch.library.opcheck(operators.weights.overload, given)
 
 
 def _loss(query: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -209,10 +209,10 @@ def test_operators_keep_the_contract_of_torch_library() -> None:
     fixed = ([None] * 9, 0.25, True, 0, 0.0, False, 0.0)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        operators.attention, (query, key, value, offsets, None, *fixed), test_utils=checks
+        operators.attention.overload, (query, key, value, offsets, None, *fixed), test_utils=checks
     )
     torch.library.opcheck(
-        operators.weights, (query, key, offsets, None, True, *fixed), test_utils=checks
+        operators.weights.overload, (query, key, offsets, None, True, *fixed), test_utils=checks
     )
 
 

@@ -92,7 +92,9 @@ def test_the_operator_keeps_the_contract_of_torch_library() -> None:
     query, key, table = _leaves()
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     for arguments in ((query, key, (*table, *table)), (query, None, table)):
-        torch.library.opcheck(rotation.rotation, (*arguments, True, False), test_utils=checks)
+        torch.library.opcheck(
+            rotation.rotation.overload, (*arguments, True, False), test_utils=checks
+        )
 
 
 @pytest.mark.slow

@@ -10,13 +10,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from zeta.ops.backends.cpu import passes
+from zeta.ops.backends.cpu import passes, plain
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.backends.cpu.passes import Gradients
-from zeta.ops.buffers import empty_contiguous, empty_rows, no_gradients
+from zeta.ops.buffers import empty_contiguous, empty_rows
+from zeta.ops.registration import operator
 
 
-@torch.library.custom_op("zeta::cpu_attention", mutates_args=())
+@operator("cpu_attention")
 def attention(
     query: Tensor,
     key: Tensor,
@@ -34,7 +35,8 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """The output ``(B, H, T, Dv)`` and lse ``(B, H, T)`` in float32."""
     fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p, high)
-    return passes.forward(query, key, value, offsets, dense, fixed)
+    operands = (query, key, value, offsets, dense)
+    return plain.forward(*operands, fixed) or passes.forward(*operands, fixed)
 
 
 @attention.register_fake
@@ -42,7 +44,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     return empty_rows(query, value.shape[-1]), _lse(query)
 
 
-@torch.library.custom_op("zeta::cpu_attention_backward", mutates_args=())
+@operator("cpu_attention_backward")
 def attention_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -67,7 +69,11 @@ def attention_backward(
     """Gradients of query, key, value, offsets, dense; an empty one for those not needed."""
     fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p, high)
     inputs, needed = (query, key, value, out, lse), (needs_offsets, needs_dense)
-    found = passes.backward(grad_out, grad_lse, inputs, offsets, dense, fixed, needed)
+    found = None
+    if grad_lse is None:
+        found = plain.backward(grad_out, inputs, offsets, dense, fixed, needed)
+    if found is None:
+        found = passes.backward(grad_out, grad_lse, inputs, offsets, dense, fixed, needed)
     assert found.value is not None
     return found.query, found.key, found.value, *_or_empty(found, lse)
 
@@ -93,7 +99,7 @@ def _(
     )
 
 
-@torch.library.custom_op("zeta::cpu_weights", mutates_args=())
+@operator("cpu_weights")
 def weights(
     query: Tensor,
     key: Tensor,
@@ -123,7 +129,7 @@ def _(
     return query.new_empty((*planes, target, key.shape[2])), _lse(query)
 
 
-@torch.library.custom_op("zeta::cpu_weights_backward", mutates_args=())
+@operator("cpu_weights_backward")
 def weights_backward(
     grad_weights: Tensor,
     query: Tensor,
@@ -190,7 +196,7 @@ def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | No
     query, key, value, out, lse, offsets, dense, *tensors = ctx.saved_tensors
     nothing = [None] * len(ctx.numbers)
     if grad_out is None and grad_lse is None:
-        return None, None, None, None, None, no_gradients(tensors), *nothing
+        return None, None, None, None, None, None, *nothing
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     needs_offsets, needs_dense = ctx.needs_input_grad[3:5]
@@ -200,7 +206,7 @@ def _attention_gradient(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | No
     )  # fmt: skip
     return (
         *found, grad_offsets if needs_offsets else None, grad_dense if needs_dense else None,
-        no_gradients(tensors), *nothing,
+        None, *nothing,
     )  # fmt: skip
 
 
@@ -215,7 +221,7 @@ def _weights_gradient(ctx: Any, grad_weights: Tensor | None, _: Tensor | None) -
     query, key, lse, offsets, dense, *tensors = ctx.saved_tensors
     nothing = [None] * len(ctx.numbers)
     if grad_weights is None:
-        return None, None, None, None, None, no_gradients(tensors), *nothing
+        return None, None, None, None, None, None, *nothing
     needs_offsets, needs_dense = ctx.needs_input_grad[2:4]
     *found, grad_offsets, grad_dense = weights_backward(
         grad_weights, query, key, lse, offsets, dense, tensors, *ctx.numbers, needs_offsets,
@@ -223,7 +229,7 @@ def _weights_gradient(ctx: Any, grad_weights: Tensor | None, _: Tensor | None) -
     )  # fmt: skip
     return (
         *found, grad_offsets if needs_offsets else None, grad_dense if needs_dense else None,
-        None, no_gradients(tensors), *nothing,
+        None, None, *nothing,
     )  # fmt: skip
 
 

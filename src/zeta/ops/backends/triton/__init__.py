@@ -54,7 +54,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     given = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
     eager = all(operators.is_eager(tensor) for tensor in given if tensor is not None)
     run_one = operators.EagerAttention.apply if eager else operators.attention
-    out, lse, _ = run_one(*given, *lowered.fixed())  # type: ignore[no-untyped-call]
+    out, lse, *_ = run_one(*given, *lowered.fixed())
     return out, lse
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from zeta.ops.backends.triton import gradients, passes
-from zeta.ops.backends.triton.arguments import Fixed, statistics_shape
-from zeta.ops.buffers import empty_contiguous, empty_rows, no_gradients, rows
+from zeta.ops.backends.triton.arguments import Fixed, hashes_of, statistics_shape
+from zeta.ops.buffers import empty_contiguous, empty_rows, rows
+from zeta.ops.registration import operator
 
 
-@torch.library.custom_op("zeta::triton_attention", mutates_args=())
+@operator("triton_attention")
 def attention(
     query: Tensor,
     key: Tensor,
@@ -45,7 +46,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tenso
     )
 
 
-@torch.library.custom_op("zeta::triton_attention_backward", mutates_args=())
+@operator("triton_attention_backward")
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -125,14 +126,14 @@ def _attention_gradient(
     )  # fmt: skip
     return (
         dquery, dkey, dvalue, doffsets if needs_offsets else None,
-        ddense if needs_dense else None, no_gradients(tensors), *[None] * len(ctx.numbers),
+        ddense if needs_dense else None, None, *[None] * len(ctx.numbers),
     )  # fmt: skip
 
 
 attention.register_autograd(_attention_gradient, setup_context=_save_attention)
 
 
-@torch.library.custom_op("zeta::triton_weights", mutates_args=())
+@operator("triton_weights")
 def weights(
     query: Tensor,
     key: Tensor,
@@ -164,7 +165,7 @@ def _(
     )
 
 
-@torch.library.custom_op("zeta::triton_weights_backward", mutates_args=())
+@operator("triton_weights_backward")
 def weights_backward(
     dweights: Tensor,
     query: Tensor,
@@ -220,7 +221,7 @@ def _weights_gradient(ctx: Any, dweights: Tensor | None, _: Tensor | None) -> tu
     query, key, statistics, offsets, dense, *tensors = ctx.saved_tensors
     nothing = [None] * len(ctx.numbers)
     if dweights is None:
-        return None, None, None, None, None, no_gradients(tensors), *nothing
+        return None, None, None, None, None, None, *nothing
     needs_offsets, needs_dense = ctx.needs_input_grad[2:4]
     dquery, dkey, doffsets, ddense = weights_backward(
         dweights, query, key, statistics, offsets, dense, tensors, *ctx.numbers, needs_offsets,
@@ -228,7 +229,7 @@ def _weights_gradient(ctx: Any, dweights: Tensor | None, _: Tensor | None) -> tu
     )  # fmt: skip
     return (
         dquery, dkey, doffsets if needs_offsets else None, ddense if needs_dense else None, None,
-        no_gradients(tensors), *nothing,
+        None, *nothing,
     )  # fmt: skip
 
 
@@ -239,23 +240,24 @@ class EagerAttention(torch.autograd.Function):
     """`attention` without the operator's cost, a third of a millisecond: for eager code."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value, offsets, dense, *fixed = inputs
-        output = passes.forward(query, key, value, offsets, dense, Fixed(*fixed))
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        query, key, value, offsets, dense, *numbers = inputs
+        fixed = Fixed(*numbers)
+        # Made once, for the backward pass too.
+        ctx.hashes = fixed.hashes = hashes_of(query, key, fixed)
+        output = passes.forward(query, key, value, offsets, dense, fixed)
         _save_attention(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[2])
-        return output
+        return output[:2]
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None
-    ) -> tuple[Any, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
         query, key, value, out, statistics, offsets, dense, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:5]
         if dout is None:
             dout = torch.zeros_like(out)
         fixed = Fixed(tensors, *ctx.numbers)
+        fixed.hashes = ctx.hashes
         inputs = (query, key, value, out, statistics)
         given = gradients.of_output(dout, dlse, inputs, offsets, dense, fixed)
         dquery, dkey, dvalue, doffsets, ddense = gradients.gradients(given, dense, *needed)

@@ -16,7 +16,8 @@ from zeta.ops.backends.triton.arguments import cdiv, launch, power_of_two, rows_
 from zeta.ops.backends.triton.kernels.operands import Turned
 from zeta.ops.backends.triton.kernels.rotation import rotation_kernel
 from zeta.ops.backends.triton.operators import is_eager
-from zeta.ops.buffers import empty_rows, no_gradients, rows
+from zeta.ops.buffers import empty_rows, rows
+from zeta.ops.registration import operator
 
 TILE = 2048
 """Features of a tile."""
@@ -50,7 +51,7 @@ def rotated(
     return turned
 
 
-@torch.library.custom_op("zeta::triton_rotation", mutates_args=())
+@operator("triton_rotation")
 def rotation(
     query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -74,7 +75,7 @@ def _gradient(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any
     found: _Found = (None, None)
     if given is not None:
         found = _placed(dquery, dkey, rotation(*given, ctx.interleaved, not ctx.inverse))
-    return *found, no_gradients(ctx.saved_tensors), None, None
+    return *found, None, None, None
 
 
 rotation.register_autograd(_gradient, setup_context=_save)

@@ -1,0 +1,71 @@
+"""Operators of ``torch.library`` that cost little each time a compiled graph runs.
+
+One of `torch.library.custom_op` goes through autograd in Python in every run, also in a graph that
+has its gradients already. Here each is two: one with a gradient, which is called, and one below it
+that has none, which is what ends up in a graph.
+"""
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.autograd import Function
+
+ResultT = TypeVar("ResultT")
+
+_LIBRARY = torch.library.Library("zeta", "FRAGMENT")
+
+
+class Operator(Generic[ResultT]):
+    """As `torch.library.custom_op` makes them: what it does is opaque to compilers."""
+
+    def __init__(self, name: str, function: Callable[..., ResultT]) -> None:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        # What runs outside of a graph is not to be compiled either.
+        opaque = torch._disable_dynamo(function)  # type: ignore[attr-defined]  # as custom_op does
+        for each in (name, f"{name}_kernel"):
+            _LIBRARY.define(each + schema, tags=(torch.Tag.pt2_compliant_tag,))
+            _LIBRARY.impl(each, opaque, "CompositeExplicitAutograd")
+        self.overload = getattr(torch.ops.zeta, name).default
+        self._kernel = getattr(torch.ops.zeta, f"{name}_kernel").default
+
+    def __call__(self, *args: Any) -> ResultT:
+        found: ResultT = self.overload(*args)
+        return found
+
+    def register_fake(self, function: Callable[..., Any]) -> None:
+        """What its results are like, of tensors without numbers."""
+        for each in (self.overload, self._kernel):
+            torch.library.register_fake(each, function, lib=_LIBRARY)
+
+    def register_autograd(
+        self, gradient: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
+    ) -> None:
+        """Its gradient, as of `torch.autograd.Function`; tensors in lists have none."""
+        kernel = self._kernel
+
+        class Differentiable(Function):
+            @staticmethod
+            def forward(ctx: Any, *inputs: Any) -> Any:
+                output = kernel(*inputs)
+                if setup_context is not None:
+                    setup_context(ctx, inputs, output)
+                return output
+
+            backward = staticmethod(gradient)
+
+        def run(*args: Any) -> Any:
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
+            return kernel(*args)
+
+        _LIBRARY.impl(self.overload, run, "Autograd")
+
+
+def operator(name: str) -> Callable[[Callable[..., ResultT]], Operator[ResultT]]:
+    """Makes a function the operator ``zeta::name``; it must change none of its tensors."""
+
+    def made(function: Callable[..., ResultT]) -> Operator[ResultT]:
+        return Operator(name, function)
+
+    return made
