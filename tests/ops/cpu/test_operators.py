@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zeta import BackendUnsupported, attention, attention_weights, attention_with_lse, biases, masks
@@ -53,6 +55,20 @@ def test_compiled_calls_give_the_same(dtype: torch.dtype) -> None:
         assert torch.equal(got, wanted)
     for got, wanted in zip(gradients(actual, made), gradients(expected, made), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_a_graph_holds_what_autograd_has_nothing_to_do_with() -> None:
+    names: set[str] = set()
+
+    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
+        names.update(str(node.target) for node in graph.graph.nodes if "zeta" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    made = make()
+    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
+    gradients(torch.compile(several, fullgraph=True, backend=backend)(*made.values()), made)
+    passes = ("attention", "attention_backward", "weights", "weights_backward")
+    assert names == {f"zeta.cpu_{name}_kernel.default" for name in passes}
 
 
 def test_one_graph_for_all_lengths() -> None:
