@@ -64,12 +64,17 @@ def test_a_saved_program_needs_no_zeta(tmp_path: Path) -> None:
     torch.export.save(exported(layer, True), tmp_path / "layer.pt2")
     x, hidden = tokens(2, 12), padding(2, 12)
     torch.save((x, hidden, layer(x, hidden).detach()), tmp_path / "expected.pt")
-    code = """
-import sys, torch
-sys.modules["zeta"] = None
+    check_elsewhere(tmp_path, 'import sys; sys.modules["zeta"] = None')
+
+
+def check_elsewhere(folder: Path, first: str) -> None:
+    """Loads and runs a program in a fresh process, after a line of its own."""
+    code = f"""
+{first}
+import torch
 program = torch.export.load("layer.pt2").module()
-x, hidden, expected = torch.load("expected.pt")
-torch.testing.assert_close(program(x, hidden).detach(), expected)
+*inputs, expected = torch.load("expected.pt")
+torch.testing.assert_close(program(*inputs).detach(), expected)
 print("equal")
 """
     done = subprocess.run(
@@ -77,9 +82,31 @@ print("equal")
         capture_output=True,
         text=True,
         check=False,
-        cwd=tmp_path,
+        cwd=folder,
     )
     assert done.stdout == "equal\n", done.stderr
+
+
+class Named(nn.Module):
+    """Attention by a backend that is named."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, x: Tensor) -> Tensor:
+        return zeta.attention(x, x, x, backend=self.backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+def test_a_program_of_a_named_backend_asks_for_its_operators(backend: str, tmp_path: Path) -> None:
+    x, module = torch.randn(1, 2, 9, 16), Named(backend)
+    reasons = zeta.explain(x, x, x).reasons[backend]
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "layer.pt2")
+    torch.save((x, module(x)), tmp_path / "expected.pt")
+    check_elsewhere(tmp_path, f"import zeta.ops.backends.{backend}.operators")
 
 
 def test_a_program_for_training_has_its_dropout_and_gradients() -> None:
