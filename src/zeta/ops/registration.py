@@ -6,7 +6,7 @@ that has none, which is what ends up in a graph.
 """
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch.autograd import Function
@@ -17,9 +17,14 @@ _LIBRARY = torch.library.Library("zeta", "FRAGMENT")
 
 
 class Operator(Generic[ResultT]):
-    """As `torch.library.custom_op` makes them: what it does is opaque to compilers."""
+    """As `torch.library.custom_op` makes them: what it does is opaque to compilers, and without a
+    registered gradient none can be had of it.
+    """
 
     def __init__(self, name: str, function: Callable[..., ResultT]) -> None:
+        self._name = name
+        self._gradient: Callable[..., Any] = self._refuse
+        self._setup_context: Callable[..., None] | None = None
         schema = torch.library.infer_schema(function, mutates_args=())
         # What runs outside of a graph is not to be compiled either.
         opaque = torch._disable_dynamo(function)  # type: ignore[attr-defined]  # as custom_op does
@@ -28,6 +33,7 @@ class Operator(Generic[ResultT]):
             _LIBRARY.impl(each, opaque, "CompositeExplicitAutograd")
         self.overload = getattr(torch.ops.zeta, name).default
         self._kernel = getattr(torch.ops.zeta, f"{name}_kernel").default
+        _LIBRARY.impl(name, self._under_autograd(), "Autograd")
 
     def __call__(self, *args: Any) -> ResultT:
         found: ResultT = self.overload(*args)
@@ -42,24 +48,34 @@ class Operator(Generic[ResultT]):
         self, gradient: Callable[..., Any], *, setup_context: Callable[..., None] | None = None
     ) -> None:
         """Its gradient, as of `torch.autograd.Function`; tensors in lists have none."""
-        kernel = self._kernel
+        self._gradient, self._setup_context = gradient, setup_context
+
+    def _under_autograd(self) -> Callable[..., Any]:
+        """The kernel, with the gradient that is registered when it is asked for."""
 
         class Differentiable(Function):
             @staticmethod
             def forward(ctx: Any, *inputs: Any) -> Any:
-                output = kernel(*inputs)
-                if setup_context is not None:
-                    setup_context(ctx, inputs, output)
+                output = self._kernel(*inputs)
+                if self._setup_context is not None:
+                    self._setup_context(ctx, inputs, output)
                 return output
 
-            backward = staticmethod(gradient)
+            @staticmethod
+            def backward(ctx: Any, *gradients: Any) -> Any:
+                return self._gradient(ctx, *gradients)
 
         def run(*args: Any) -> Any:
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
-            return kernel(*args)
+            return self._kernel(*args)
 
-        _LIBRARY.impl(self.overload, run, "Autograd")
+        return run
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise RuntimeError(
+            f"zeta::{self._name} has no gradient; for second derivatives use backend='reference'"
+        )
 
 
 def operator(name: str) -> Callable[[Callable[..., ResultT]], Operator[ResultT]]:

@@ -216,6 +216,14 @@ def test_operators_keep_the_contract_of_torch_library() -> None:
     )
 
 
+def test_second_derivatives_of_weights_are_refused() -> None:
+    query = torch.randn(1, 1, 5, 16, requires_grad=True)
+    weights = attention_weights(query, query, backend="triton")
+    (grad,) = torch.autograd.grad(weights.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"second derivatives use backend='reference'"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "words"),
     [
