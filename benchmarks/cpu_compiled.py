@@ -44,10 +44,9 @@ def _work(dtype: torch.dtype, length: int, train: bool) -> Work:
 
 def _compiled(problem: Problem, attend: Attend) -> Run:
     compiled = torch.compile(attend, fullgraph=True, dynamic=False)
-    names = ("query", "key", "value")
 
     def run() -> Results:
-        out = compiled(*(problem.leaves[name] for name in names))
+        out = compiled(*problem.leaves.values())
         return {"out": out} | problem.gradients(out, problem.leaves)
 
     return run

@@ -28,6 +28,7 @@ from zeta.ops.backends.triton.kernels.operands import (
 )
 from zeta.ops.backends.triton.kernels.spreading import spread_kernel
 from zeta.ops.buffers import written_out
+from zeta.ops.dropout import threshold
 
 LOG2E = 1.4426950408889634
 SPREAD_SCORES = 1 << 20
@@ -190,7 +191,7 @@ def _dropout(query: Tensor, key: Tensor, fixed: Fixed) -> Dropout | None:
         rows,
         columns,
         columns.shape[1] if columns.shape[0] > 1 else 0,
-        min(round(fixed.dropout_p * 2**32), 2**32 - 1) - 2**31,
+        threshold(fixed.dropout_p),
         1.0 - fixed.dropout_p,
     )
 
