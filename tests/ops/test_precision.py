@@ -42,7 +42,7 @@ class Spy:
 
     def __init__(self, native: library.Library) -> None:
         self.seen: list[float] = []
-        self.usable, self.instruction_set = native.usable, native.instruction_set
+        self.usable = native.usable
         self.multiplies_tiles = native.multiplies_tiles
         for name in ("forward", "backward", "weights", "decode"):
             setattr(self, name, self._wrapped(getattr(native, name)))

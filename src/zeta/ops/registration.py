@@ -5,6 +5,7 @@ has its gradients already. Here each is two: one with a gradient, which is calle
 that has none, which is what ends up in a graph.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Generic, NoReturn, TypeVar
 
@@ -28,9 +29,9 @@ class Operator(Generic[ResultT]):
         schema = torch.library.infer_schema(function, mutates_args=())
         # What runs outside of a graph is not to be compiled either.
         opaque = torch._disable_dynamo(function)  # type: ignore[attr-defined]  # as custom_op does
+        self._define = functools.partial(_define, schema=schema, function=opaque)
         for each in (name, f"{name}_kernel"):
-            _LIBRARY.define(each + schema, tags=(torch.Tag.pt2_compliant_tag,))
-            _LIBRARY.impl(each, opaque, "CompositeExplicitAutograd")
+            self._define(each)
         self.overload = getattr(torch.ops.zeta, name).default
         self._kernel = getattr(torch.ops.zeta, f"{name}_kernel").default
         _LIBRARY.impl(name, self._under_autograd(), "Autograd")
@@ -49,6 +50,11 @@ class Operator(Generic[ResultT]):
     ) -> None:
         """Its gradient, as of `torch.autograd.Function`; tensors in lists have none."""
         self._gradient, self._setup_context = gradient, setup_context
+
+    def keep_python_kernel(self) -> None:
+        """The function as ``zeta::<name>_python``, for a kernel in C that is put before it."""
+        self._define(f"{self._name}_python")
+        self.python_kernel = getattr(torch.ops.zeta, f"{self._name}_python").default
 
     def _under_autograd(self) -> Callable[..., Any]:
         """The kernel, with the gradient that is registered when it is asked for."""
@@ -76,6 +82,11 @@ class Operator(Generic[ResultT]):
         raise RuntimeError(
             f"zeta::{self._name} has no gradient; for second derivatives use backend='reference'"
         )
+
+
+def _define(name: str, schema: str, function: Callable[..., Any]) -> None:
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
 
 
 def operator(name: str) -> Callable[[Callable[..., ResultT]], Operator[ResultT]]:

@@ -88,7 +88,7 @@ class Cache:
         record = Record()
         native = library.load()
         _SIZES.write(
-            record, NUM_BYTES, DTYPES.index(query.dtype), 0, native.instruction_set,
+            record, NUM_BYTES, DTYPES.index(query.dtype), 0,
             torch.get_num_threads(), self.batch, self.heads, self.key_heads, self.target,
             self.source, self.head_dim, self.value_dim,
         )  # fmt: skip

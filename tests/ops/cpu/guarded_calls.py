@@ -9,10 +9,12 @@ Outputs must be, bit for bit, what the same call makes in ordinary memory.
 import argparse
 import contextlib
 import ctypes
+import math
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -112,17 +114,23 @@ def _leaves(case: Case, dtype: torch.dtype, at_end: bool | None) -> Results:
 
 
 @contextlib.contextmanager
-def _without_direct_calls() -> Iterator[None]:
-    """They have cases of their own."""
-    native = library.load()
-    direct, native.direct = native.direct, None
-    yield
-    native.direct = direct
+def _by_records() -> Iterator[None]:
+    """Whatever takes tensors as they are has cases of its own."""
+    from zeta.ops.backends.cpu import operators  # Registered from the library that was asked for.
+
+    with (
+        patch.object(library.load(), "direct", None),
+        patch.object(operators.attention, "_kernel", operators.attention.python_kernel),
+        patch.object(
+            operators.attention_backward, "_kernel", operators.attention_backward.python_kernel
+        ),
+    ):
+        yield
 
 
 def _attention(case: Case, dtype: torch.dtype, at_end: bool | None) -> Results:
     made = _leaves(case, dtype, at_end)
-    with _without_direct_calls():
+    with _by_records():
         if at_end is None:
             return case.run(made, "cpu")
         with Guards(at_end):
@@ -188,7 +196,7 @@ def _direct(sizes: tuple[int, ...], kind: str, dtype: torch.dtype, at_end: bool 
     native = library.load()
     direct = native.direct
     assert direct is not None
-    options = None, False, native.instruction_set, 2, *plain
+    options = None, False, 2, *plain
     assert direct.attend(query, key, value, out, *options) == library.DONE
     alone = out.clone()
     lse = direct.attend_with_lse(query, key, value, out, *options)
@@ -196,10 +204,35 @@ def _direct(sizes: tuple[int, ...], kind: str, dtype: torch.dtype, at_end: bool 
     gradients = grad_query, grad_key, grad_value, *of_bias
     saved = query, key, value, out, lse if at_end is None else guarded(lse, at_end)
     assert direct.differentiate(*saved, grad_out, *gradients, *options) == library.DONE
-    return {"out": out, "lse": lse} | {
+    found = {"out": out, "lse": lse} | {
         f"gradient {number}": gradient
         for number, gradient in enumerate(gradients)
         if gradient is not None
+    }
+    if plain.table is None:
+        of_operators = _operators(plain, saved, grad_out)
+        compare(
+            of_operators, {name: found[name].to(made.dtype) for name, made in of_operators.items()}
+        )
+    return found
+
+
+def _operators(plain: Plain, saved: tuple[Tensor, ...], grad_out: Tensor) -> Results:
+    """What the operators' own kernels make of the same."""
+    from zeta.ops.backends.cpu import operators
+
+    query, key, value, *_ = saved
+    lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]))
+    biases, fixed = (lowered.offsets, lowered.dense), (*lowered.fixed(), False)
+    out, lse = operators.attention._kernel(query, key, value, *biases, *fixed)
+    needed = [bias is not None for bias in biases]
+    gradients = operators.attention_backward._kernel(
+        grad_out, None, *saved, *biases, *fixed, *needed
+    )
+    return {"out": out, "lse": lse} | {
+        f"gradient {number}": gradient
+        for number, gradient in enumerate(gradients)
+        if number < 3 or needed[number - 3]
     }
 
 

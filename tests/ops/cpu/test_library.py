@@ -94,12 +94,13 @@ def test_a_record_of_another_size_is_refused() -> None:
             library.check(getattr(library.load(), run)(record))
 
 
-def test_an_instruction_set_that_is_not_there_is_refused() -> None:
-    record = layout.Record()
-    layout.Part("bytes").write(record, layout.NUM_BYTES)
-    layout.Part("isa").write(record, 9)
-    with pytest.raises(RuntimeError, match="neither the processor nor the build has"):
-        library.check(library.load().forward(record))
+@pytest.mark.parametrize("number", [-1, 9])
+def test_an_instruction_set_that_is_not_there_is_refused(number: int) -> None:
+    native = library.load()
+    before = native.instruction_set
+    with pytest.raises(ValueError, match=f"instruction set {number} cannot run here, only "):
+        native.instruction_set = number
+    assert native.instruction_set == before
 
 
 def test_answers_become_errors() -> None:

@@ -1,4 +1,7 @@
-"""Operators of plain calls go straight to the library too: the same bits, laid out the same."""
+"""The operators' kernels in C: the bits of Python's, laid out the same; what they leave to it."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ from torch import Tensor
 
 from tests.ops.cpu.plain_calls import KINDS, SHAPES, operands, scores_of
 from zeta import masks
-from zeta.ops.backends.cpu import library, operators, plain
+from zeta.ops.backends.cpu import library, operators, passes
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower
@@ -14,6 +17,7 @@ from zeta.ops.lowering import lower
 pytestmark = pytest.mark.skipif(library.obstacle() is not None, reason=str(library.obstacle()))
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+IN_C, IN_PYTHON = "kernel", "python"
 
 
 def lowered(call: AttentionCall) -> tuple[Inputs, Fixed]:
@@ -22,13 +26,34 @@ def lowered(call: AttentionCall) -> tuple[Inputs, Fixed]:
     return inputs, Fixed(*parts.fixed(), False)
 
 
-def results(inputs: Inputs, fixed: Fixed) -> list[Tensor]:
+def results(inputs: Inputs, fixed: Fixed, kernel: str) -> list[Tensor]:
     """Output, log-sum-exp and every gradient."""
     *_, offsets, dense = inputs
-    out, lse = operators.attention(*inputs, *fixed)
+    forward = getattr(torch.ops.zeta, f"cpu_attention_{kernel}")
+    backward = getattr(torch.ops.zeta, f"cpu_attention_backward_{kernel}")
+    out, lse = forward(*inputs, *fixed)
     saved = (*inputs[:3], out, lse, offsets, dense)
     needed = (offsets is not None, dense is not None)
-    return [out, lse, *operators.attention_backward(out, None, *saved, *fixed, *needed)]
+    return [out, lse, *backward(out, None, *saved, *fixed, *needed)]
+
+
+@pytest.fixture
+def calls_of_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The passes that Python ran, as they come."""
+    found: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        run = getattr(passes, name)
+
+        def noting(*arguments: Any) -> Any:
+            found.append(name)
+            return run(*arguments)
+
+        return noting
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(passes, name, noted(name))
+    return found
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -41,40 +66,99 @@ def test_the_same_bits_at_the_same_places(
     dtype: torch.dtype,
     kinds: tuple[str, str],
     inside: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    calls_of_python: list[str],
 ) -> None:
     made = operands(name, dtype, inside)
     mask, bias = scores_of(kinds, made)
     call = AttentionCall.checked(*made, mask=mask, bias=bias, dropout_p=0.2, seed=4)
     inputs, fixed = lowered(call)
-    assert plain.forward(*inputs, fixed) is not None
-    found = results(inputs, fixed)
-    monkeypatch.setattr(library.load(), "direct", None)
-    assert plain.forward(*inputs, fixed) is None
-    for tensor, expected in zip(found, results(inputs, fixed), strict=True):
-        assert torch.equal(tensor, expected)
-        assert tensor.stride() == expected.stride()
-        assert tensor.dtype == expected.dtype
+    found = results(inputs, fixed, IN_C)
+    # The gradient of a dense bias in float32 alone.
+    in_half = inputs[4] is not None and inputs[4].dtype != torch.float32
+    assert calls_of_python == (["backward"] if in_half else [])
+    expected = results(inputs, fixed, IN_PYTHON)
+    assert calls_of_python[-2:] == ["forward", "backward"]
+    for tensor, of_python in zip(found, expected, strict=True):
+        assert torch.equal(tensor, of_python)
+        assert tensor.stride() == of_python.stride()
+        assert tensor.dtype == of_python.dtype
 
 
-def test_what_is_not_plain_takes_the_longer_way() -> None:
+def test_what_is_not_plain_is_for_python(calls_of_python: list[str]) -> None:
     made = operands("blocks")
-    batch, length = made[0].shape[0], made[1].shape[2]
-    for mask in (
-        masks.PrefixLM(torch.full((batch,), 3)),
-        masks.Documents(torch.zeros(batch, length, dtype=torch.int64)),
-    ):
-        inputs, fixed = lowered(AttentionCall.checked(*made, mask=mask))
-        assert plain.forward(*inputs, fixed) is None
-    inputs, fixed = lowered(
-        AttentionCall.checked(*made, query_positions=torch.arange(10, 10 + made[0].shape[2]))
-    )
-    assert plain.forward(*inputs, fixed) is None
+    batch, target, length = made[0].shape[0], made[0].shape[2], made[1].shape[2]
+    positions = {"query_positions": torch.arange(10, 10 + target)}
+    not_plain = [
+        lowered(AttentionCall.checked(*made, mask=masks.PrefixLM(torch.full((batch,), 3)))),
+        lowered(
+            AttentionCall.checked(*made, mask=masks.Documents(torch.zeros(batch, length).long()))
+        ),
+        lowered(AttentionCall.checked(*made, **positions)),
+    ]
+    inputs, fixed = lowered(AttentionCall.checked(*made))
+    rows = made[0].mT.contiguous().mT
+    not_plain += [
+        ((rows, *inputs[1:]), fixed),
+        ((*inputs[:2], made[2][..., :3], None, None), fixed),
+    ]
+    for inputs, fixed in not_plain:
+        calls_of_python.clear()
+        found = torch.ops.zeta.cpu_attention_kernel(*inputs, *fixed)
+        assert calls_of_python == ["forward"]
+        expected = passes.forward(*inputs, fixed)
+        assert all(map(torch.equal, found, expected))
+    out, lse = torch.ops.zeta.cpu_attention_kernel(*inputs[:2], made[2], None, None, *fixed)
+    saved = (*made, out, lse, None, None)
+    for grad_out, grad_lse in ((torch.ones(()).expand_as(out), None), (out, lse)):
+        calls_of_python.clear()
+        found = torch.ops.zeta.cpu_attention_backward_kernel(
+            grad_out, grad_lse, *saved, *fixed, False, False
+        )
+        assert calls_of_python == ["backward"]
+        expected = passes.backward(grad_out, grad_lse, saved[:5], None, None, fixed, (False, False))
+        assert all(map(torch.equal, found, expected[:3]))
+
+
+def test_what_is_negated_on_paper_is_seen() -> None:
+    made = operands("blocks")
     inputs, fixed = lowered(AttentionCall.checked(*made))
     negated = torch.complex(made[0], made[0]).conj().imag
     assert negated.is_neg()
-    assert plain.forward(negated, *inputs[1:], fixed) is None
     torch.testing.assert_close(
         operators.attention(negated, *inputs[1:], *fixed),
         operators.attention(-made[0], *inputs[1:], *fixed),
     )
+
+
+def test_an_error_of_python_is_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise MemoryError("no room for it")
+
+    monkeypatch.setattr(passes, "forward", failing)
+    made = operands("blocks")
+    call = AttentionCall.checked(*made, mask=masks.PrefixLM(torch.full((made[0].shape[0],), 3)))
+    inputs, fixed = lowered(call)
+    with pytest.raises(RuntimeError, match=r"no room for it|failed, as logged above"):
+        torch.ops.zeta.cpu_attention_kernel(*inputs, *fixed)
+
+
+def test_nothing_is_kept() -> None:
+    """Neither what an operator is given nor what it gives, whichever kernel runs."""
+    made = operands("blocks")
+    padding = masks.Padding(torch.full((made[0].shape[0],), 5))
+    for mask in (padding, padding & masks.PrefixLM(torch.full((made[0].shape[0],), 3))):
+        inputs, fixed = lowered(AttentionCall.checked(*made, mask=mask, dropout_p=0.1, seed=1))
+        for _ in range(2):
+            results(inputs, fixed, IN_C)
+        given = (*inputs[:3], *(tensor for tensor in fixed.tensors if tensor is not None))
+        before = [tensor._use_count() for tensor in given]  # type: ignore[attr-defined]
+        found = results(inputs, fixed, IN_C)
+        assert [tensor._use_count() for tensor in given] == before  # type: ignore[attr-defined]
+        assert all(tensor._use_count() == 1 for tensor in found)  # type: ignore[attr-defined]
+
+
+def test_beside_a_torch_without_its_c_interface_python_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library, "_TORCH_FUNCTIONS", ("of_another_time",))
+    assert not library.register_operators()

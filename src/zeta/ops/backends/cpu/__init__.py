@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from zeta.ops.backends.cpu import functions, library, passes
-from zeta.ops.backends.cpu.description import DTYPES, LAST_POSITION, Fixed
+from zeta.ops.backends.cpu.description import DTYPES, LAST_POSITION, MAX_HEAD_DIM, Fixed
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
 from zeta.ops.precision import float32_precision
 from zeta.ops.transforms import has_dispatch_modes, reasons_of_opaque
 
 NAME = "cpu"
-
-MAX_HEAD_DIM = 256
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 

@@ -20,6 +20,8 @@ from zeta.ops.dropout import threshold
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`ZetaDtype`."""
 
+MAX_HEAD_DIM = 256
+"""``ZETA_MOST_FEATURES``."""
 LAST_POSITION = 2**30 - 1
 """On both sides of 0: differences of positions are int32 in C."""
 _BEYOND = 2**31 - 1
@@ -47,7 +49,7 @@ class Fixed(NamedTuple):
     """What needs no gradient, as the operators get it.
 
     Attributes:
-        tensors: In the order of `Lowered.fixed`.
+        tensors: In the order of `Lowered.fixed`, or none at all.
         high: Products of float32 may be made of two parts of a number instead of three.
     """
 
@@ -64,9 +66,7 @@ class Fixed(NamedTuple):
 _HEAD = Part("bytes", "window")
 
 
-def describe(
-    query: Tensor, key: Tensor, value: Tensor | None, fixed: Fixed, instruction_set: int
-) -> Filled:
+def describe(query: Tensor, key: Tensor, value: Tensor | None, fixed: Fixed) -> Filled:
     """A new record of these tensors, made of dense `rows`; of no values, for weights."""
     record = Record()
     batch, heads, target, head_dim = query.shape
@@ -78,7 +78,7 @@ def describe(
         value_dim, value_rows = value.shape[3], (address(value), *value.stride()[:3])
     _HEAD.write(
         record,
-        NUM_BYTES, DTYPES[query.dtype], fixed.high, instruction_set, torch.get_num_threads(),
+        NUM_BYTES, DTYPES[query.dtype], fixed.high, torch.get_num_threads(),
         batch, heads, key_heads, target, source, head_dim, value_dim,
         address(query), *query.stride()[:3], address(key), *key.stride()[:3], *value_rows,
         fixed.scale, fixed.causal, min(fixed.window, _BEYOND),

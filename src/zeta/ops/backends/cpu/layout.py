@@ -17,7 +17,7 @@ _MEMBERS = {
 }
 
 FIELDS = (
-    ("integer", "bytes dtype precision isa num_threads"),
+    ("integer", "bytes dtype precision num_threads"),
     ("integer", "batch heads key_heads target source head_dim value_dim"),
     ("rows", "query key value"),
     ("real", "scale"),

@@ -6,6 +6,7 @@ may lack the instructions. `obstacle` says so.
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,6 @@ class Library:
         built, processor, usable: Instruction sets that it has code for, that the processor has,
             and both.
         has_tiles: Whether the processor multiplies matrices (AMX).
-        instruction_set: The number of the one that runs; 0 for the best. Tests set it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +80,24 @@ class Library:
         self.processor = _sets(functions, "zeta_processor")
         self.usable = _sets(functions, "zeta_instruction_sets")
         self.has_tiles = INSTRUCTION_SETS[-1] in self.processor
-        self.instruction_set = 0
+        self._use = functions.zeta_use
+        self._use.argtypes, self._use.restype = (ctypes.c_int64,), ctypes.c_int64
+        self._instruction_set = 0
+
+    @property
+    def instruction_set(self) -> int:
+        """The number of the one that runs; 0 for the best. Tests and benchmarks set it.
+
+        Raises:
+            ValueError: It cannot run here.
+        """
+        return self._instruction_set
+
+    @instruction_set.setter
+    def instruction_set(self, number: int) -> None:
+        if not self._use(number):
+            raise ValueError(f"instruction set {number} cannot run here, only {self.usable}")
+        self._instruction_set = number
 
     @property
     def multiplies_tiles(self) -> bool:
@@ -113,6 +130,45 @@ def _sets(functions: ctypes.CDLL, name: str) -> tuple[str, ...]:
     function.restype = ctypes.c_int64
     bits = function()
     return tuple(name for bit, name in enumerate(INSTRUCTION_SETS, 1) if bits >> bit & 1)
+
+
+_TORCH_FUNCTIONS = (
+    "aoti_torch_library_init_impl", "torch_library_impl", "torch_call_dispatcher",
+    "aoti_torch_check", "torch_get_num_threads", "aoti_torch_get_data_ptr", "aoti_torch_get_dim",
+    "aoti_torch_get_sizes", "aoti_torch_get_strides", "aoti_torch_get_dtype",
+    "aoti_torch_get_device_type", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object",
+    "torch_list_size", "torch_list_get_item", "torch_delete_list", "aoti_torch_device_type_cpu",
+    "aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_float16",
+    "aoti_torch_dtype_int64", "aoti_torch_dtype_uint8",
+)  # fmt: skip
+"""Of torch's stable C interface, in the order of ``native/torch.h``."""
+_NEWER_FUNCTIONS = ("torch_delete_stable_ivalue", "torch_exception_get_what_without_backtrace")
+
+
+def register_operators() -> bool:
+    """Give the operators of attention, which are there, kernels that run without Python.
+
+    Returns:
+        False where torch does not offer what they need: Python's kernels run.
+    """
+    try:
+        # It is loaded already, wherever it lies.
+        torch_library = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD)
+        required = [_address(torch_library, name) for name in _TORCH_FUNCTIONS]
+    except (OSError, AttributeError):
+        return False
+    newer = [
+        _address(torch_library, name) if hasattr(torch_library, name) else None
+        for name in _NEWER_FUNCTIONS
+    ]
+    addresses = (ctypes.c_void_p * (len(required) + len(newer)))(*required, *newer)
+    register = ctypes.CDLL(str(PATH)).zeta_register_operators
+    register.restype = ctypes.c_int64
+    return bool(register(addresses))
+
+
+def _address(functions: ctypes.CDLL, name: str) -> int | None:
+    return ctypes.cast(getattr(functions, name), ctypes.c_void_p).value
 
 
 def check(answer: int) -> None:

@@ -2,18 +2,23 @@
 
 An operator cannot take a tuple of many kinds: everything without a gradient comes as one list of
 tensors, in the order of `Lowered.fixed`, and plain numbers.
+
+The passes of attention have a second kernel each, in ``native/operators.cpp``: for common masks and
+biases, without Python. It reads the arguments in their order here.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from zeta.ops.backends.cpu import passes, plain
-from zeta.ops.backends.cpu.description import Fixed
+from zeta.ops.backends.cpu import library, passes
+from zeta.ops.backends.cpu.description import DTYPES, MAX_HEAD_DIM, Fixed
 from zeta.ops.backends.cpu.passes import Gradients
 from zeta.ops.buffers import empty_contiguous, empty_rows
+from zeta.ops.precision import float32_precision
 from zeta.ops.registration import operator
 
 
@@ -35,8 +40,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """The output ``(B, H, T, Dv)`` and lse ``(B, H, T)`` in float32."""
     fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p, high)
-    operands = (query, key, value, offsets, dense)
-    return plain.forward(*operands, fixed) or passes.forward(*operands, fixed)
+    return passes.forward(query, key, value, offsets, dense, fixed)
 
 
 @attention.register_fake
@@ -69,11 +73,7 @@ def attention_backward(
     """Gradients of query, key, value, offsets, dense; an empty one for those not needed."""
     fixed = Fixed(tensors, scale, causal, window, softcap, softcap_first, dropout_p, high)
     inputs, needed = (query, key, value, out, lse), (needs_offsets, needs_dense)
-    found = None
-    if grad_lse is None:
-        found = plain.backward(grad_out, inputs, offsets, dense, fixed, needed)
-    if found is None:
-        found = passes.backward(grad_out, grad_lse, inputs, offsets, dense, fixed, needed)
+    found = passes.backward(grad_out, grad_lse, inputs, offsets, dense, fixed, needed)
     assert found.value is not None
     return found.query, found.key, found.value, *_or_empty(found, lse)
 
@@ -173,6 +173,34 @@ def _(
     )
 
 
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None, causal: bool
+) -> Tensor | None:
+    """Attention ``(B, H, T, D)`` of what most calls are, inside of `torch.compile`: in every run, a
+    compiled function looks at all that its compiler went through, which here is little.
+
+    Returns:
+        None where the call must be checked and described.
+    """
+    if not type(key) is type(value) is Tensor or not key.is_cpu or not value.is_cpu:
+        return None
+    if not key.dtype == value.dtype == query.dtype or query.dtype not in DTYPES:
+        return None
+    if not query.dim() == key.dim() == 4 or key.shape != value.shape or 0 in query.shape:
+        return None
+    batch, heads, _, head_dim = query.shape
+    key_batch, key_heads, source, key_dim = key.shape
+    if key_batch != batch or key_dim != head_dim or key_heads == 0 or source == 0:
+        return None
+    if heads % key_heads or head_dim > MAX_HEAD_DIM or library.obstacle() is not None:
+        return None
+    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    is_high = query.dtype == torch.float32 and float32_precision() == "high"
+    numbers = scale, causal, 0, 0.0, False, 0.0, is_high
+    out, _ = attention.overload(query, key, value, None, None, [], *numbers)
+    return out  # type: ignore[no-any-return]  # torch gives operators no types
+
+
 def _lse(query: Tensor) -> Tensor:
     return query.new_empty(query.shape[:3], dtype=torch.float32)
 
@@ -241,3 +269,7 @@ attention.register_autograd(_attention_gradient, setup_context=_save_attention)
 weights.register_autograd(_weights_gradient, setup_context=_save_weights)
 attention_backward.register_autograd(_refuse)
 weights_backward.register_autograd(_refuse)
+
+for each in (attention, attention_backward):
+    each.keep_python_kernel()
+library.register_operators()

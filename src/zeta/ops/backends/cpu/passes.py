@@ -84,7 +84,7 @@ def _forward(
     out = empty_rows(query, value.shape[3])
     query, key, value = rows(query), rows(key), rows(value)
     native = library.load()
-    record = describe(query, key, value, fixed, native.instruction_set)
+    record = describe(query, key, value, fixed)
     kept = describe_scores(record, offsets, dense, fixed)
     to_lse = 0 if lse is None else lse.data_ptr()
     _OUT.write(record, out.data_ptr(), *out.stride()[:3], to_lse)
@@ -117,7 +117,7 @@ def backward(
     *operands, lse = inputs
     query, key, value, out, grad_out = map(rows, (*operands, grad_out))
     lse = lse.contiguous()  # As it was made; but who saved it may have packed it otherwise.
-    record = describe(query, key, value, fixed, library.load().instruction_set)
+    record = describe(query, key, value, fixed)
     _OUT.write(record, address(out), *out.stride()[:3], address(lse))
     grad_lse = None if grad_lse is None else written_out(grad_lse).float().contiguous()
     incoming_lse = 0 if grad_lse is None else address(grad_lse)
@@ -168,7 +168,7 @@ def _weights(
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     query, key = rows(query), rows(key)
     native = library.load()
-    record = describe(query, key, value, fixed, native.instruction_set)
+    record = describe(query, key, value, fixed)
     kept = describe_scores(record, offsets, dense, fixed)
     _WEIGHTS.write(record, mean, found.data_ptr())
     to_out = (0, 0, 0, 0) if out is None else (out.data_ptr(), *out.stride()[:3])
@@ -192,7 +192,7 @@ def weights_backward(
     """Gradients of `weights`."""
     query, key, grad_weights = rows(query), rows(key), rows(grad_weights).contiguous()
     lse = lse.contiguous()
-    record = describe(query, key, None, fixed, library.load().instruction_set)
+    record = describe(query, key, None, fixed)
     _MEAN.write(record, grad_weights.dim() == 3)
     _GRAD_WEIGHTS.write(record, address(grad_weights))
     _LSE.write(record, address(lse))

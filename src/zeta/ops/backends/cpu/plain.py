@@ -18,8 +18,7 @@ from torch.autograd import Function
 from zeta.ops.backends.cpu import library, passes
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.backends.cpu.functions import Once, differentiated_once
-from zeta.ops.buffers import empty_rows, rows
-from zeta.ops.dropout import threshold
+from zeta.ops.buffers import rows
 from zeta.ops.plain_lowering import LATER_KEYS, NOTHING, NUM_NUMBERS, Plain
 from zeta.ops.precision import Precision, float32_precision
 
@@ -58,7 +57,7 @@ def attend(
     out = torch.empty_like(query)
     is_high = native.has_tiles and float32_precision(precision) == "high"
     learned, dense = plain.offsets, plain.dense
-    options: tuple[Any, ...] = scale, is_high, native.instruction_set, torch.get_num_threads()
+    options: tuple[Any, ...] = scale, is_high, torch.get_num_threads()
     if plain is NOTHING or plain is LATER_KEYS:
         options += (plain.causal,)
     else:
@@ -131,101 +130,23 @@ def _gradients(
     """Of query, key, value, and, where needed, of offsets and a dense bias."""
     query, key, value, out, lse = saved
     made = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    found = _differentiated(grad_out, saved, made, scale, is_high, plain, needed)
-    if found is not None:
-        return found
-    # Whoever saved the tensors gave others back, of other strides or of a class of their own.
-    lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]) if scale is None else scale)
-    inputs = query, key, value, out, lse
-    fixed = Fixed(*lowered.fixed(), is_high)
-    return passes.backward(grad_out, None, inputs, lowered.offsets, plain.dense, fixed, needed)
-
-
-def _differentiated(
-    grad_out: Tensor,
-    saved: Sequence[Tensor],
-    made: tuple[Tensor, Tensor, Tensor],
-    scale: float | None,
-    is_high: bool,
-    plain: Plain,
-    needed: tuple[bool, bool],
-) -> passes.Gradients | None:
-    """`_gradients`, those of query, key and value into what was made for them; None where that
-    takes the longer way.
-    """
     grad_offsets = grad_dense = None
     if plain.offsets is not None and needed[0]:
         grad_offsets = plain.offsets.new_empty(plain.offsets.shape)
     if plain.dense is not None and needed[1]:
         grad_dense = plain.dense.new_empty(plain.dense.shape, dtype=torch.float32)
-    native = library.load()
-    assert native.direct is not None
-    answer = native.direct.differentiate(
+    direct = library.load().direct
+    assert direct is not None
+    answer = direct.differentiate(
         *saved, grad_out, *made, grad_offsets, grad_dense,
-        scale, is_high, native.instruction_set, torch.get_num_threads(), *plain,
+        scale, is_high, torch.get_num_threads(), *plain,
     )  # fmt: skip
-    if not library.is_done(answer):
-        return None
-    if plain.dense is not None and grad_dense is not None:
-        grad_dense = grad_dense.to(plain.dense.dtype)
-    return passes.Gradients(*made, grad_offsets, grad_dense)
-
-
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offsets: Tensor | None,
-    dense: Tensor | None,
-    fixed: Fixed,
-) -> tuple[Tensor, Tensor] | None:
-    """`passes.forward` of what is plain; None where that takes the longer way."""
-    native, plain = library.load(), _plain_of((query, key, value), offsets, dense, fixed)
-    if native.direct is None or plain is None:
-        return None
-    out = empty_rows(query, value.shape[3])
-    lse = native.direct.attend_with_lse(
-        query, key, value, out,
-        fixed.scale, fixed.high, native.instruction_set, torch.get_num_threads(), *plain,
-    )  # fmt: skip
-    if type(lse) is Tensor:
-        return out, lse
-    library.is_done(lse)
-    return None
-
-
-def backward(
-    grad_out: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    offsets: Tensor | None,
-    dense: Tensor | None,
-    fixed: Fixed,
-    needed: tuple[bool, bool],
-) -> passes.Gradients | None:
-    """`passes.backward` of what is plain; None where that takes the longer way."""
-    plain = _plain_of((*inputs[:4], grad_out), offsets, dense, fixed)
-    if library.load().direct is None or plain is None:
-        return None
-    query, key, value = (empty_rows(tensor, tensor.shape[3]) for tensor in inputs[:3])
-    made = query, key, value
-    return _differentiated(grad_out, inputs, made, fixed.scale, fixed.high, plain, needed)
-
-
-def _plain_of(
-    operands: Sequence[Tensor], offsets: Tensor | None, dense: Tensor | None, fixed: Fixed
-) -> Plain | None:
-    """What an operator got, as direct calls take it; None where they do not."""
-    slopes, prefix, padding, documents, _, keep, query_positions, _, seed = fixed.tensors
-    if prefix is not None or documents is not None or query_positions is not None:
-        return None
-    given = (*operands, offsets, slopes, dense)
-    if any(tensor is not None and tensor.is_neg() for tensor in given):
-        return None
-    return Plain(
-        causal=fixed.causal, window=fixed.window, softcap=float(fixed.softcap),
-        softcap_first=fixed.softcap_first, dropout_p=fixed.dropout_p,
-        drop_below=threshold(fixed.dropout_p) if fixed.dropout_p else 0,
-        seed=int(seed) if fixed.dropout_p and seed is not None else 0, padding_B=padding,
-        keep=None if keep is None else keep.view(torch.bool),
-        offsets=None if offsets is None else offsets.contiguous(), slopes_H=slopes, dense=dense,
-    )  # fmt: skip
+    if library.is_done(answer):
+        if plain.dense is not None and grad_dense is not None:
+            grad_dense = grad_dense.to(plain.dense.dtype)
+        return passes.Gradients(*made, grad_offsets, grad_dense)
+    # Whoever saved the tensors gave others back, of other strides or of a class of their own.
+    lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]) if scale is None else scale)
+    inputs = query, key, value, out, lse
+    fixed = Fixed(*lowered.fixed(), is_high)
+    return passes.backward(grad_out, None, inputs, lowered.offsets, plain.dense, fixed, needed)

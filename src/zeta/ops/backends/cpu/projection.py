@@ -59,14 +59,14 @@ def project_heads(x: Tensor, layers: Sequence[Layer], head_dim: int) -> tuple[Te
     return found if type(found) is tuple or library.is_done(found) else None
 
 
-def _ways(x: Tensor) -> tuple[library.DirectCalls | None, tuple[int, int, int]]:
+def _ways(x: Tensor) -> tuple[library.DirectCalls | None, tuple[int, int]]:
     """The library's builtins, if it has them here, and what they want to be told."""
     if library.obstacle() is not None:
-        return None, (0, 0, 0)
+        return None, (0, 0)
     native = library.load()
     most_rows = MOST_ROWS
     if x.dtype != torch.float32 and native.has_tiles:
         most_rows = FEW_ROWS_BESIDE_TILES
     elif x.dtype == torch.bfloat16:
         most_rows = max(FEW_ROWS, MOST_BFLOAT16 // x.shape[-1])
-    return native.direct, (most_rows, native.instruction_set, torch.get_num_threads())
+    return native.direct, (most_rows, torch.get_num_threads())

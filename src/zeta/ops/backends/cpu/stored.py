@@ -69,7 +69,7 @@ def _over_pages(call: AttentionCall, store: Pages, first: int) -> tuple[Tensor, 
     if before:
         lowered = _after_others(lowered, call, before)
     query, fixed = rows(call.query), _fixed(lowered)
-    record = describe(query, store.key, store.value, fixed, library.load().instruction_set)
+    record = describe(query, store.key, store.value, fixed)
     _SOURCE.write(record, before + call.source)
     table = store.table.data_ptr() + page * store.table.itemsize
     _PAGES.write(record, table, page_size, store.table.shape[1])
@@ -105,7 +105,7 @@ def _over_codes(call: AttentionCall, store: Codes) -> tuple[Tensor, Tensor]:
     query = torch.cat((wide, wide.sum(-1, keepdim=True) * powers), dim=-1)
     lowered = lower(call)
     fixed = _fixed(lowered)
-    record = describe(query, store.key, store.value, fixed, library.load().instruction_set)
+    record = describe(query, store.key, store.value, fixed)
     steps = store.key_steps, store.value_steps
     _FACTORS.write(record, *(step.data_ptr() for step in steps), *store.key_steps.stride()[:2])
     out, lse = _decoded(record, query, store.value.shape[3], lowered, fixed)

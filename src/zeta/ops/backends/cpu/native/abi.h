@@ -49,7 +49,7 @@ enum { ZETA_MOST_FEATURES = 256, ZETA_STEP_ROWS = 48, ZETA_STEP_ROWS_BESIDE_TILE
 
 typedef struct {
     int64_t bytes;  // sizeof(ZetaCall)
-    int64_t dtype, precision, isa, num_threads;
+    int64_t dtype, precision, num_threads;
     int64_t batch, heads, key_heads, target, source, head_dim, value_dim;
 
     ZetaRows query, key, value;
@@ -110,6 +110,9 @@ int64_t zeta_processor(void);
 int64_t zeta_built(void);
 int64_t zeta_instruction_sets(void);
 int64_t zeta_abi_bytes(void);  // sizeof(ZetaCall)
+
+// From now on all passes run on this ZetaIsa; 0 where it cannot run.
+int64_t zeta_use(int64_t isa);
 
 // 0, or why not: see messages.h. Each may be called by several threads at a time.
 int64_t zeta_forward(const ZetaCall *call);

@@ -6,7 +6,8 @@
 //
 // Compiled for any x86-64 processor, as library.cpp is.
 
-#include "direct_scores.h"
+#include "plain_call.h"
+#include "tensors.h"
 
 namespace {
 
@@ -21,136 +22,111 @@ int64_t run_beside_python(const Pass &pass) {
     return found;
 }
 
-struct AttentionOperands {
-    Operand query, key, value, out;
-    Numbers looked_up;
-};
+bool is_none(PyObject *object) { return object == &_Py_NoneStruct; }
 
-constexpr int NUM_CALL_OPTIONS = 4;
+bool read_or_none(PyObject *object, Operand &to) { return is_none(object) || read(object, to); }
 
-// Reads the operands, and makes the call of them; false where they are not plainly right. `options`:
-// the scale or None; as numbers the precision, the instruction set and the number of threads; and those
-// of the scores, or only whether keys after a query are hidden.
-bool read_call(ZetaCall &call, AttentionOperands &operands, PyObject *const *objects,
-               PyObject *const *options, intptr_t num_options) {
-    if (num_options != NUM_CALL_OPTIONS + 1 && num_options != NUM_CALL_OPTIONS + NUM_SCORE_OPTIONS)
+// Whether every number that Python gave was one.
+bool were_numbers() {
+    if (!PyErr_Occurred()) return true;
+    PyErr_Clear();
+    return false;
+}
+
+constexpr int NUM_CALL_OPTIONS = 3, NUM_SCORE_OPTIONS = 14;
+
+bool read_scores(PyObject *const *options, Plain &to) {
+    if (!is_a(options[2], &PyFloat_Type) || !is_a(options[4], &PyFloat_Type)) return false;
+    to.causal = PyLong_AsLong(options[0]);
+    to.window = PyLong_AsLong(options[1]);
+    to.softcap = PyFloat_AsDouble(options[2]);
+    to.softcap_first = PyLong_AsLong(options[3]);
+    to.dropout_p = PyFloat_AsDouble(options[4]);
+    to.dropout_threshold = PyLong_AsLong(options[5]);
+    to.seed = PyLong_AsLong(options[6]);
+    if (!were_numbers()) return false;
+    Operand *const tensors[] = {&to.padding, &to.keep,    &to.offsets, &to.table,
+                                &to.buckets, &to.slopes, &to.dense};
+    for (int i = 0; i < 7; ++i)
+        if (!read_or_none(options[7 + i], *tensors[i])) return false;
+    return !to.keep.is_given() || to.keep.is_bool();
+}
+
+// False where something is not plainly right. `objects`: query, key, value and out. `options`: the scale
+// or None; as numbers the precision and the number of threads; and those of the scores, or only whether
+// keys after a query are hidden.
+bool read_call(PyObject *const *objects, PyObject *const *options, intptr_t num_options,
+               Plain &to) {
+    if (!read(objects[0], to.query) || !read(objects[1], to.key) || !read(objects[2], to.value) ||
+        !read(objects[3], to.out))
         return false;
-    auto &[query, key, value, out, looked_up] = operands;
-    if (!query.read(objects[0]) || !key.read(objects[1]) || !value.read(objects[2]) ||
-        !out.read(objects[3]))
-        return false;
-    call.bytes = sizeof call;
-    call.dtype = query.dtype();
-    const bool has_scale = !is_none(options[0]);
-    if (has_scale && !is_a(options[0], &PyFloat_Type)) return false;
-    call.scale = has_scale ? PyFloat_AsDouble(options[0]) : 0;
-    call.precision = PyLong_AsLong(options[1]);
-    call.isa = PyLong_AsLong(options[2]);
-    call.num_threads = PyLong_AsLong(options[3]);
-    if (!were_numbers() || !query.are_rows() || !key.are_rows() || !value.are_rows() ||
-        !out.are_rows() || key.dtype() != call.dtype || value.dtype() != call.dtype ||
-        out.dtype() != call.dtype || !have_same_sizes(query, out) ||
-        !have_same_sizes(key, value) || query.shape[0] != key.shape[0] ||
-        query.shape[1] % key.shape[1] || query.shape[3] != key.shape[3] ||
-        query.shape[3] > ZETA_MOST_FEATURES)
-        return false;
-    call.batch = query.shape[0];
-    call.heads = query.shape[1];
-    call.key_heads = key.shape[1];
-    call.target = query.shape[2];
-    call.source = key.shape[2];
-    call.head_dim = call.value_dim = query.shape[3];
-    if (!has_scale) call.scale = 1 / __builtin_sqrt(static_cast<double>(call.head_dim));
-    call.query = query.rows();
-    call.key = key.rows();
-    call.value = value.rows();
-    call.out = out.rows();
-    if (num_options > NUM_CALL_OPTIONS + 1)
-        return read_scores(call, options + NUM_CALL_OPTIONS, looked_up);
-    call.causal = PyLong_AsLong(options[NUM_CALL_OPTIONS]);
+    to.has_scale = !is_none(options[0]);
+    if (to.has_scale && !is_a(options[0], &PyFloat_Type)) return false;
+    if (to.has_scale) to.scale = PyFloat_AsDouble(options[0]);
+    to.precision = PyLong_AsLong(options[1]);
+    to.num_threads = PyLong_AsLong(options[2]);
+    if (!were_numbers()) return false;
+    options += NUM_CALL_OPTIONS;
+    num_options -= NUM_CALL_OPTIONS;
+    if (num_options == NUM_SCORE_OPTIONS) return read_scores(options, to);
+    if (num_options != 1) return false;
+    to.causal = PyLong_AsLong(options[0]);
     return were_numbers();
-}
-
-// A number for each query: float32 (B, H, T).
-bool read_lse(ZetaCall &call, PyObject *object) {
-    Operand lse;
-    if (!lse.read(object) || lse.dtype() != ZETA_FLOAT32 || !lse.is_contiguous() ||
-        lse.numel() != call.batch * call.heads * call.target)
-        return false;
-    call.lse_BHT = reinterpret_cast<float *>(lse.address());
-    return true;
-}
-
-int64_t run_attention(const ZetaCall &call) {
-    const ZetaPasses *passes = zeta_passes_of(call.isa);
-    if (!passes) return ZETA_NO_PROCESSOR;
-    const int64_t most =
-        passes == &zeta_passes_amx ? ZETA_STEP_ROWS_BESIDE_TILES : ZETA_STEP_ROWS;
-    const ZetaPass pass =
-        call.target * call.heads <= most * call.key_heads ? passes->decode : passes->forward;
-    return run_beside_python([&] { return pass(&call); });
 }
 
 // attend(query, key, value, out, options ...)
 PyObject *attend(PyObject *, PyObject *const *arguments, intptr_t count) {
-    AttentionOperands operands;
+    Plain given;
+    Numbers numbers;
     ZetaCall call{};
-    if (count < 4 || !read_call(call, operands, arguments, arguments + 4, count - 4))
+    if (count < 4 + NUM_CALL_OPTIONS || !read_call(arguments, arguments + 4, count - 4, given) ||
+        !make_call(call, given, numbers))
         return answer(ZETA_NOT_PLAIN);
-    return answer(run_attention(call));
+    return answer(run_beside_python([&] { return run_forward(call); }));
 }
 
 // The same; its log-sum-exp, or an answer.
 PyObject *attend_with_lse(PyObject *, PyObject *const *arguments, intptr_t count) {
-    AttentionOperands operands;
+    Plain given;
+    Numbers numbers;
     ZetaCall call{};
-    if (count < 4 || !read_call(call, operands, arguments, arguments + 4, count - 4))
+    if (count < 4 + NUM_CALL_OPTIONS || !read_call(arguments, arguments + 4, count - 4, given) ||
+        !make_call(call, given, numbers))
         return answer(ZETA_NOT_PLAIN);
     Made made;
-    Owned *lse = made.add(ZETA_FLOAT32, 3, operands.query.shape);
+    Owned *lse = made.add(ZETA_FLOAT32, 3, given.query.shape);
     if (!lse) return answer(ZETA_NO_MEMORY);
     call.lse_BHT = static_cast<float *>(lse->data());
-    const int64_t found = run_attention(call);
+    const int64_t found = run_beside_python([&] { return run_forward(call); });
     return found == ZETA_DONE ? made.give(0) : answer(found);
-}
-
-// Rows of the dtype and sizes of others.
-bool read_rows_like(ZetaRows &to, PyObject *object, const Operand &like) {
-    Operand rows;
-    if (!rows.read(object) || !rows.are_rows() || rows.dtype() != like.dtype() ||
-        !have_same_sizes(rows, like))
-        return false;
-    to = rows.rows();
-    return true;
 }
 
 // differentiate(query, key, value, out, log-sum-exp, gradient of out, and, to be written, those of query,
 // key and value, and of offsets and a dense bias or None, options ...)
 PyObject *differentiate(PyObject *, PyObject *const *arguments, intptr_t count) {
-    AttentionOperands operands;
+    Plain given;
+    PlainGradients gradients;
+    Numbers numbers;
     ZetaCall call{};
     const int before = 11;
-    if (count < before ||
-        !read_call(call, operands, arguments, arguments + before, count - before) ||
-        !read_lse(call, arguments[4]) ||
-        !read_rows_like(call.grad_out, arguments[5], operands.out) ||
-        !read_rows_like(call.grad_query, arguments[6], operands.query) ||
-        !read_rows_like(call.grad_key, arguments[7], operands.key) ||
-        !read_rows_like(call.grad_value, arguments[8], operands.value) ||
-        !read_grad_offsets(call, arguments[9]) ||
-        !read_grad_dense(call, arguments[10], arguments[count - 1]))
+    if (count < before + NUM_CALL_OPTIONS ||
+        !read_call(arguments, arguments + before, count - before, given) ||
+        !read(arguments[4], gradients.lse) || !read(arguments[5], gradients.grad_out) ||
+        !read(arguments[6], gradients.query) || !read(arguments[7], gradients.key) ||
+        !read(arguments[8], gradients.value) || !read_or_none(arguments[9], gradients.offsets) ||
+        !read_or_none(arguments[10], gradients.dense) || !make_call(call, given, numbers) ||
+        !add_gradients(call, given, gradients))
         return answer(ZETA_NOT_PLAIN);
     return answer(run_beside_python([&] { return zeta_backward(&call); }));
 }
 
-// The call of layers of x, without the layers; false where x is not for it. `numbers`: the most rows,
-// the instruction set and the number of threads.
+// The call of layers of x, without the layers; false where x is not for it. `numbers`: the most rows
+// and the number of threads.
 bool begin_projection(ZetaProjection &call, const Operand &x, PyObject *const *numbers) {
     const int64_t most_rows = PyLong_AsLong(numbers[0]);
     call.dtype = x.dtype();
-    call.isa = PyLong_AsLong(numbers[1]);
-    call.num_threads = PyLong_AsLong(numbers[2]);
-    if (!were_numbers() || !x.ndim || !x.numel() || !x.is_contiguous()) return false;
+    call.num_threads = PyLong_AsLong(numbers[1]);
+    if (!were_numbers() || call.dtype < 0 || !x.ndim || !x.numel() || !x.is_contiguous()) return false;
     call.width = call.x_row = x.shape[x.ndim - 1];
     call.rows = x.numel() / call.width;
     call.x = x.address();
@@ -160,14 +136,14 @@ bool begin_projection(ZetaProjection &call, const Operand &x, PyObject *const *n
 // The next layer of the call, which still has to be told where its output goes.
 ZetaLayer *add_layer(ZetaProjection &call, PyObject *weight_object, PyObject *bias_object) {
     Operand weight, bias;
-    if (!weight.read(weight_object) || weight.ndim != 2 || weight.shape[1] != call.width ||
+    if (!read(weight_object, weight) || weight.ndim != 2 || weight.shape[1] != call.width ||
         !weight.shape[0] || !weight.is_dense_at(1) || weight.dtype() != call.dtype)
         return nullptr;
     ZetaLayer &layer = call.layers[call.num_layers++];
     layer = {weight.address(), nullptr, nullptr, weight.strides[0], weight.shape[0],
              weight.shape[0]};
     if (is_none(bias_object)) return &layer;
-    if (!bias.read(bias_object) || bias.ndim != 1 || bias.shape[0] != weight.shape[0] ||
+    if (!read(bias_object, bias) || bias.ndim != 1 || bias.shape[0] != weight.shape[0] ||
         !bias.is_dense_at(0) || bias.dtype() != call.dtype)
         return nullptr;
     layer.bias = bias.address();
@@ -175,19 +151,19 @@ ZetaLayer *add_layer(ZetaProjection &call, PyObject *weight_object, PyObject *bi
 }
 
 int64_t run_projection(const ZetaProjection &call) {
-    const ZetaPasses *passes = zeta_passes_of(call.isa);
+    const ZetaPasses *passes = zeta_passes();
     if (!passes) return ZETA_NO_PROCESSOR;
     return run_beside_python([&] { return passes->project(&call); });
 }
 
-// project(x, out, most_rows, instruction_set, num_threads, weight, bias or None)
+// project(x, out, most_rows, num_threads, weight, bias or None)
 PyObject *project(PyObject *, PyObject *const *arguments, intptr_t count) {
     Operand x, out;
     ZetaProjection call{};
-    if (count != 7 || !x.read(arguments[0]) || !out.read(arguments[1]) ||
+    if (count != 6 || !read(arguments[0], x) || !read(arguments[1], out) ||
         !begin_projection(call, x, arguments + 2))
         return answer(ZETA_NOT_PLAIN);
-    ZetaLayer *layer = add_layer(call, arguments[5], arguments[6]);
+    ZetaLayer *layer = add_layer(call, arguments[4], arguments[5]);
     if (!layer || !out.ndim || out.shape[out.ndim - 1] != layer->features ||
         out.numel() != call.rows * layer->features || !out.is_contiguous() ||
         out.dtype() != call.dtype)
@@ -196,14 +172,14 @@ PyObject *project(PyObject *, PyObject *const *arguments, intptr_t count) {
     return answer(run_projection(call));
 }
 
-// project_heads(x, head_dim, most_rows, instruction_set, num_threads, weight, bias or None, ...):
+// project_heads(x, head_dim, most_rows, num_threads, weight, bias or None, ...):
 // x (B, L, width); a tuple of (B, heads, L, head_dim), or an answer.
 PyObject *project_heads(PyObject *, PyObject *const *arguments, intptr_t count) {
-    const intptr_t before = 5;
+    const intptr_t before = 4;
     Operand x;
     ZetaProjection call{};
     if (count <= before || (count - before) % 2 || (count - before) / 2 > ZETA_MOST_LAYERS ||
-        !x.read(arguments[0]) || x.ndim != 3 || !begin_projection(call, x, arguments + 2))
+        !read(arguments[0], x) || x.ndim != 3 || !begin_projection(call, x, arguments + 2))
         return answer(ZETA_NOT_PLAIN);
     const int64_t head_dim = PyLong_AsLong(arguments[1]);
     if (!were_numbers() || head_dim < 1) return answer(ZETA_NOT_PLAIN);

@@ -95,22 +95,24 @@ int64_t find_instruction_sets() {
 const ZetaPasses *const tables[] = {
     nullptr, &zeta_passes_avx2, &zeta_passes_avx512, &zeta_passes_avx512_bf16, &zeta_passes_amx};
 
+int64_t in_use = ZETA_BEST;
+
 int64_t run(const ZetaCall *call, ZetaPass ZetaPasses::*pass) {
     if (call->bytes != sizeof(ZetaCall)) return ZETA_OTHER_VERSION;
-    const ZetaPasses *passes = zeta_passes_of(call->isa);
+    const ZetaPasses *passes = zeta_passes();
     return passes ? (passes->*pass)(call) : ZETA_NO_PROCESSOR;
 }
 
 }  // namespace
 
-const ZetaPasses *zeta_passes_of(int64_t isa) {
-    const int64_t usable = zeta_instruction_sets();
+const ZetaPasses *zeta_passes() {
+    int64_t isa = __atomic_load_n(&in_use, __ATOMIC_RELAXED);
     if (isa == ZETA_BEST) {
+        const int64_t usable = zeta_instruction_sets();
         isa = ZETA_AMX;
         while (isa > ZETA_BEST && !(usable >> isa & 1)) --isa;
     }
-    const bool can_run = isa > ZETA_BEST && isa <= ZETA_AMX && (usable >> isa & 1);
-    return can_run ? tables[isa] : nullptr;
+    return tables[isa];
 }
 
 void zeta_parallel(void (*body)(void *data), void *data, int64_t num_threads) {
@@ -141,6 +143,13 @@ ZETA_EXPORT int64_t zeta_built(void) {
 ZETA_EXPORT int64_t zeta_instruction_sets(void) { return zeta_processor() & zeta_built(); }
 
 ZETA_EXPORT int64_t zeta_abi_bytes(void) { return sizeof(ZetaCall); }
+
+ZETA_EXPORT int64_t zeta_use(int64_t isa) {
+    const int64_t usable = zeta_instruction_sets() | 1 << ZETA_BEST;
+    if (isa < ZETA_BEST || isa > ZETA_AMX || !(usable >> isa & 1)) return 0;
+    __atomic_store_n(&in_use, isa, __ATOMIC_RELAXED);
+    return 1;
+}
 
 ZETA_EXPORT int64_t zeta_forward(const ZetaCall *call) { return run(call, &ZetaPasses::forward); }
 

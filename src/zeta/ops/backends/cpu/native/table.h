@@ -34,7 +34,7 @@ typedef struct {
 } ZetaLayer;
 
 typedef struct {
-    int64_t dtype, isa, num_threads;
+    int64_t dtype, num_threads;
     int64_t rows, width;
     const void *x;
     int64_t x_row;
@@ -54,8 +54,8 @@ extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx512_bf16;
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_amx;
 
-// The passes of an instruction set, or of the best; null where it cannot run.
-__attribute__((visibility("hidden"))) const ZetaPasses *zeta_passes_of(int64_t isa);
+// The passes of the instruction set that is in use, the best by default; null where none can run.
+__attribute__((visibility("hidden"))) const ZetaPasses *zeta_passes(void);
 
 // Runs `body(data)` on `num_threads` threads of torch's own pool, the caller's among them; on the
 // caller's alone in a forked child, whose pool has no threads. Compiled for any x86-64 processor.

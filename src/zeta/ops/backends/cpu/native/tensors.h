@@ -1,10 +1,10 @@
-// Torch's tensors, read and made through DLPack's table. For direct.cpp alone: it has state.
+// Python's tensors of torch, read and made through DLPack's table. For direct.cpp alone: it has state.
 #pragma once
 
 #include <stdlib.h>
 
+#include "operand.h"
 #include "python.h"
-#include "table.h"
 
 namespace {
 
@@ -18,57 +18,16 @@ bool is_a(PyObject *object, const void *type) {
     return found == type;
 }
 
-// A tensor of torch's own class, in memory of this machine.
-struct Operand : DLTensor {
-    bool read_any(PyObject *object) {
-        if (!is_a(object, tensor_types[0]) && !is_a(object, tensor_types[1])) return false;
-        if (exchange->tensor_from_object(object, this)) {
-            PyErr_Clear();
-            return false;
-        }
-        // Null: nothing of it is in memory, or nowhere that C could find it.
-        return data && device_type == kDLCPU && lanes == 1;
+// Reads a tensor of torch's own class.
+bool read(PyObject *object, Operand &to) {
+    if (!is_a(object, tensor_types[0]) && !is_a(object, tensor_types[1])) return false;
+    if (exchange->tensor_from_object(object, &to)) {
+        PyErr_Clear();
+        return false;
     }
-
-    // Of a type that there are kernels for.
-    bool read(PyObject *object) { return read_any(object) && dtype() >= 0; }
-
-    bool is_int64() const { return code == kDLInt && bits == 64; }
-    bool is_bool() const { return code == kDLBool && bits == 8; }
-
-    int64_t dtype() const {
-        if (code == kDLFloat && bits == 32) return ZETA_FLOAT32;
-        if (code == kDLFloat && bits == 16) return ZETA_FLOAT16;
-        if (code == kDLBfloat && bits == 16) return ZETA_BFLOAT16;
-        return -1;
-    }
-
-    char *address() const { return static_cast<char *>(data) + byte_offset; }
-
-    bool is_dense_at(int dimension) const {
-        return strides[dimension] == 1 || shape[dimension] == 1;
-    }
-
-    bool is_contiguous() const {
-        int64_t stride = 1;
-        for (int dimension = ndim - 1; dimension >= 0; --dimension) {
-            if (shape[dimension] != 1 && strides[dimension] != stride) return false;
-            stride *= shape[dimension];
-        }
-        return true;
-    }
-
-    int64_t numel() const {
-        int64_t product = 1;
-        for (int dimension = 0; dimension < ndim; ++dimension) product *= shape[dimension];
-        return product;
-    }
-
-    // (B, heads, length, features)
-    bool are_rows() const { return ndim == 4 && numel() > 0 && is_dense_at(3); }
-
-    ZetaRows rows() const { return {address(), strides[0], strides[1], strides[2]}; }
-};
+    // Null: nothing of it is in memory, or nowhere that C could find it.
+    return to.data && to.device_type == kDLCPU && to.lanes == 1;
+}
 
 // A contiguous tensor that torch will own, its numbers after it in one block. For what is small and
 // inside: these blocks are none of torch's allocator.

@@ -1,0 +1,303 @@
+// The operators of attention as torch's dispatcher runs them in a compiled graph, without Python, for
+// common masks and biases. Python's kernel of the same operator does the rest.
+//
+// Compiled for any x86-64 processor, as direct.cpp is.
+
+#include <math.h>
+
+#include "plain_call.h"
+#include "torch.h"
+
+namespace {
+
+TorchFunctions torch;
+
+// The torch whose meaning of values this is written for.
+constexpr uint64_t TORCH_VERSION = uint64_t{2} << 56 | uint64_t{11} << 48;
+
+
+double real(TorchValue value) {
+    double number;
+    memcpy(&number, &value, sizeof number);
+    return number;
+}
+
+bool truth(TorchValue value) { return value & 0xff; }
+
+TorchTensor tensor_of(TorchValue value) { return reinterpret_cast<TorchTensor>(value); }
+TorchValue value_of(TorchTensor tensor) { return reinterpret_cast<TorchValue>(tensor); }
+
+// An optional tensor, which may be null.
+TorchTensor tensor_in(TorchValue optional) {
+    return optional ? tensor_of(*reinterpret_cast<TorchValue *>(optional)) : nullptr;
+}
+
+void release_optional(TorchValue optional) {
+    if (!optional) return;
+    auto *place = reinterpret_cast<TorchValue *>(optional);
+    torch.delete_tensor(tensor_of(*place));
+    torch.delete_value ? static_cast<void>(torch.delete_value(place)) : free(place);
+}
+
+bool set_type(Operand &to, int32_t dtype) {
+    to.lanes = 1;
+    if (dtype == torch.dtype_float32()) {
+        to.code = kDLFloat, to.bits = 32;
+    } else if (dtype == torch.dtype_bfloat16()) {
+        to.code = kDLBfloat, to.bits = 16;
+    } else if (dtype == torch.dtype_float16()) {
+        to.code = kDLFloat, to.bits = 16;
+    } else if (dtype == torch.dtype_int64()) {
+        to.code = kDLInt, to.bits = 64;
+    } else if (dtype == torch.dtype_uint8()) {
+        to.code = kDLUInt, to.bits = 8;
+    } else {
+        return false;
+    }
+    return true;
+}
+
+// A tensor, or null, which leaves `to` without data.
+bool read(TorchTensor tensor, Operand &to) {
+    if (!tensor) return true;
+    int32_t device_type, dtype;
+    int64_t ndim;
+    if (torch.get_device_type(tensor, &device_type) || device_type != torch.device_type_cpu() ||
+        torch.get_dtype(tensor, &dtype) || !set_type(to, dtype) || torch.get_dim(tensor, &ndim) ||
+        torch.get_sizes(tensor, &to.shape) || torch.get_strides(tensor, &to.strides) ||
+        torch.get_data_ptr(tensor, &to.data))
+        return false;
+    to.ndim = static_cast<int32_t>(ndim);
+    return to.data;
+}
+
+// The tensors without a gradient, in the order of `Lowered.fixed`; the list keeps them, or is empty.
+struct FixedTensors {
+    enum { SLOPES, PREFIX, PADDING, DOCUMENT_ROWS, DOCUMENT_COLUMNS, KEEP, QUERY_POSITIONS,
+           KEY_POSITIONS, SEED, NUM };
+    TorchValue items[NUM] = {};
+
+    bool read(TorchValue list_value) {
+        auto list = reinterpret_cast<TorchList>(list_value);
+        size_t size;
+        if (torch.list_size(list, &size) || (size && size != NUM)) return false;
+        for (size_t place = 0; place < size; ++place)
+            if (torch.list_get_item(list, place, &items[place])) return false;
+        return true;
+    }
+};
+
+// Numbers and tensors without a gradient, which every operator has in this order, from `stack` on.
+bool read_fixed(const TorchValue *stack, Plain &to) {
+    FixedTensors tensors;
+    if (!tensors.read(stack[0])) return false;
+    const TorchValue *items = tensors.items;
+    if (items[FixedTensors::PREFIX] || items[FixedTensors::DOCUMENT_ROWS] ||
+        items[FixedTensors::QUERY_POSITIONS] || items[FixedTensors::KEY_POSITIONS] ||
+        !read(tensor_in(items[FixedTensors::SLOPES]), to.slopes) ||
+        !read(tensor_in(items[FixedTensors::PADDING]), to.padding) ||
+        !read(tensor_in(items[FixedTensors::KEEP]), to.keep))
+        return false;
+    to.has_scale = true;
+    to.scale = real(stack[1]);
+    to.causal = truth(stack[2]);
+    to.window = static_cast<int64_t>(stack[3]);
+    to.softcap = real(stack[4]);
+    to.softcap_first = truth(stack[5]);
+    to.dropout_p = real(stack[6]);
+    to.precision = truth(stack[7]);
+    uint32_t num_threads;
+    if (torch.get_num_threads(&num_threads)) return false;
+    to.num_threads = num_threads;
+    if (to.dropout_p == 0) return true;
+    Operand seed{};
+    if (!read(tensor_in(items[FixedTensors::SEED]), seed) || !seed.is_given() ||
+        !seed.is_int64() || seed.numel() != 1)
+        return false;
+    to.seed = *reinterpret_cast<const int64_t *>(seed.address());
+    // As `dropout.threshold`.
+    const double most = 4294967295.0, dropped = rint(to.dropout_p * 4294967296.0);
+    to.dropout_threshold = static_cast<int64_t>(dropped < most ? dropped : most) + INT32_MIN;
+    return true;
+}
+
+// Results that torch does not own yet; they are let go of unless they are given.
+struct Results {
+    static constexpr int MOST = 5;
+    TorchTensor tensors[MOST] = {};
+    int count = 0;
+
+    ~Results() {
+        for (TorchTensor tensor : tensors)
+            if (tensor) torch.delete_tensor(tensor);
+    }
+
+    bool add(Operand &to, int64_t ndim, const int64_t *sizes, const int64_t *strides,
+             int32_t dtype) {
+        TorchTensor &tensor = tensors[count++];
+        return !torch.empty_strided(ndim, sizes, strides, dtype, torch.device_type_cpu(), 0,
+                                    &tensor) &&
+               read(tensor, to);
+    }
+
+    // As `buffers.empty_rows`, of the width of what it is like.
+    bool add_rows(Operand &to, const Operand &like, int32_t dtype) {
+        if (!like.are_rows()) return false;
+        if (like.is_contiguous()) return add(to, 4, like.shape, like.strides, dtype);
+        const int64_t heads = like.shape[1], length = like.shape[2], features = like.shape[3];
+        const bool has_heads_inside = like.strides[1] < like.strides[2];
+        const int64_t strides[] = {heads * length * features,
+                                   has_heads_inside ? features : length * features,
+                                   has_heads_inside ? heads * features : features, 1};
+        return add(to, 4, like.shape, strides, dtype);
+    }
+
+    bool add_contiguous(Operand &to, int ndim, const int64_t *sizes) {
+        int64_t strides[4], stride = 1;
+        for (int dimension = ndim - 1; dimension >= 0; --dimension) {
+            strides[dimension] = stride;
+            stride *= sizes[dimension];
+        }
+        return add(to, ndim, sizes, strides, torch.dtype_float32());
+    }
+
+    // In place of one that is not asked for.
+    bool add_empty() {
+        const int64_t size = 0, stride = 1;
+        return !torch.empty_strided(1, &size, &stride, torch.dtype_float32(),
+                                    torch.device_type_cpu(), 0, &tensors[count++]);
+    }
+
+    void give(TorchValue *stack) {
+        for (int place = 0; place < count; ++place) {
+            stack[place] = value_of(tensors[place]);
+            tensors[place] = nullptr;
+        }
+    }
+};
+
+int32_t dtype_of(TorchTensor tensor) {
+    int32_t dtype = -1;
+    torch.get_dtype(tensor, &dtype);
+    return dtype;
+}
+
+// Of zeta::cpu_attention: query, key, value, offsets, dense, tensors, numbers ...
+int64_t attend(const TorchValue *stack, Results &results) {
+    Plain given;
+    Numbers numbers;
+    ZetaCall call{};
+    Operand lse{};
+    const TorchTensor query = tensor_of(stack[0]);
+    if (!read(query, given.query) || !read(tensor_of(stack[1]), given.key) ||
+        !read(tensor_of(stack[2]), given.value) || !read(tensor_in(stack[3]), given.offsets) ||
+        !read(tensor_in(stack[4]), given.dense) || !read_fixed(stack + 5, given) ||
+        !results.add_rows(given.out, given.query, dtype_of(query)) ||
+        !results.add_contiguous(lse, 3, given.query.shape) || !make_call(call, given, numbers))
+        return ZETA_NOT_PLAIN;
+    call.lse_BHT = reinterpret_cast<float *>(lse.address());
+    return run_forward(call);
+}
+
+// Of zeta::cpu_attention_backward: gradient of out, of lse or null, query, key, value, out, lse,
+// offsets, dense, tensors, numbers ..., whether the gradients of offsets and dense are needed.
+int64_t differentiate(const TorchValue *stack, Results &results) {
+    Plain given;
+    PlainGradients gradients;
+    Numbers numbers;
+    ZetaCall call{};
+    if (stack[1] || !read(tensor_of(stack[0]), gradients.grad_out) ||
+        !read(tensor_of(stack[2]), given.query) || !read(tensor_of(stack[3]), given.key) ||
+        !read(tensor_of(stack[4]), given.value) || !read(tensor_of(stack[5]), given.out) ||
+        !read(tensor_of(stack[6]), gradients.lse) || !read(tensor_in(stack[7]), given.offsets) ||
+        !read(tensor_in(stack[8]), given.dense) || !read_fixed(stack + 9, given))
+        return ZETA_NOT_PLAIN;
+    const int32_t dtype = dtype_of(tensor_of(stack[2]));
+    const Operand &offsets = given.offsets, &dense = given.dense;
+    const bool needs_offsets = truth(stack[17]) && offsets.is_given();
+    const bool needs_dense = truth(stack[18]) && dense.is_given();
+    if ((needs_offsets && offsets.ndim != 2) ||
+        (needs_dense && (dense.ndim != 4 || dense.dtype() != ZETA_FLOAT32)) ||
+        !results.add_rows(gradients.query, given.query, dtype) ||
+        !results.add_rows(gradients.key, given.key, dtype) ||
+        !results.add_rows(gradients.value, given.value, dtype) ||
+        !(needs_offsets ? results.add_contiguous(gradients.offsets, 2, offsets.shape)
+                        : results.add_empty()) ||
+        !(needs_dense ? results.add_contiguous(gradients.dense, 4, dense.shape)
+                      : results.add_empty()) ||
+        !make_call(call, given, numbers) || !add_gradients(call, given, gradients))
+        return ZETA_NOT_PLAIN;
+    return zeta_backward(&call);
+}
+
+// An operator, and how it is computed here.
+struct Operator {
+    const char *name;
+    const char *in_python;
+    const char *failed;
+    const char *kinds;  // of its arguments: a tensor, an optional one, a list of them; then numbers
+    int64_t (*compute)(const TorchValue *stack, Results &results);
+};
+
+constexpr Operator FORWARD = {"cpu_attention_kernel", "zeta::cpu_attention_python",
+                              "cpu_attention failed, as logged above", "tttool", attend};
+constexpr Operator BACKWARD = {"cpu_attention_backward_kernel",
+                               "zeta::cpu_attention_backward_python",
+                               "cpu_attention_backward failed, as logged above", "totttttool",
+                               differentiate};
+
+void release_list(TorchValue list_value) {
+    FixedTensors tensors;
+    tensors.read(list_value);
+    for (TorchValue item : tensors.items) release_optional(item);
+    torch.delete_list(reinterpret_cast<TorchList>(list_value));
+}
+
+void release_arguments(TorchValue *stack, const char *kinds) {
+    for (; *kinds; ++kinds, ++stack) {
+        if (*kinds == 't') torch.delete_tensor(tensor_of(*stack));
+        if (*kinds == 'o') release_optional(*stack);
+        if (*kinds == 'l') release_list(*stack);
+    }
+}
+
+// Whether it is done; then the results are on the stack in place of the arguments.
+bool run(const Operator &operation, TorchValue *stack) {
+    Results results;
+    if (operation.compute(stack, results) != ZETA_DONE) return false;
+    release_arguments(stack, operation.kinds);
+    results.give(stack);
+    return true;
+}
+
+// Nothing here may have a destructor: what torch throws would pass it by.
+void run_here_or_in_python(const Operator &operation, TorchValue *stack) {
+    if (!run(operation, stack) &&
+        torch.call_dispatcher(operation.in_python, "", stack, TORCH_VERSION))
+        torch.check(false, operation.name, "operators.cpp", 0,
+                    torch.error ? torch.error() : operation.failed);
+}
+
+void forward_kernel(TorchValue *stack, uint64_t, uint64_t) {
+    run_here_or_in_python(FORWARD, stack);
+}
+
+void backward_kernel(TorchValue *stack, uint64_t, uint64_t) {
+    run_here_or_in_python(BACKWARD, stack);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Makes these the kernels of torch's CPU tensors, for as long as the process lives; 0 where torch
+// refuses. The operators are there already.
+ZETA_EXPORT int64_t zeta_register_operators(const TorchFunctions *functions) {
+    torch = *functions;
+    TorchLibrary library;
+    return !torch.library_init_impl("zeta", "CPU", "operators.cpp", 0, &library) &&
+           !torch.library_impl(library, FORWARD.name, forward_kernel, TORCH_VERSION) &&
+           !torch.library_impl(library, BACKWARD.name, backward_kernel, TORCH_VERSION);
+}
+
+}  // extern "C"
