@@ -1,20 +1,24 @@
-"""The rows of the CPU benchmark for short calls compiled by ``torch.compile``, ours and torch's.
+"""The rows of the CPU benchmark for short calls compiled by ``torch.compile``: of the op, and of the
+module against its work written by hand.
 
 What a compiled graph does beside attention (guards, its own code) is in both times.
 """
 
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cpu_modules import small_module
 from benchmarks.cpu_rows import BOUNDS, DTYPES, PLAIN, Problem, Results, Row, Run, Work
 from zeta import attention
 
 HEADS, LENGTHS = 8, (1, 4, 16, 64)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Tensor])
 
 
 def compiled_rows(quick: bool) -> Iterator[Row]:
@@ -30,11 +34,20 @@ def compiled_rows(quick: bool) -> Iterator[Row]:
                     return _work(DTYPES[dtype], length, train)
 
                 name = f"{dtype} small compiled" + (" training" if train else "")
-                yield Row(name, f"H {HEADS} T {length}", make)
+                yield Row(name, f"H {HEADS} T {length}", make, 0.95, None if train else 1.3)
+        for length in (16,) if quick else LENGTHS:
+
+            def make_module(dtype: str = dtype, length: int = length) -> Work:
+                torch.compiler.reset()
+                return small_module(DTYPES[dtype], HEADS, length, _whole)
+
+            yield Row(
+                f"{dtype} small compiled module", f"H {HEADS} T {length}", make_module, 0.95, 1.3
+            )
 
 
 def _work(dtype: torch.dtype, length: int, train: bool) -> Work:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     problem = Problem((1, HEADS, length, 64), dtype, PLAIN, train)
     ours = _compiled(problem, lambda query, key, value: attention(query, key, value))
     peer = _compiled(problem, lambda q, k, v: F.scaled_dot_product_attention(q, k, v))
@@ -43,10 +56,14 @@ def _work(dtype: torch.dtype, length: int, train: bool) -> Work:
 
 
 def _compiled(problem: Problem, attend: Attend) -> Run:
-    compiled = torch.compile(attend, fullgraph=True, dynamic=False)
+    compiled = _whole(attend)
 
     def run() -> Results:
         out = compiled(*problem.leaves.values())
         return {"out": out} | problem.gradients(out, problem.leaves)
 
     return run
+
+
+def _whole(function: FunctionT) -> FunctionT:
+    return torch.compile(function, fullgraph=True, dynamic=False)

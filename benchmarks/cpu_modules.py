@@ -6,7 +6,7 @@ by hand. Shape suffixes: B batch, T length, E embedding.
 """
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -22,6 +22,8 @@ STEPS = ((8, 512, 512), (1, 2048, 1024))
 QUICK_STEPS = ((2, 96, 128),)
 HEAD_DIM = 64
 DROPOUT_P = 0.1
+
+Attend = Callable[[Tensor], Tensor]
 
 
 def torchscale_components() -> tuple[Any, Any]:
@@ -132,12 +134,19 @@ def small_module_rows(quick: bool) -> Iterator[Row]:
             for length in (1,) if quick else (1, 2, 4, 8, 16, 32, 64):
 
                 def make(dtype: str = dtype, heads: int = heads, length: int = length) -> Work:
-                    return _small(DTYPES[dtype], heads, length)
+                    return small_module(DTYPES[dtype], heads, length)
 
                 yield Row(f"{dtype} small module", f"H {heads} T {length}", make, 0.95, 1.3)
 
 
-def _small(dtype: torch.dtype, heads: int, length: int) -> Work:
+def small_module(
+    dtype: torch.dtype, heads: int, length: int, wrap: Callable[[Attend], Attend] = lambda f: f
+) -> Work:
+    """Self-attention of one sequence.
+
+    Args:
+        wrap: Of what is timed, ours and by hand; it may compile it.
+    """
     embed = heads * HEAD_DIM
     module = MultiheadAttention(None, embed, heads, self_attention=True).eval().to(dtype)
     wide = MultiheadAttention(None, embed, heads, self_attention=True).eval().double()
@@ -145,19 +154,19 @@ def _small(dtype: torch.dtype, heads: int, length: int) -> Work:
     x = torch.randn(1, length, embed).to(dtype)
     projections = (module.q_proj, module.k_proj, module.v_proj)
 
-    @torch.no_grad()
-    def ours() -> Results:
-        return {"out": module(x, x, x)[0]}
-
-    @torch.no_grad()
-    def peer() -> Results:
+    def by_hand(x: Tensor) -> Tensor:
         q, k, v = (p(x).view(1, length, heads, HEAD_DIM).transpose(1, 2) for p in projections)
         out = F.scaled_dot_product_attention(q, k, v)
-        return {"out": module.out_proj(out.transpose(1, 2).reshape(1, length, embed))}
+        return module.out_proj(out.transpose(1, 2).reshape(1, length, embed))
 
-    @torch.no_grad()
-    def oracle() -> Results:
-        return {"out": wide(x.double(), x.double(), x.double())[0]}
+    def run(attend: Attend, x: Tensor = x) -> Run:
+        @torch.no_grad()
+        def once() -> Results:
+            return {"out": attend(x)}
 
+        return once
+
+    ours, peer = run(wrap(lambda x: module(x, x, x)[0])), run(wrap(by_hand))
+    oracle = run(lambda x: wide(x, x, x)[0], x.double())
     checked = {"ours": ours, "peer": peer}
     return Work(ours, peer, oracle, checked, 2 * BOUNDS[dtype], calls=50)

@@ -76,6 +76,27 @@ def test_vmap_of_chunked_is_refused() -> None:
     torch.testing.assert_close(mapped[1], attend(query, key, value) * 2)
 
 
+@pytest.mark.parametrize(
+    "arguments", [{}, {"mask": masks.Padding(torch.tensor([4, 6, 1]))}], ids=str
+)
+def test_transforms_inside_of_compiled_code(arguments: dict[str, Any]) -> None:
+    query, key, value = (tensor.float() for tensor in operands())
+
+    def attend(query: Tensor) -> Tensor:
+        return zeta.attention(query, key, value, **arguments)
+
+    def mapped(queries: Tensor) -> Tensor:
+        return torch.func.vmap(attend)(queries)
+
+    def differentiated(query: Tensor) -> Tensor:
+        return torch.func.grad(lambda query: attend(query).square().sum())(query)
+
+    for transformed, x in ((mapped, torch.stack([query, -query])), (differentiated, query)):
+        torch.compiler.reset()
+        compiled = torch.compile(transformed, fullgraph=True)
+        torch.testing.assert_close(compiled(x), transformed(x))
+
+
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_forward_mode(backend: str) -> None:
     attend = attending(backend)

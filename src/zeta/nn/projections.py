@@ -42,10 +42,12 @@ def project(x: Tensor, module: nn.Module) -> Tensor:
 
 def _plain_layers(x: Tensor, modules: Sequence[nn.Module]) -> list[Layer] | None:
     """Weights and biases; None where it is not worth it, or torch has to see it."""
-    # First of all: a traced size must not be compared.
-    if torch.compiler.is_compiling() or x.shape[0] * x.shape[1] > FEW:
-        return None
     has_gradients = torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        if has_gradients or not _may_be_few(x):
+            return None
+    elif x.shape[0] * x.shape[1] > FEW:
+        return None
     layers: list[Layer] = []
     for module in modules:
         layer = _plain_linear(module)
@@ -56,6 +58,18 @@ def _plain_layers(x: Tensor, modules: Sequence[nn.Module]) -> list[Layer] | None
     if nn.Linear.forward is not _FORWARD or torch_module._has_any_global_hook():
         return None
     return layers
+
+
+def _may_be_few(x: Tensor) -> bool:
+    """While a compiler traces: whether the rows are few, for all that it knows. One graph for all
+    sizes must not be bound to some; of single tokens, the batch may turn out to be large.
+    """
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    batch, length, _ = x.shape
+    if statically_known_true(length == 1):
+        return not statically_known_true(batch > FEW)
+    return bool(statically_known_true(batch * length <= FEW))
 
 
 def _plain_linear(module: nn.Module) -> Layer | None:

@@ -14,7 +14,7 @@ from zeta.ops.call import AttentionCall
 from zeta.ops.dropout import threshold
 from zeta.ops.plain_lowering import Plain, plainly_lowered
 from zeta.ops.precision import Precision
-from zeta.ops.transforms import is_exporting, is_forward_mode, is_watched
+from zeta.ops.transforms import is_closed_to_operators, is_watched
 
 
 def attend(
@@ -34,20 +34,19 @@ def attend(
         query, key, value, mask, bias, scale, precision, dropout_p, seed: As `zeta.attention` takes
             them, not checked; a seed where there is dropout.
     """
-    is_compiling = torch.compiler.is_compiling()
-    if is_forward_mode() or is_exporting() if is_compiling else is_watched():
-        return None
-    # A subclass may hold its numbers elsewhere.
-    if type(query) is not Tensor or not query.is_cpu or torch.is_autocast_enabled("cpu"):
-        return None
-    if is_compiling:
-        if not (mask is None or type(mask) is Causal):
+    if torch.compiler.is_compiling():
+        if not query.is_cpu or bias is not None or dropout_p != 0 or precision is not None:
             return None
-        if bias is not None or dropout_p != 0 or precision is not None:
+        if not (mask is None or type(mask) is Causal) or is_closed_to_operators():
             return None
         from zeta.ops.backends.cpu import operators
 
         return operators.attend(query, key, value, scale, mask is not None)
+    if is_watched():
+        return None
+    # A subclass may hold its numbers elsewhere.
+    if type(query) is not Tensor or not query.is_cpu or torch.is_autocast_enabled("cpu"):
+        return None
     longest = 0
     if bias is not None:
         if type(key) is not Tensor or query.dim() != 4 or key.dim() != 4:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zeta.ops.transforms import is_watched
+from zeta.ops.transforms import is_closed_to_operators, is_watched
 
 FEW = 64
 """Rows up to which asking is worth it."""
@@ -18,14 +18,18 @@ def project_few(x: Tensor, layer: Layer) -> Tensor | None:
     """``x weight^T + bias``, in float32 sums; None where that is for torch.
 
     So it is wherever something watches or records what torch's operators do: a gradient, a
-    compiler, a transform, a mode, autocast, tensors of a class of their own.
+    transform, a mode, autocast, tensors of a class of their own.
 
     Args:
-        x: ``(..., width)``.
+        x: ``(B, L, width)``.
         layer: Of ``x``.
     """
     if _is_for_torch(x, (layer,)):
         return None
+    if torch.compiler.is_compiling():
+        from zeta.ops.backends.cpu import projection_operators
+
+        return projection_operators.project(x, layer)
     from zeta.ops.backends.cpu import projection
 
     return projection.project(x, layer)
@@ -34,15 +38,18 @@ def project_few(x: Tensor, layer: Layer) -> Tensor | None:
 def project_few_heads(
     x: Tensor, layers: Sequence[Layer], head_dim: int
 ) -> tuple[Tensor, ...] | None:
-    """The same of several layers, in heads ``(B, heads, L, head_dim)``.
+    """The same of one or three layers, in heads ``(B, heads, L, head_dim)``.
 
     Args:
-        x: ``(B, L, width)``.
-        layers: Of the same ``x``.
+        x, layers: The same.
         head_dim: Features of a head.
     """
     if _is_for_torch(x, layers):
         return None
+    if torch.compiler.is_compiling():
+        from zeta.ops.backends.cpu import projection_operators
+
+        return projection_operators.project_heads(x, layers, head_dim)
     from zeta.ops.backends.cpu import projection
 
     return projection.project_heads(x, layers, head_dim)
@@ -50,9 +57,11 @@ def project_few_heads(
 
 def _is_for_torch(x: Tensor, layers: Sequence[Layer]) -> bool:
     """Whether something watches. Classes and devices the backend looks at itself."""
-    if torch.compiler.is_compiling() or is_watched() or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or not x.is_cpu:
         return True
-    if not x.is_cpu or x.is_neg() or torch._C._len_torch_function_stack() > 0:
+    if torch.compiler.is_compiling():
+        return is_closed_to_operators() or torch.is_grad_enabled()
+    if is_watched() or x.is_neg() or torch._C._len_torch_function_stack() > 0:
         return True
     if not torch.is_grad_enabled():
         return False

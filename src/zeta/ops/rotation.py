@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from zeta.ops.transforms import is_exporting, is_watched
+from zeta.ops.transforms import is_closed_to_operators, is_watched
 from zeta.positions import rotate
 
 Table: TypeAlias = tuple[Tensor, Tensor]
@@ -55,8 +55,7 @@ def has_kernel(tensors: Sequence[Tensor], tables: Sequence[Tensor]) -> bool:
     from zeta.ops.backends import triton
 
     if torch.compiler.is_compiling():
-        if is_exporting():
-            # A program is to run where Zeta is not installed.
+        if is_closed_to_operators():
             return False
     elif is_watched() or any(type(tensor) not in _PLAIN for tensor in (*tensors, *tables)):
         return False

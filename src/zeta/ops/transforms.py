@@ -27,6 +27,13 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def is_closed_to_operators() -> bool:
+    """While a compiler traces: whether what it makes must be of torch's own operators alone, for a
+    program runs where Zeta is not installed, and transforms look into no others.
+    """
+    return is_exporting() or torch._C._are_functorch_transforms_active() or is_forward_mode()
+
+
 def is_transforming() -> bool:
     """Inside any transform of ``torch.func``, forward-mode differentiation, ``torch.jit.trace``."""
     return (
@@ -67,6 +74,8 @@ def reasons_of_opaque(tensors: Callable[[], Iterable[Tensor]]) -> list[str]:
     if is_forward_mode():
         reasons.append(NO_FORWARD_MODE)
     if torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            reasons.append("inside of torch.compile, torch.func sees torch's own operators only")
         return reasons
     if torch._C._is_tracing():
         reasons.append("torch.jit.trace sees torch's own operators only")

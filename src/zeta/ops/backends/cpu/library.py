@@ -145,8 +145,9 @@ _TORCH_FUNCTIONS = (
 _NEWER_FUNCTIONS = ("torch_delete_stable_ivalue", "torch_exception_get_what_without_backtrace")
 
 
+@functools.cache
 def register_operators() -> bool:
-    """Give the operators of attention, which are there, kernels that run without Python.
+    """Give operators kernels that run without Python, those of this name that come later too.
 
     Returns:
         False where torch does not offer what they need: Python's kernels run.

@@ -182,7 +182,9 @@ def attend(
     Returns:
         None where the call must be checked and described.
     """
-    if not type(key) is type(value) is Tensor or not key.is_cpu or not value.is_cpu:
+    if not type(query) is type(key) is type(value) is Tensor or torch.is_autocast_enabled("cpu"):
+        return None
+    if not key.is_cpu or not value.is_cpu:
         return None
     if not key.dtype == value.dtype == query.dtype or query.dtype not in DTYPES:
         return None
@@ -197,8 +199,8 @@ def attend(
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     is_high = query.dtype == torch.float32 and float32_precision() == "high"
     numbers = scale, causal, 0, 0.0, False, 0.0, is_high
-    out, _ = attention.overload(query, key, value, None, None, [], *numbers)
-    return out  # type: ignore[no-any-return]  # torch gives operators no types
+    found: tuple[Tensor, Tensor] = attention.overload(query, key, value, None, None, [], *numbers)
+    return found[0]
 
 
 def _lse(query: Tensor) -> Tensor:

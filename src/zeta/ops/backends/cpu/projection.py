@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from zeta.ops.backends.cpu import library
+from zeta.ops.transforms import constant_in_graphs
 
 MOST_ROWS = 64
 """As in ``native/table.h``; of float32 and float16, where torch is slower even so."""
@@ -63,10 +64,19 @@ def _ways(x: Tensor) -> tuple[library.DirectCalls | None, tuple[int, int]]:
     """The library's builtins, if it has them here, and what they want to be told."""
     if library.obstacle() is not None:
         return None, (0, 0)
-    native = library.load()
-    most_rows = MOST_ROWS
-    if x.dtype != torch.float32 and native.has_tiles:
-        most_rows = FEW_ROWS_BESIDE_TILES
-    elif x.dtype == torch.bfloat16:
-        most_rows = max(FEW_ROWS, MOST_BFLOAT16 // x.shape[-1])
-    return native.direct, (most_rows, torch.get_num_threads())
+    rows = most_rows(x.dtype, x.shape[-1])
+    return library.load().direct, (rows, torch.get_num_threads())
+
+
+def most_rows(dtype: torch.dtype, width: int) -> int:
+    """Up to how many rows the library is sooner done than torch."""
+    if dtype != torch.float32 and _has_tiles():
+        return FEW_ROWS_BESIDE_TILES
+    if dtype == torch.bfloat16:
+        return max(FEW_ROWS, MOST_BFLOAT16 // width)
+    return MOST_ROWS
+
+
+@constant_in_graphs
+def _has_tiles() -> bool:
+    return library.load().has_tiles

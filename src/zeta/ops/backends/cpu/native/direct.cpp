@@ -7,6 +7,7 @@
 // Compiled for any x86-64 processor, as library.cpp is.
 
 #include "plain_call.h"
+#include "plain_projection.h"
 #include "tensors.h"
 
 namespace {
@@ -120,40 +121,18 @@ PyObject *differentiate(PyObject *, PyObject *const *arguments, intptr_t count) 
     return answer(run_beside_python([&] { return zeta_backward(&call); }));
 }
 
-// The call of layers of x, without the layers; false where x is not for it. `numbers`: the most rows
-// and the number of threads.
-bool begin_projection(ZetaProjection &call, const Operand &x, PyObject *const *numbers) {
-    const int64_t most_rows = PyLong_AsLong(numbers[0]);
-    call.dtype = x.dtype();
-    call.num_threads = PyLong_AsLong(numbers[1]);
-    if (!were_numbers() || call.dtype < 0 || !x.ndim || !x.numel() || !x.is_contiguous()) return false;
-    call.width = call.x_row = x.shape[x.ndim - 1];
-    call.rows = x.numel() / call.width;
-    call.x = x.address();
-    return call.rows <= most_rows && call.rows <= ZETA_MOST_ROWS;
+// The call of layers of x, without the layers; false where x is not for it. `numbers`: the most rows and
+// the number of threads.
+bool read_numbers(PyObject *const *numbers, ZetaProjection &call, const Operand &x) {
+    const int64_t most_rows = PyLong_AsLong(numbers[0]), num_threads = PyLong_AsLong(numbers[1]);
+    return were_numbers() && begin_projection(call, x, most_rows, num_threads);
 }
 
-// The next layer of the call, which still has to be told where its output goes.
-ZetaLayer *add_layer(ZetaProjection &call, PyObject *weight_object, PyObject *bias_object) {
-    Operand weight, bias;
-    if (!read(weight_object, weight) || weight.ndim != 2 || weight.shape[1] != call.width ||
-        !weight.shape[0] || !weight.is_dense_at(1) || weight.dtype() != call.dtype)
-        return nullptr;
-    ZetaLayer &layer = call.layers[call.num_layers++];
-    layer = {weight.address(), nullptr, nullptr, weight.strides[0], weight.shape[0],
-             weight.shape[0]};
-    if (is_none(bias_object)) return &layer;
-    if (!read(bias_object, bias) || bias.ndim != 1 || bias.shape[0] != weight.shape[0] ||
-        !bias.is_dense_at(0) || bias.dtype() != call.dtype)
-        return nullptr;
-    layer.bias = bias.address();
-    return &layer;
-}
-
-int64_t run_projection(const ZetaProjection &call) {
-    const ZetaPasses *passes = zeta_passes();
-    if (!passes) return ZETA_NO_PROCESSOR;
-    return run_beside_python([&] { return passes->project(&call); });
+// The next layer: its weight, and its bias or None.
+ZetaLayer *read_layer(ZetaProjection &call, PyObject *const *objects) {
+    Operand weight, bias{};
+    if (!read(objects[0], weight) || !read_or_none(objects[1], bias)) return nullptr;
+    return add_layer(call, weight, bias);
 }
 
 // project(x, out, most_rows, num_threads, weight, bias or None)
@@ -161,15 +140,15 @@ PyObject *project(PyObject *, PyObject *const *arguments, intptr_t count) {
     Operand x, out;
     ZetaProjection call{};
     if (count != 6 || !read(arguments[0], x) || !read(arguments[1], out) ||
-        !begin_projection(call, x, arguments + 2))
+        !read_numbers(arguments + 2, call, x))
         return answer(ZETA_NOT_PLAIN);
-    ZetaLayer *layer = add_layer(call, arguments[4], arguments[5]);
+    ZetaLayer *layer = read_layer(call, arguments + 4);
     if (!layer || !out.ndim || out.shape[out.ndim - 1] != layer->features ||
         out.numel() != call.rows * layer->features || !out.is_contiguous() ||
         out.dtype() != call.dtype)
         return answer(ZETA_NOT_PLAIN);
     layer->out = out.address();
-    return answer(run_projection(call));
+    return answer(run_beside_python([&] { return run_projection(call); }));
 }
 
 // project_heads(x, head_dim, most_rows, num_threads, weight, bias or None, ...):
@@ -179,13 +158,13 @@ PyObject *project_heads(PyObject *, PyObject *const *arguments, intptr_t count) 
     Operand x;
     ZetaProjection call{};
     if (count <= before || (count - before) % 2 || (count - before) / 2 > ZETA_MOST_LAYERS ||
-        !read(arguments[0], x) || x.ndim != 3 || !begin_projection(call, x, arguments + 2))
+        !read(arguments[0], x) || x.ndim != 3 || !read_numbers(arguments + 2, call, x))
         return answer(ZETA_NOT_PLAIN);
     const int64_t head_dim = PyLong_AsLong(arguments[1]);
     if (!were_numbers() || head_dim < 1) return answer(ZETA_NOT_PLAIN);
     Made made;
     for (intptr_t i = before; i < count; i += 2) {
-        ZetaLayer *layer = add_layer(call, arguments[i], arguments[i + 1]);
+        ZetaLayer *layer = read_layer(call, arguments + i);
         if (!layer || layer->features % head_dim) return answer(ZETA_NOT_PLAIN);
         const int64_t shape[] = {x.shape[0], x.shape[1], layer->features / head_dim, head_dim};
         Owned *heads = made.add(call.dtype, 4, shape);
@@ -193,7 +172,7 @@ PyObject *project_heads(PyObject *, PyObject *const *arguments, intptr_t count) 
         heads->swap_dimensions(1, 2);
         layer->out = heads->data();
     }
-    const int64_t found = run_projection(call);
+    const int64_t found = run_beside_python([&] { return run_projection(call); });
     return found == ZETA_DONE ? made.give_all() : answer(found);
 }
 

@@ -1,11 +1,12 @@
-// The operators of attention as torch's dispatcher runs them in a compiled graph, without Python, for
-// common masks and biases. Python's kernel of the same operator does the rest.
+// Operators as torch's dispatcher runs them in a compiled graph, without Python: attention with common
+// masks and biases, linear layers of a few rows. Python's kernel of the same operator does the rest.
 //
 // Compiled for any x86-64 processor, as direct.cpp is.
 
 #include <math.h>
 
 #include "plain_call.h"
+#include "plain_projection.h"
 #include "torch.h"
 
 namespace {
@@ -123,7 +124,7 @@ bool read_fixed(const TorchValue *stack, Plain &to) {
 
 // Results that torch does not own yet; they are let go of unless they are given.
 struct Results {
-    static constexpr int MOST = 5;
+    static constexpr int MOST = 5, MOST_DIMENSIONS = 4;
     TorchTensor tensors[MOST] = {};
     int count = 0;
 
@@ -152,13 +153,14 @@ struct Results {
         return add(to, 4, like.shape, strides, dtype);
     }
 
-    bool add_contiguous(Operand &to, int ndim, const int64_t *sizes) {
-        int64_t strides[4], stride = 1;
+    bool add_contiguous(Operand &to, int ndim, const int64_t *sizes, int32_t dtype) {
+        int64_t strides[MOST_DIMENSIONS], stride = 1;
+        if (ndim > MOST_DIMENSIONS) return false;
         for (int dimension = ndim - 1; dimension >= 0; --dimension) {
             strides[dimension] = stride;
             stride *= sizes[dimension];
         }
-        return add(to, ndim, sizes, strides, torch.dtype_float32());
+        return add(to, ndim, sizes, strides, dtype);
     }
 
     // In place of one that is not asked for.
@@ -193,7 +195,7 @@ int64_t attend(const TorchValue *stack, Results &results) {
         !read(tensor_of(stack[2]), given.value) || !read(tensor_in(stack[3]), given.offsets) ||
         !read(tensor_in(stack[4]), given.dense) || !read_fixed(stack + 5, given) ||
         !results.add_rows(given.out, given.query, dtype_of(query)) ||
-        !results.add_contiguous(lse, 3, given.query.shape) || !make_call(call, given, numbers))
+        !results.add_contiguous(lse, 3, given.query.shape, torch.dtype_float32()) || !make_call(call, given, numbers))
         return ZETA_NOT_PLAIN;
     call.lse_BHT = reinterpret_cast<float *>(lse.address());
     return run_forward(call);
@@ -212,7 +214,7 @@ int64_t differentiate(const TorchValue *stack, Results &results) {
         !read(tensor_of(stack[6]), gradients.lse) || !read(tensor_in(stack[7]), given.offsets) ||
         !read(tensor_in(stack[8]), given.dense) || !read_fixed(stack + 9, given))
         return ZETA_NOT_PLAIN;
-    const int32_t dtype = dtype_of(tensor_of(stack[2]));
+    const int32_t dtype = dtype_of(tensor_of(stack[2])), float32 = torch.dtype_float32();
     const Operand &offsets = given.offsets, &dense = given.dense;
     const bool needs_offsets = truth(stack[17]) && offsets.is_given();
     const bool needs_dense = truth(stack[18]) && dense.is_given();
@@ -221,13 +223,65 @@ int64_t differentiate(const TorchValue *stack, Results &results) {
         !results.add_rows(gradients.query, given.query, dtype) ||
         !results.add_rows(gradients.key, given.key, dtype) ||
         !results.add_rows(gradients.value, given.value, dtype) ||
-        !(needs_offsets ? results.add_contiguous(gradients.offsets, 2, offsets.shape)
+        !(needs_offsets ? results.add_contiguous(gradients.offsets, 2, offsets.shape, float32)
                         : results.add_empty()) ||
-        !(needs_dense ? results.add_contiguous(gradients.dense, 4, dense.shape)
+        !(needs_dense ? results.add_contiguous(gradients.dense, 4, dense.shape, float32)
                       : results.add_empty()) ||
         !make_call(call, given, numbers) || !add_gradients(call, given, gradients))
         return ZETA_NOT_PLAIN;
     return zeta_backward(&call);
+}
+
+// The call of x without its layers, from the most rows.
+bool begin(ZetaProjection &call, const Operand &x, TorchValue most_rows) {
+    uint32_t num_threads;
+    return !torch.get_num_threads(&num_threads) &&
+           begin_projection(call, x, static_cast<int64_t>(most_rows), num_threads);
+}
+
+// The next layer, from its weight and its optional bias.
+ZetaLayer *read_layer(ZetaProjection &call, const TorchValue *stack) {
+    Operand weight{}, bias{};
+    if (!read(tensor_of(stack[0]), weight) || !read(tensor_in(stack[1]), bias)) return nullptr;
+    return add_layer(call, weight, bias);
+}
+
+// Of zeta::cpu_project: x, weight, bias, most rows.
+int64_t project(const TorchValue *stack, Results &results) {
+    Operand x{}, out{};
+    ZetaProjection call{};
+    const TorchTensor of_x = tensor_of(stack[0]);
+    if (!read(of_x, x) || !begin(call, x, stack[3]) || x.ndim > Results::MOST_DIMENSIONS)
+        return ZETA_NOT_PLAIN;
+    ZetaLayer *layer = read_layer(call, stack + 1);
+    if (!layer) return ZETA_NOT_PLAIN;
+    int64_t sizes[Results::MOST_DIMENSIONS];
+    for (int dimension = 0; dimension < x.ndim; ++dimension) sizes[dimension] = x.shape[dimension];
+    sizes[x.ndim - 1] = layer->features;
+    if (!results.add_contiguous(out, x.ndim, sizes, dtype_of(of_x))) return ZETA_NO_MEMORY;
+    layer->out = out.address();
+    return run_projection(call);
+}
+
+// Of zeta::cpu_project_three: x (B, L, width); weight and bias, three times; head_dim, most rows.
+int64_t project_three(const TorchValue *stack, Results &results) {
+    Operand x{};
+    ZetaProjection call{};
+    const TorchTensor of_x = tensor_of(stack[0]);
+    const auto head_dim = static_cast<int64_t>(stack[7]);
+    if (!read(of_x, x) || x.ndim != 3 || head_dim < 1 || !begin(call, x, stack[8]))
+        return ZETA_NOT_PLAIN;
+    for (int number = 0; number < 3; ++number) {
+        ZetaLayer *layer = read_layer(call, stack + 1 + 2 * number);
+        if (!layer || layer->features % head_dim) return ZETA_NOT_PLAIN;
+        const int64_t length = x.shape[1], features = layer->features;
+        const int64_t sizes[] = {x.shape[0], features / head_dim, length, head_dim};
+        const int64_t strides[] = {length * features, head_dim, features, 1};
+        Operand out{};
+        if (!results.add(out, 4, sizes, strides, dtype_of(of_x))) return ZETA_NO_MEMORY;
+        layer->out = out.address();
+    }
+    return run_projection(call);
 }
 
 // An operator, and how it is computed here.
@@ -239,12 +293,16 @@ struct Operator {
     int64_t (*compute)(const TorchValue *stack, Results &results);
 };
 
-constexpr Operator FORWARD = {"cpu_attention_kernel", "zeta::cpu_attention_python",
-                              "cpu_attention failed, as logged above", "tttool", attend};
-constexpr Operator BACKWARD = {"cpu_attention_backward_kernel",
-                               "zeta::cpu_attention_backward_python",
-                               "cpu_attention_backward failed, as logged above", "totttttool",
-                               differentiate};
+constexpr Operator OPERATORS[] = {
+    {"cpu_attention_kernel", "zeta::cpu_attention_python",
+     "cpu_attention failed, as logged above", "tttool", attend},
+    {"cpu_attention_backward_kernel", "zeta::cpu_attention_backward_python",
+     "cpu_attention_backward failed, as logged above", "totttttool", differentiate},
+    {"cpu_project_kernel", "zeta::cpu_project_python", "cpu_project failed, as logged above",
+     "tto", project},
+    {"cpu_project_three_kernel", "zeta::cpu_project_three_python",
+     "cpu_project_three failed, as logged above", "ttototo", project_three},
+};
 
 void release_list(TorchValue list_value) {
     FixedTensors tensors;
@@ -278,26 +336,28 @@ void run_here_or_in_python(const Operator &operation, TorchValue *stack) {
                     torch.error ? torch.error() : operation.failed);
 }
 
-void forward_kernel(TorchValue *stack, uint64_t, uint64_t) {
-    run_here_or_in_python(FORWARD, stack);
+template <int number>
+void kernel(TorchValue *stack, uint64_t, uint64_t) {
+    run_here_or_in_python(OPERATORS[number], stack);
 }
 
-void backward_kernel(TorchValue *stack, uint64_t, uint64_t) {
-    run_here_or_in_python(BACKWARD, stack);
-}
+constexpr TorchKernel KERNELS[] = {kernel<0>, kernel<1>, kernel<2>, kernel<3>};
+static_assert(sizeof KERNELS / sizeof *KERNELS == sizeof OPERATORS / sizeof *OPERATORS);
 
 }  // namespace
 
 extern "C" {
 
 // Makes these the kernels of torch's CPU tensors, for as long as the process lives; 0 where torch
-// refuses. The operators are there already.
+// refuses.
 ZETA_EXPORT int64_t zeta_register_operators(const TorchFunctions *functions) {
     torch = *functions;
     TorchLibrary library;
-    return !torch.library_init_impl("zeta", "CPU", "operators.cpp", 0, &library) &&
-           !torch.library_impl(library, FORWARD.name, forward_kernel, TORCH_VERSION) &&
-           !torch.library_impl(library, BACKWARD.name, backward_kernel, TORCH_VERSION);
+    if (torch.library_init_impl("zeta", "CPU", "operators.cpp", 0, &library)) return 0;
+    int number = 0;
+    for (TorchKernel kernel : KERNELS)
+        if (torch.library_impl(library, OPERATORS[number++].name, kernel, TORCH_VERSION)) return 0;
+    return 1;
 }
 
 }  // extern "C"
