@@ -1,5 +1,5 @@
-"""The rows of the CPU benchmark for short calls compiled by ``torch.compile``: of the op, and of the
-module against its work written by hand.
+"""The rows of the CPU benchmark for short calls compiled by ``torch.compile``: of the op and of
+the module, this against its work written by hand.
 
 What a compiled graph does beside attention (guards, its own code) is in both times.
 """

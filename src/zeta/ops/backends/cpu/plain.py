@@ -57,16 +57,13 @@ def attend(
     out = torch.empty_like(query)
     is_high = native.has_tiles and float32_precision(precision) == "high"
     learned, dense = plain.offsets, plain.dense
-    options: tuple[Any, ...] = scale, is_high, torch.get_num_threads()
-    if plain is NOTHING or plain is LATER_KEYS:
-        options += (plain.causal,)
-    else:
+    if not _is_short(plain):
         floating = plain.table, plain.slopes_H, dense
         if any(tensor is not None and tensor.is_neg() for tensor in floating):
             return None
         if learned is not None:
             plain = plain._replace(offsets=learned.detach().float().contiguous())
-        options += plain
+    options = _options(scale, is_high, plain)
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or learned is not None
         or (dense is not None and dense.requires_grad)
@@ -103,20 +100,35 @@ class _Attended(Once):
         is_high: bool,
         plain: Plain,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, *made, *plain[NUM_NUMBERS:])
-        ctx.options = scale, is_high, plain[:NUM_NUMBERS]
+        if _is_short(plain):
+            ctx.save_for_backward(query, key, value, *made)
+            ctx.options = scale, is_high, plain
+        else:
+            ctx.save_for_backward(query, key, value, *made, *plain[NUM_NUMBERS:])
+            ctx.options = scale, is_high, plain[:NUM_NUMBERS]
         return made[0]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        scale, is_high, numbers = ctx.options
+        scale, is_high, plain = ctx.options
         needed = ctx.needs_input_grad[3:5]
 
         def compute(grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-            plain = Plain(*numbers, *saved[5:])
-            return _gradients(rows(grad_out), saved[:5], scale, is_high, plain, needed)
+            return _gradients(grad_out, saved, scale, is_high, plain, needed)
 
-        return *differentiated_once(compute, grad_out, *ctx.saved_tensors), *[None] * 4
+        return *differentiated_once(compute, grad_out, *ctx.saved_tensors), None, None, None, None
+
+
+def _is_short(plain: Plain) -> bool:
+    """Whether it says no more than if later keys are hidden."""
+    return plain is NOTHING or plain is LATER_KEYS
+
+
+def _options(scale: float | None, is_high: bool, plain: Plain) -> tuple[Any, ...]:
+    """What a direct call is told beside its tensors."""
+    if _is_short(plain):
+        return scale, is_high, torch.get_num_threads(), plain.causal
+    return scale, is_high, torch.get_num_threads(), *plain
 
 
 def _gradients(
@@ -124,11 +136,14 @@ def _gradients(
     saved: Sequence[Tensor],
     scale: float | None,
     is_high: bool,
-    plain: Plain,
+    plain: Plain | tuple[Any, ...],
     needed: tuple[bool, bool],
 ) -> passes.Gradients:
     """Of query, key, value, and, where needed, of offsets and a dense bias."""
-    query, key, value, out, lse = saved
+    query, key, value, out, lse, *others = saved
+    inputs = query, key, value, out, lse
+    if not isinstance(plain, Plain):  # Its numbers alone: the tensors were saved.
+        plain = Plain(*plain, *others)
     made = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     grad_offsets = grad_dense = None
     if plain.offsets is not None and needed[0]:
@@ -137,16 +152,15 @@ def _gradients(
         grad_dense = plain.dense.new_empty(plain.dense.shape, dtype=torch.float32)
     direct = library.load().direct
     assert direct is not None
-    answer = direct.differentiate(
-        *saved, grad_out, *made, grad_offsets, grad_dense,
-        scale, is_high, torch.get_num_threads(), *plain,
-    )  # fmt: skip
+    if not grad_out.is_contiguous() or grad_out.is_neg():
+        grad_out = rows(grad_out)
+    options = _options(scale, is_high, plain)
+    answer = direct.differentiate(*inputs, grad_out, *made, grad_offsets, grad_dense, *options)
     if library.is_done(answer):
         if plain.dense is not None and grad_dense is not None:
             grad_dense = grad_dense.to(plain.dense.dtype)
         return passes.Gradients(*made, grad_offsets, grad_dense)
     # Whoever saved the tensors gave others back, of other strides or of a class of their own.
     lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]) if scale is None else scale)
-    inputs = query, key, value, out, lse
     fixed = Fixed(*lowered.fixed(), is_high)
     return passes.backward(grad_out, None, inputs, lowered.offsets, plain.dense, fixed, needed)
