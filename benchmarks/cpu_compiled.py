@@ -33,7 +33,7 @@ def compiled_rows(quick: bool) -> Iterator[Row]:
                 def make(dtype: str = dtype, length: int = length, train: bool = train) -> Work:
                     return _work(DTYPES[dtype], length, train)
 
-                name = f"{dtype} small compiled" + (" training" if train else "")
+                name = f"{dtype} compiled" + (" training" if train else "")
                 yield Row(name, f"H {HEADS} T {length}", make, 0.95, None if train else 1.3)
         for length in (16,) if quick else LENGTHS:
 
@@ -42,7 +42,7 @@ def compiled_rows(quick: bool) -> Iterator[Row]:
                 return small_module(DTYPES[dtype], HEADS, length, _whole)
 
             yield Row(
-                f"{dtype} small compiled module", f"H {HEADS} T {length}", make_module, 0.95, 1.3
+                f"{dtype} compiled module", f"H {HEADS} T {length}", make_module, 0.95, 1.3
             )
 
 
