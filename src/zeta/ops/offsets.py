@@ -19,7 +19,7 @@ MAX_KEPT_REACH = 1 << 13
 
 def is_learned(term: biases.Bias) -> bool:
     """Whether a gradient is to be found of it."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in term.flatten()[1])
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in term.tensors())
 
 
 def offset_vector(term: biases.OffsetBias, reach: int) -> Tensor:
@@ -43,9 +43,18 @@ def has_kept_buckets(term: biases.Bucketed) -> bool:
 
 def kept_buckets(term: biases.Bucketed, reach: int) -> Tensor:
     """Of offsets ``-reach .. reach``, no further than the bias's own reach."""
-    table, middle = term.table, term.max_distance
-    buckets_R = _buckets(term.bidirectional, table.shape[0], middle, table.device)
-    return buckets_R[middle - reach : middle + reach + 1]
+    table = term.table
+    return _middle(term.bidirectional, table.shape[0], term.max_distance, table.device, reach)
+
+
+@functools.lru_cache(maxsize=256)
+def _middle(
+    bidirectional: bool, num_buckets: int, max_distance: int, device: torch.device, reach: int
+) -> Tensor:
+    """Buckets of offsets ``-reach .. reach``: slicing takes a short call longer than looking."""
+    buckets_R = _buckets(bidirectional, num_buckets, max_distance, device)
+    with torch.inference_mode(False):
+        return buckets_R[max_distance - reach : max_distance + reach + 1]
 
 
 @functools.lru_cache(maxsize=64)
