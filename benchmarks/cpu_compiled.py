@@ -41,9 +41,7 @@ def compiled_rows(quick: bool) -> Iterator[Row]:
                 torch.compiler.reset()
                 return small_module(DTYPES[dtype], HEADS, length, _whole)
 
-            yield Row(
-                f"{dtype} compiled module", f"H {HEADS} T {length}", make_module, 0.95, 1.3
-            )
+            yield Row(f"{dtype} compiled module", f"H {HEADS} T {length}", make_module, 0.95, 1.3)
 
 
 def _work(dtype: torch.dtype, length: int, train: bool) -> Work:
