@@ -19,7 +19,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 @operator("cpu_project")
 def _project(x: Tensor, weight: Tensor, bias: Tensor | None, most_rows: int) -> Tensor:
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight, bias).contiguous()
 
 
 @_project.register_fake
@@ -39,9 +39,10 @@ def _project_three(
     head_dim: int,
     most_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    query = _heads(F.linear(x, query_weight, query_bias), head_dim)
-    key = _heads(F.linear(x, key_weight, key_bias), head_dim)
-    return query, key, _heads(F.linear(x, value_weight, value_bias), head_dim)
+    query = F.linear(x, query_weight, query_bias).contiguous()
+    key = F.linear(x, key_weight, key_bias).contiguous()
+    value = F.linear(x, value_weight, value_bias).contiguous()
+    return _heads(query, head_dim), _heads(key, head_dim), _heads(value, head_dim)
 
 
 @_project_three.register_fake

@@ -16,7 +16,6 @@ TorchFunctions torch;
 // The torch whose meaning of values this is written for.
 constexpr uint64_t TORCH_VERSION = uint64_t{2} << 56 | uint64_t{11} << 48;
 
-
 double real(TorchValue value) {
     double number;
     memcpy(&number, &value, sizeof number);
@@ -195,7 +194,8 @@ int64_t attend(const TorchValue *stack, Results &results) {
         !read(tensor_of(stack[2]), given.value) || !read(tensor_in(stack[3]), given.offsets) ||
         !read(tensor_in(stack[4]), given.dense) || !read_fixed(stack + 5, given) ||
         !results.add_rows(given.out, given.query, dtype_of(query)) ||
-        !results.add_contiguous(lse, 3, given.query.shape, torch.dtype_float32()) || !make_call(call, given, numbers))
+        !results.add_contiguous(lse, 3, given.query.shape, torch.dtype_float32()) ||
+        !make_call(call, given, numbers))
         return ZETA_NOT_PLAIN;
     call.lse_BHT = reinterpret_cast<float *>(lse.address());
     return run_forward(call);
