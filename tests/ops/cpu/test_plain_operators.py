@@ -84,39 +84,87 @@ def test_the_same_bits_at_the_same_places(
         assert tensor.dtype == of_python.dtype
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kind", ["prefix", "documents", "positions", "positions of each"])
+def test_the_same_bits_of_what_only_operators_take(
+    kind: str, name: str, calls_of_python: list[str]
+) -> None:
+    made = operands(name)
+    batch, target, source = made[0].shape[0], made[0].shape[2], made[1].shape[2]
+    arguments: dict[str, Any] = {"dropout_p": 0.2, "seed": 4, "mask": masks.Causal()}
+    if kind == "prefix":
+        arguments["mask"] = masks.PrefixLM(torch.arange(1, batch + 1))
+    elif kind == "documents":
+        ids = torch.arange(max(target, source)).div(3, rounding_mode="floor")
+        arguments["mask"] = masks.Documents(ids.expand(batch, -1))
+    else:
+        rows = 1 if kind == "positions" else batch
+        starts = torch.arange(rows)[:, None]
+        arguments["query_positions"] = starts + torch.arange(source, source + target)
+        arguments["key_positions"] = (starts + torch.arange(source)).flip(1)
+    inputs, fixed = lowered(AttentionCall.checked(*made, **arguments))
+    found = results(inputs, fixed, IN_C)
+    assert calls_of_python == []
+    for tensor, of_python in zip(found, results(inputs, fixed, IN_PYTHON), strict=True):
+        assert torch.equal(tensor, of_python)
+        assert tensor.stride() == of_python.stride()
+
+
 def test_what_is_not_plain_is_for_python(calls_of_python: list[str]) -> None:
     made = operands("blocks")
-    batch, target, length = made[0].shape[0], made[0].shape[2], made[1].shape[2]
-    positions = {"query_positions": torch.arange(10, 10 + target)}
-    not_plain = [
-        lowered(AttentionCall.checked(*made, mask=masks.PrefixLM(torch.full((batch,), 3)))),
-        lowered(
-            AttentionCall.checked(*made, mask=masks.Documents(torch.zeros(batch, length).long()))
-        ),
-        lowered(AttentionCall.checked(*made, **positions)),
-    ]
+    batch, length = made[0].shape[0], made[1].shape[2]
+    of_int32 = masks.Documents(torch.zeros(batch, length, dtype=torch.int32))
     inputs, fixed = lowered(AttentionCall.checked(*made))
-    rows = made[0].mT.contiguous().mT
-    not_plain += [
-        ((rows, *inputs[1:]), fixed),
-        ((*inputs[:2], made[2][..., :3], None, None), fixed),
+    spread = made[0].mT.contiguous().mT
+    narrow = (*inputs[:2], made[2][..., :3], None, None)
+    not_plain = [
+        lowered(AttentionCall.checked(*made, mask=of_int32)),
+        ((spread, *inputs[1:]), fixed),
+        (narrow, fixed),
     ]
-    for inputs, fixed in not_plain:
+    for given, numbers in not_plain:
         calls_of_python.clear()
-        found = torch.ops.zeta.cpu_attention_kernel(*inputs, *fixed)
+        found = torch.ops.zeta.cpu_attention_kernel(*given, *numbers)
         assert calls_of_python == ["forward"]
-        expected = passes.forward(*inputs, fixed)
+        expected = passes.forward(*given, numbers)
         assert all(map(torch.equal, found, expected))
-    out, lse = torch.ops.zeta.cpu_attention_kernel(*inputs[:2], made[2], None, None, *fixed)
-    saved = (*made, out, lse, None, None)
+    out, lse = torch.ops.zeta.cpu_attention_kernel(*inputs, *fixed)
+    saved = (*made, out, lse)
     for grad_out, grad_lse in ((torch.ones(()).expand_as(out), None), (out, lse)):
         calls_of_python.clear()
-        found = torch.ops.zeta.cpu_attention_backward_kernel(
-            grad_out, grad_lse, *saved, *fixed, False, False
+        gradients = torch.ops.zeta.cpu_attention_backward_kernel(
+            grad_out, grad_lse, *saved, None, None, *fixed, False, False
         )
         assert calls_of_python == ["backward"]
-        expected = passes.backward(grad_out, grad_lse, saved[:5], None, None, fixed, (False, False))
-        assert all(map(torch.equal, found, expected[:3]))
+        of_python = passes.backward(grad_out, grad_lse, saved, None, None, fixed, (False, False))
+        assert all(map(torch.equal, gradients, of_python[:3]))
+
+
+LABELS = torch.zeros(2, 9, dtype=torch.int64)
+WRONG: dict[str, tuple[int, Tensor]] = {
+    "a prefix of another batch": (1, LABELS[0, :3]),
+    "a prefix in int32": (1, LABELS[0, :2].int()),
+    "documents of queries alone": (3, LABELS),
+    "positions of keys alone": (7, LABELS.int()),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_kernel_refuses_labels_that_it_cannot_read(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("left to Python")
+
+    monkeypatch.setattr(passes, "forward", refused)
+    made = [torch.randn(2, 2, 9, 16) for _ in range(3)]
+    place, tensor = WRONG[name]
+    tensors = [tensor if place == other else None for other in range(9)]
+    with pytest.raises(RuntimeError, match=r"left to Python|failed, as logged above"):
+        torch.ops.zeta.cpu_attention_kernel(
+            *made, None, None, tensors, 0.25, False, 0, 0.0, False, 0.0, False
+        )
 
 
 def test_what_is_negated_on_paper_is_seen() -> None:
@@ -136,8 +184,8 @@ def test_an_error_of_python_is_the_operators(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(passes, "forward", failing)
     made = operands("blocks")
-    call = AttentionCall.checked(*made, mask=masks.PrefixLM(torch.full((made[0].shape[0],), 3)))
-    inputs, fixed = lowered(call)
+    inputs, fixed = lowered(AttentionCall.checked(*made))
+    inputs = (made[0].mT.contiguous().mT, *inputs[1:])
     with pytest.raises(RuntimeError, match=r"no room for it|failed, as logged above"):
         torch.ops.zeta.cpu_attention_kernel(*inputs, *fixed)
 
@@ -146,8 +194,9 @@ def test_nothing_is_kept() -> None:
     """Neither what an operator is given nor what it gives, whichever kernel runs."""
     made = operands("blocks")
     padding = masks.Padding(torch.full((made[0].shape[0],), 5))
-    for mask in (padding, padding & masks.PrefixLM(torch.full((made[0].shape[0],), 3))):
-        inputs, fixed = lowered(AttentionCall.checked(*made, mask=mask, dropout_p=0.1, seed=1))
+    for query in (made[0], made[0].mT.contiguous().mT):
+        call = AttentionCall.checked(query, *made[1:], mask=padding, dropout_p=0.1, seed=1)
+        inputs, fixed = lowered(call)
         for _ in range(2):
             results(inputs, fixed, IN_C)
         given = (*inputs[:3], *(tensor for tensor in fixed.tensors if tensor is not None))

@@ -139,7 +139,7 @@ _TORCH_FUNCTIONS = (
     "aoti_torch_get_device_type", "aoti_torch_empty_strided", "aoti_torch_delete_tensor_object",
     "torch_list_size", "torch_list_get_item", "torch_delete_list", "aoti_torch_device_type_cpu",
     "aoti_torch_dtype_float32", "aoti_torch_dtype_bfloat16", "aoti_torch_dtype_float16",
-    "aoti_torch_dtype_int64", "aoti_torch_dtype_uint8",
+    "aoti_torch_dtype_int64", "aoti_torch_dtype_int32", "aoti_torch_dtype_uint8",
 )  # fmt: skip
 """Of torch's stable C interface, in the order of ``native/torch.h``."""
 _NEWER_FUNCTIONS = ("torch_delete_stable_ivalue", "torch_exception_get_what_without_backtrace")

@@ -3,8 +3,8 @@
 An operator cannot take a tuple of many kinds: everything without a gradient comes as one list of
 tensors, in the order of `Lowered.fixed`, and plain numbers.
 
-The passes of attention have a second kernel each, in ``native/operators.cpp``: for common masks and
-biases, without Python. It reads the arguments in their order here.
+The passes of attention have a second kernel each, in ``native/operators.cpp``, without Python. It
+reads the arguments in their order here, and leaves to this one what is not plainly right for C.
 """
 
 import math

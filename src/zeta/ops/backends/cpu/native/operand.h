@@ -10,6 +10,7 @@ struct Operand : DLTensor {
     bool is_given() const { return data; }
 
     bool is_int64() const { return code == kDLInt && bits == 64; }
+    bool is_int32() const { return code == kDLInt && bits == 32; }
     bool is_bool() const { return code == kDLBool && bits == 8; }
     bool is_uint8() const { return code == kDLUInt && bits == 8; }
 

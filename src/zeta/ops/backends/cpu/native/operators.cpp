@@ -1,5 +1,5 @@
-// Operators as torch's dispatcher runs them in a compiled graph, without Python: attention with common
-// masks and biases, linear layers of a few rows. Python's kernel of the same operator does the rest.
+// Operators as torch's dispatcher runs them in a compiled graph, without Python: attention, linear layers
+// of a few rows. Python's kernel of the same operator does what is not plainly right for C.
 //
 // Compiled for any x86-64 processor, as direct.cpp is.
 
@@ -49,6 +49,8 @@ bool set_type(Operand &to, int32_t dtype) {
         to.code = kDLFloat, to.bits = 16;
     } else if (dtype == torch.dtype_int64()) {
         to.code = kDLInt, to.bits = 64;
+    } else if (dtype == torch.dtype_int32()) {
+        to.code = kDLInt, to.bits = 32;
     } else if (dtype == torch.dtype_uint8()) {
         to.code = kDLUInt, to.bits = 8;
     } else {
@@ -73,8 +75,7 @@ bool read(TorchTensor tensor, Operand &to) {
 
 // The tensors without a gradient, in the order of `Lowered.fixed`; the list keeps them, or is empty.
 struct FixedTensors {
-    enum { SLOPES, PREFIX, PADDING, DOCUMENT_ROWS, DOCUMENT_COLUMNS, KEEP, QUERY_POSITIONS,
-           KEY_POSITIONS, SEED, NUM };
+    static constexpr int NUM = 9;
     TorchValue items[NUM] = {};
 
     bool read(TorchValue list_value) {
@@ -91,13 +92,13 @@ struct FixedTensors {
 bool read_fixed(const TorchValue *stack, Plain &to) {
     FixedTensors tensors;
     if (!tensors.read(stack[0])) return false;
-    const TorchValue *items = tensors.items;
-    if (items[FixedTensors::PREFIX] || items[FixedTensors::DOCUMENT_ROWS] ||
-        items[FixedTensors::QUERY_POSITIONS] || items[FixedTensors::KEY_POSITIONS] ||
-        !read(tensor_in(items[FixedTensors::SLOPES]), to.slopes) ||
-        !read(tensor_in(items[FixedTensors::PADDING]), to.padding) ||
-        !read(tensor_in(items[FixedTensors::KEEP]), to.keep))
-        return false;
+    Operand seed{};
+    Operand *const operands[] = {&to.slopes, &to.prefix, &to.padding, &to.document_rows,
+                                 &to.document_columns, &to.keep, &to.query_positions,
+                                 &to.key_positions, &seed};
+    static_assert(sizeof operands / sizeof *operands == FixedTensors::NUM);
+    for (int place = 0; place < FixedTensors::NUM; ++place)
+        if (!read(tensor_in(tensors.items[place]), *operands[place])) return false;
     to.has_scale = true;
     to.scale = real(stack[1]);
     to.causal = truth(stack[2]);
@@ -110,10 +111,7 @@ bool read_fixed(const TorchValue *stack, Plain &to) {
     if (torch.get_num_threads(&num_threads)) return false;
     to.num_threads = num_threads;
     if (to.dropout_p == 0) return true;
-    Operand seed{};
-    if (!read(tensor_in(items[FixedTensors::SEED]), seed) || !seed.is_given() ||
-        !seed.is_int64() || seed.numel() != 1)
-        return false;
+    if (!seed.is_given() || !seed.is_int64() || seed.numel() != 1) return false;
     to.seed = *reinterpret_cast<const int64_t *>(seed.address());
     // As `dropout.threshold`.
     const double most = 4294967295.0, dropped = rint(to.dropout_p * 4294967296.0);

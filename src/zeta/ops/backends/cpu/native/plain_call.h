@@ -1,4 +1,4 @@
-// Calls with common masks and biases, of tensors as torch has them: whoever got one reads it into
+// Calls of attention, of tensors as torch has them: whoever got one reads it into
 // `Plain`, and everything is checked here. Whatever is not plainly right is false.
 //
 // For direct.cpp and operators.cpp, which are compiled for any x86-64 processor.
@@ -25,6 +25,9 @@ struct Plain {
     double dropout_p = 0;
     int64_t dropout_threshold = 0, seed = 0;
     Operand padding{}, keep{}, offsets{}, table{}, buckets{}, slopes{}, dense{};
+
+    // What operators may be given besides.
+    Operand prefix{}, document_rows{}, document_columns{}, query_positions{}, key_positions{};
 };
 
 // What a backward pass is given besides, and what it writes to.
@@ -42,14 +45,39 @@ struct Numbers {
 // A window that hides nothing is none of these.
 constexpr int64_t LARGEST_WINDOW = INT32_MAX;
 
-// How many of each sequence's keys there are: (B,).
-inline bool take_padding(ZetaCall &call, const Operand &lengths) {
+// How many of each sequence's keys there are, or are seen by all: (B,).
+inline bool take_lengths(const int64_t *&to, const ZetaCall &call, const Operand &lengths) {
     if (!lengths.is_given()) return true;
     if (!lengths.is_int64() || lengths.ndim != 1 || lengths.shape[0] != call.batch ||
         !lengths.is_contiguous())
         return false;
-    call.padding_B = reinterpret_cast<const int64_t *>(lengths.address());
+    to = reinterpret_cast<const int64_t *>(lengths.address());
     return true;
+}
+
+// (1 or B, length)
+inline bool take_label(ZetaLabels &to, const ZetaCall &call, const Operand &given,
+                       int64_t length) {
+    if (given.ndim != 2 || given.shape[1] != length || !given.is_contiguous() ||
+        (given.shape[0] != 1 && given.shape[0] != call.batch))
+        return false;
+    to = {given.address(), given.shape[0] == 1 ? 0 : length};
+    return true;
+}
+
+// Of both sides, or of none.
+inline bool take_documents(ZetaCall &call, const Operand &rows, const Operand &columns) {
+    if (!rows.is_given() && !columns.is_given()) return true;
+    return rows.is_given() && columns.is_given() && rows.is_int64() && columns.is_int64() &&
+           take_label(call.document_rows, call, rows, call.target) &&
+           take_label(call.document_columns, call, columns, call.source);
+}
+
+inline bool take_positions(ZetaCall &call, const Operand &rows, const Operand &columns) {
+    if (!rows.is_given() && !columns.is_given()) return true;
+    return rows.is_given() && columns.is_given() && rows.is_int32() && columns.is_int32() &&
+           take_label(call.query_positions, call, rows, call.target) &&
+           take_label(call.key_positions, call, columns, call.source);
 }
 
 // What is broadcastable to (B, H, T, S).
@@ -157,7 +185,10 @@ inline bool take_scores(ZetaCall &call, const Plain &given, Numbers &numbers) {
     call.seed = given.seed;
     return call.window >= 0 && call.window <= LARGEST_WINDOW && call.softcap >= 0 &&
            call.dropout_p >= 0 && call.dropout_p < 1 && call.dropout_threshold >= INT32_MIN &&
-           call.dropout_threshold <= INT32_MAX && take_padding(call, given.padding) &&
+           call.dropout_threshold <= INT32_MAX && take_lengths(call.padding_B, call, given.padding) &&
+           take_lengths(call.prefix_B, call, given.prefix) &&
+           take_documents(call, given.document_rows, given.document_columns) &&
+           take_positions(call, given.query_positions, given.key_positions) &&
            take_keep(call, given.keep) && take_offsets(call, given.offsets, numbers) &&
            take_table(call, given.table, given.buckets, numbers) &&
            take_slopes(call, given.slopes) && take_dense(call, given.dense);

@@ -44,6 +44,7 @@ struct TorchFunctions {
     int32_t (*dtype_bfloat16)();
     int32_t (*dtype_float16)();
     int32_t (*dtype_int64)();
+    int32_t (*dtype_int32)();
     int32_t (*dtype_uint8)();
     int32_t (*delete_value)(TorchValue *);
     const char *(*error)();
