@@ -8,7 +8,7 @@
 
 #include "plain_call.h"
 #include "plain_projection.h"
-#include "tensors.h"
+#include "python_tensors.h"
 
 namespace {
 
