@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import zeta
+from tests.compile.captured import Captured
 from zeta import biases, masks
 from zeta.nn import (
     ALiBi,
@@ -128,23 +127,10 @@ def test_the_op_compiles_whole(backend: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-class Captured:
-    """A compiler that notes the operators of the graphs it gets, dead code removed."""
-
-    def __init__(self) -> None:
-        self.operators: list[str] = []
-        self.backend = aot_autograd(fw_compiler=self._note, bw_compiler=self._note)
-
-    def _note(self, graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
-        self.operators += [
-            str(node.target) for node in graph.graph.nodes if node.op == "call_function"
-        ]
-        return make_boxed_func(graph.forward)
-
-    def weights(self) -> int:
-        """How often weights are computed, whoever does it."""
-        forward = [name for name in self.operators if "backward" not in name]
-        return sum("weights" in name or "softmax" in name for name in forward)
+def weights_of(captured: Captured) -> int:
+    """How often weights are computed, whoever does it."""
+    forward = [name for name in captured.operators if "backward" not in name]
+    return sum("weights" in name or "softmax" in name for name in forward)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -165,7 +151,7 @@ def test_unused_weights_are_dead_code(used: bool, training: bool) -> None:
         if training:
             loss.backward()
     assert any("attention" in name for name in captured.operators)
-    assert captured.weights() == used
+    assert weights_of(captured) == used
 
 
 def compilations(module: nn.Module, runs: list[Run], backend: str = "eager") -> int:

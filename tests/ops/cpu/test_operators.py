@@ -4,11 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.compile.captured import Captured
 from zeta import BackendUnsupported, attention, attention_weights, attention_with_lse, biases, masks
 from zeta.ops.backends import cpu
 from zeta.ops.backends.cpu import functions, operators
@@ -58,16 +57,11 @@ def test_compiled_calls_give_the_same(dtype: torch.dtype) -> None:
 
 
 def test_a_graph_holds_what_autograd_has_nothing_to_do_with() -> None:
-    names: set[str] = set()
-
-    def look(graph: torch.fx.GraphModule, _: Any) -> Any:
-        names.update(str(node.target) for node in graph.graph.nodes if "zeta" in str(node.target))
-        return make_boxed_func(graph.forward)
-
-    made = make()
-    backend = aot_autograd(fw_compiler=look, bw_compiler=look)
-    gradients(torch.compile(several, fullgraph=True, backend=backend)(*made.values()), made)
+    captured, made = Captured(), make()
+    compiled = torch.compile(several, fullgraph=True, backend=captured.backend)
+    gradients(compiled(*made.values()), made)
     passes = ("attention", "attention_backward", "weights", "weights_backward")
+    names = {name for name in captured.operators if "zeta" in name}
     assert names == {f"zeta.cpu_{name}_kernel.default" for name in passes}
 
 

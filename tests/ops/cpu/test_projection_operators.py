@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from functorch.compile import make_boxed_func
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
 
+from tests.compile.captured import Captured
 from tests.ops.cpu.layers import PROJECTIONS, Projection
 from zeta.nn import MultiheadAttention
 from zeta.ops.backends.cpu import library, projection, projection_operators
@@ -94,21 +93,9 @@ def test_the_operators_are_as_torch_wants_them() -> None:
     )
 
 
-class Captured:
-    """A compiler that notes the operators of its graphs."""
-
-    def __init__(self) -> None:
-        self.graphs: list[list[str]] = []
-        self.backend = aot_autograd(fw_compiler=self._note)
-
-    def _note(self, graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
-        calls = [node for node in graph.graph.nodes if node.op == "call_function"]
-        self.graphs.append([str(node.target) for node in calls])
-        return make_boxed_func(graph.forward)
-
-    def projections(self) -> list[str]:
-        """Those of the library in the last graph."""
-        return [name for name in self.graphs[-1] if "cpu_project" in name]
+def projections(captured: Captured) -> list[str]:
+    """The library's in the last graph."""
+    return [name for name in captured.graphs[-1] if "cpu_project" in name]
 
 
 def attending(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -129,7 +116,7 @@ def test_few_tokens_of_the_module_take_them(shape: tuple[int, int]) -> None:
     x = torch.randn(*shape, 32)
     compiled = torch.compile(attending(module), backend=captured.backend, fullgraph=True)
     torch.testing.assert_close(compiled(x), attending(module)(x))
-    assert captured.projections() == [THREE, ONE]
+    assert projections(captured) == [THREE, ONE]
     inductor = torch.compile(attending(module), fullgraph=True)
     torch.testing.assert_close(inductor(x), attending(module)(x))
 
@@ -144,12 +131,12 @@ def test_one_graph_serves_all_lengths_and_batches() -> None:
         x = torch.randn(*shape, 32)
         torch.testing.assert_close(compiled(x), attending(module)(x))
     assert len(captured.graphs) == 1
-    assert captured.projections() == []
+    assert projections(captured) == []
     for batch in (2, 63, 65, 300):  # Of single tokens there may be too many after all.
         x = torch.randn(batch, 1, 32)
         torch.testing.assert_close(compiled(x), attending(module)(x))
     assert len(captured.graphs) == 2
-    assert captured.projections() == [THREE, ONE]
+    assert projections(captured) == [THREE, ONE]
 
 
 @torch.no_grad()
@@ -162,7 +149,7 @@ def test_queries_of_cross_attention_take_one() -> None:
 
     compiled = torch.compile(attend, backend=captured.backend, fullgraph=True)
     torch.testing.assert_close(compiled(x, source), attend(x, source))
-    assert captured.projections() == [ONE, ONE]
+    assert projections(captured) == [ONE, ONE]
 
 
 @torch.no_grad()
@@ -173,7 +160,7 @@ def test_whatever_asks_for_torchs_own_has_them() -> None:
         torch.compiler.reset()
         compiled = torch.compile(function, backend=captured.backend, fullgraph=True)
         torch.testing.assert_close(compiled(x), function(x), rtol=1e-2, atol=1e-2)
-        return captured.projections() == []
+        return projections(captured) == []
 
     assert not is_left(attending(module))
     with torch.enable_grad():
