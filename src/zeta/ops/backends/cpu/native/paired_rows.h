@@ -12,9 +12,9 @@ inline Ints pair_first(const BFloat16 *from, int64_t count) {
     return pair(numbers);
 }
 
-template <int ROWS, bool ODD>
-inline Floats multiply_keys(const BFloat16 *queries, int64_t query_stride, const BFloat16 *keys,
-                            int64_t step, int64_t features) {
+template <int ROWS, bool ODD, bool WHOLE>
+inline Floats multiply_keys(const BFloat16 *queries, int64_t query_stride,
+                            const Stream<BFloat16> &keys, int64_t features) {
     constexpr int KEYS = LANES / ROWS;
     Floats sums[LANES];
     unrolled<LANES>([&](auto i) { sums[i] = zeros(); });
@@ -25,7 +25,8 @@ inline Floats multiply_keys(const BFloat16 *queries, int64_t query_stride, const
         });
     };
     unrolled<KEYS>([&](auto k) __attribute__((always_inline)) {
-        const BFloat16 *from = keys + k * step;
+        if (!WHOLE && k >= keys.count) return;
+        const BFloat16 *from = keys.data + k * keys.stride;
         int64_t feature = 0;
         for (; feature <= features - PAIR; feature += PAIR)
             add_key(k, feature, pair(from + feature));

@@ -78,11 +78,12 @@ struct Stream {
     }
 };
 
-// ROWS rows of queries times LANES / ROWS keys, `step` apart: the products of the first row with
-// all keys, then those of the next. ODD: `features` is no multiple of PAIR.
-template <int ROWS, bool ODD, class T>
-inline Floats multiply_keys(const float *queries, int64_t query_stride, const T *keys,
-                            int64_t step, int64_t features) {
+// ROWS rows of queries times LANES / ROWS keys: the products of the first row with all keys, then those
+// of the next. ODD: `features` is no multiple of PAIR. Not WHOLE: there are fewer keys, and what stands
+// in place of the others' products means nothing.
+template <int ROWS, bool ODD, bool WHOLE, class T>
+inline Floats multiply_keys(const float *queries, int64_t query_stride, const Stream<T> &keys,
+                            int64_t features) {
     constexpr int KEYS = LANES / ROWS;
     // As many keys at a time as there are registers for. A single row reads one key after the other,
     // as they lie.
@@ -103,11 +104,14 @@ inline Floats multiply_keys(const float *queries, int64_t query_stride, const T 
     };
     unrolled<KEYS / TOGETHER>([&](auto group) __attribute__((always_inline)) {
         constexpr int first = group * TOGETHER;
-        const T *from = keys + first * step;
+        if (!WHOLE && first >= keys.count) return;
+        const auto row = [&](int64_t k) __attribute__((always_inline)) {
+            return keys.data + (WHOLE ? first + k : smaller(first + k, keys.count - 1)) * keys.stride;
+        };
         int64_t feature = 0;
         for (; feature <= features - PAIR; feature += PAIR) {
-            decltype(pair(keys)) both[TOGETHER];
-            unrolled<TOGETHER>([&](auto k) { both[k] = pair(from + k * step + feature); });
+            decltype(pair(keys.data)) both[TOGETHER];
+            unrolled<TOGETHER>([&](auto k) { both[k] = pair(row(k) + feature); });
             unrolled<2>([&](auto half) {
                 Floats key[TOGETHER];
                 unrolled<TOGETHER>([&](auto k) { key[k] = half_of(both[k], half); });
@@ -118,7 +122,7 @@ inline Floats multiply_keys(const float *queries, int64_t query_stride, const T 
             for (; feature < features; feature += LANES) {
                 Floats key[TOGETHER];
                 unrolled<TOGETHER>([&](auto k) {
-                    key[k] = load_first(from + k * step + feature, features - feature);
+                    key[k] = load_first(row(k) + feature, features - feature);
                 });
                 add_products(Index<first>(), feature, key);
             }
@@ -134,19 +138,19 @@ inline void score_block(const R *queries, int64_t query_stride, const Stream<T> 
     float lanes[LANES];
     int64_t first = 0;
     for (; first <= keys.count - KEYS; first += KEYS) {
-        store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride,
-                                              keys.data + first * keys.stride, keys.stride,
-                                              features));
+        store(lanes, multiply_keys<ROWS, ODD, true>(queries, query_stride,
+                                                    keys.part(first, KEYS), features));
         unrolled<ROWS>([&](auto r) {
             memcpy(scores + r * score_stride + first, lanes + r * KEYS, KEYS * sizeof(float));
         });
     }
-    // The last few one by one.
-    for (; first < keys.count; ++first) {
-        const T *from = keys.data + first * keys.stride;
-        store(lanes, multiply_keys<ROWS, ODD>(queries, query_stride, from, 0, features));
-        unrolled<ROWS>([&](auto r) { scores[r * score_stride + first] = lanes[r * KEYS]; });
-    }
+    const int64_t left = keys.count - first;
+    if (!left) return;
+    store(lanes, multiply_keys<ROWS, ODD, false>(queries, query_stride, keys.part(first, left),
+                                                 features));
+    for (int row = 0; row < ROWS; ++row)
+        for (int64_t key = 0; key < left; ++key)
+            scores[row * score_stride + first + key] = lanes[row * KEYS + key];
 }
 
 template <int ROWS, class R, class T>
