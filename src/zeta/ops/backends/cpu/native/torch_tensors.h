@@ -1,5 +1,5 @@
-// Torch's tensors and operators' results, read and made through its stable C interface. For operators.cpp
-// alone: it has state.
+// Torch's tensors and operators' results, read and made through its stable C interface. For
+// operators.cpp alone: it has state.
 #pragma once
 
 #include <stdlib.h>
