@@ -1,6 +1,6 @@
 """The operators' kernels in C: the bits of Python's, laid out the same; what they leave to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -190,6 +190,12 @@ def test_an_error_of_python_is_the_operators(monkeypatch: pytest.MonkeyPatch) ->
         torch.ops.zeta.cpu_attention_kernel(*inputs, *fixed)
 
 
+def owners(tensors: Iterable[Tensor]) -> list[int]:
+    """How many hold each of them."""
+    # Torch has it, and gives it no type.
+    return [tensor._use_count() for tensor in tensors]  # type: ignore[attr-defined]
+
+
 def test_nothing_is_kept() -> None:
     """Neither what an operator is given nor what it gives, whichever kernel runs."""
     made = operands("blocks")
@@ -200,10 +206,10 @@ def test_nothing_is_kept() -> None:
         for _ in range(2):
             results(inputs, fixed, IN_C)
         given = (*inputs[:3], *(tensor for tensor in fixed.tensors if tensor is not None))
-        before = [tensor._use_count() for tensor in given]  # type: ignore[attr-defined]
+        before = owners(given)
         found = results(inputs, fixed, IN_C)
-        assert [tensor._use_count() for tensor in given] == before  # type: ignore[attr-defined]
-        assert all(tensor._use_count() == 1 for tensor in found)  # type: ignore[attr-defined]
+        assert owners(given) == before
+        assert all(number == 1 for number in owners(found))
 
 
 def test_beside_a_torch_without_its_c_interface_python_runs(

@@ -189,6 +189,7 @@ def test_modules_that_do_more_than_multiply_are_called(way: str) -> None:
         layer.bias.mul_(2)
         layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
     elif way == "forward":
+        # What some libraries do to a layer, though a checker would not have it.
         layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)  # type: ignore[method-assign]
     elif way == "class":
         layer.__class__ = _Doubled
