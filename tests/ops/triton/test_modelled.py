@@ -1,0 +1,100 @@
+"""The kernels for Hopper in a model of one, against the reference in float64."""
+
+import dataclasses
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.cases import Case, assert_within_bound, widened
+from tests.ops.triton.test_hopper import CASES, SMALL
+from zeta import attention, masks
+from zeta.ops.backends.triton import configs, gradients, hopper
+
+pytestmark = [
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="other kernels need the interpreter"
+    ),
+    # Of numpy, in the interpreter.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+WIDE = [case for case in CASES if case.name in ("plain", "padding", "large, t5, causal, dropout")]
+
+
+class Runner:
+    """Launches in the model; `seed` says in what order everything happens there."""
+
+    def __init__(self) -> None:
+        from tests.ops.triton.gluon_model.launching import Model
+
+        self.model = Model()
+        self.seed = self.num_launches = 0
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
+        self.num_launches += 1
+        self.model.launch(kernel, grid, *operands, seed=self.seed, **constants)
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch, poisoned: None) -> Runner:
+    from zeta.ops.backends.triton.hopper import passes
+
+    runner = Runner()
+    monkeypatch.setattr(hopper, "device_capability", lambda tensor: (9, 0))
+    monkeypatch.setattr(passes, "launch", runner.launch)
+    # Of the other kernels, which the interpreter takes long for: fewer programs, and large tiles.
+    monkeypatch.setattr(gradients, "BAND_PROGRAMS", 1)
+    monkeypatch.setattr(configs, "INTERPRETED", configs.Tiles(64, 64, num_warps=4, num_stages=1))
+    return runner
+
+
+def _check(runner: Runner, case: Case) -> None:
+    made = case.tensors(torch.float16)
+    low, oracle = case.run(made, "reference"), case.run(widened(made), "reference")
+    actual = case.run(made, "triton")
+    assert runner.num_launches == 2
+    assert_within_bound(actual, low, oracle)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_outputs_and_gradients(case: Case, runner: Runner) -> None:
+    _check(runner, dataclasses.replace(case, head_dim=64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [72, 128])
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
+def test_wide_heads(case: Case, head_dim: int, runner: Runner) -> None:
+    _check(runner, dataclasses.replace(case, head_dim=head_dim))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SMALL, CASES[4]], ids=lambda case: case.name)
+def test_every_order_of_events_gives_the_same_bits(case: Case, runner: Runner) -> None:
+    made = dataclasses.replace(case, head_dim=64).tensors(torch.float16)
+    expected = case.run(made, "triton")
+    for _ in range(3):
+        runner.seed += 1
+        for name, found in case.run(made, "triton").items():
+            assert torch.equal(found, expected[name]), name
+
+
+@pytest.mark.slow
+def test_what_lies_in_padding_reaches_nothing(runner: Runner) -> None:
+    query, key, value, dout = torch.randn(4, 2, 2, 300, 64, dtype=torch.float16)
+    mask = masks.Padding(torch.tensor([300, 201]))
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+        out = attention(*leaves, mask=mask, backend="triton")
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    expected = run(query, key, value)
+    key[1, :, 201:], value[1, :, 201:] = float("nan"), float("inf")
+    for found, right in zip(run(query, key, value), expected, strict=True):
+        assert torch.equal(found, right)
