@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.compile.captured import Captured
 from zeta import BackendUnsupported, attention, attention_weights, attention_with_lse, biases, masks
@@ -166,6 +167,22 @@ def test_results_that_are_not_used_cost_no_gradient() -> None:
     assert not of_value.any()
     # Nothing that was asked for depends on the bias.
     assert torch.autograd.grad(out.sum(), made["table"], allow_unused=True) == (None,)
+
+
+def test_a_checkpoint_gives_back_what_it_saved_once() -> None:
+    made = make()
+    operands = made["query"], made["key"], made["value"]
+
+    def both(*operands: Tensor) -> tuple[Tensor, Tensor]:
+        return attention_with_lse(*operands, backend="cpu")
+
+    for place in (0, 1):
+        again = checkpoint(both, *operands, use_reentrant=False)[place]
+        found, wanted = (
+            torch.autograd.grad(part.square().sum(), operands[:2])
+            for part in (again, both(*operands)[place])
+        )
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_eager_calls_run_no_operator() -> None:

@@ -60,8 +60,10 @@ class Attention(Once):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         if grad_out is None and grad_lse is None:
             return (None,) * 6
+        # Once: whoever recomputes what was saved gives it back a single time.
+        tensors = ctx.saved_tensors
         if grad_out is None:
-            grad_out = torch.zeros_like(ctx.saved_tensors[3])
+            grad_out = torch.zeros_like(tensors[3])
         without_tensors, needed = ctx.fixed, ctx.needs_input_grad[3:5]
 
         def compute(grad_out: Tensor, grad_lse: Tensor | None, *saved: Any) -> passes.Gradients:
@@ -69,7 +71,7 @@ class Attention(Once):
             fixed = without_tensors._replace(tensors=saved[7:])
             return passes.backward(grad_out, grad_lse, tuple(inputs), offsets, dense, fixed, needed)
 
-        return *differentiated_once(compute, grad_out, grad_lse, *ctx.saved_tensors), None
+        return *differentiated_once(compute, grad_out, grad_lse, *tensors), None
 
 
 class Weights(Once):
