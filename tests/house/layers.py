@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("deferred", "reading", "plain_lowering"),
         ("parts", "dropout", "lowering"),
         ("offsets",),
-        ("buffers", "registration"),
+        ("buffers", "registration", "substitution", "versions"),
         ("call",),
         ("precision",),
         ("transforms",),

@@ -247,6 +247,19 @@ def test_lazy_weights_follow_the_sinks() -> None:
         torch.testing.assert_close(later.detach(), expected.detach())
 
 
+@pytest.mark.parametrize("which", ["query", "key", "lengths", "sinks"])
+def test_averaged_weights_of_what_was_written_to_have_no_gradient(which: str) -> None:
+    query, key = (torch.randn(2, 4, 6, 8, requires_grad=True) * 1 for _ in range(2))
+    tensors = {"query": query, "key": key, "lengths": torch.tensor([3, 5]), "sinks": torch.ones(4)}
+    weights = zeta.attention_weights(
+        query, key, mask=masks.Padding(tensors["lengths"]), sinks=tensors["sinks"], reduce="mean"
+    )
+    with torch.no_grad():
+        tensors[which].mul_(2)
+    with pytest.raises(RuntimeError, match=r"changed in place since|modified by an inplace"):
+        weights.square().sum().backward()
+
+
 def test_in_a_compiled_function_and_under_func_grad() -> None:
     q, k, v = torch.randn(3, 1, 2, 5, 4).unbind()
     sinks = torch.randn(2)

@@ -443,6 +443,25 @@ def test_a_mask_changed_in_place_is_an_error() -> None:
         weights.sum()
 
 
+@pytest.mark.parametrize("name", ["lengths", "bits", "query positions", "key positions"])
+def test_looked_at_then_changed_they_have_no_gradient(name: str) -> None:
+    small = Small()
+    held = {
+        "lengths": torch.tensor([3, 5]),
+        "bits": torch.rand(4, 5) < 0.5,
+        "query positions": torch.arange(4)[None],
+        "key positions": torch.arange(5)[None],
+    }
+    mask = masks.Padding(held["lengths"]) | masks.keep(held["bits"])
+    positions = {"query_positions": held["query positions"], "key_positions": held["key positions"]}
+    call = dataclasses.replace(small.call(), mask=mask, **positions)
+    weights = lazy_weights(call, small.compute)
+    loss = weights.square().sum()
+    held[name].zero_()
+    with pytest.raises(RuntimeError, match="a tensor of the mask or of positions has been changed"):
+        loss.backward()
+
+
 def test_an_optimizers_step_on_a_relative_bias_changes_nothing() -> None:
     small = Small()
     expected = small.plain().detach()

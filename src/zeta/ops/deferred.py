@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zeta.biases import Bias
-from zeta.masks import Mask
 from zeta.ops.call import AttentionCall, without_autocast
+from zeta.ops.substitution import with_tensors
+from zeta.ops.versions import versions_of, written_to
 
 Compute = Callable[[AttentionCall], Tensor]
 """Makes the weights ``call.result`` asks for, differentiably: ``(B, H, T, S)`` or ``(B, T, S)``."""
@@ -87,7 +87,7 @@ class Deferred:
         if call.key_positions is not None:
             tensors.append(call.key_positions)
         self._tensors = tensors
-        self._versions = [_version(tensor) for tensor in tensors]
+        self._versions = versions_of(tensors)
 
     def arrange(self, weights: Tensor) -> Tensor:
         """``(B, H, T, S)`` or ``(B, T, S)`` in the layout asked for."""
@@ -147,15 +147,11 @@ class Deferred:
             differentiable: Accept no copy in the place of a parameter.
         """
         assert self.call is not None
-        tensors = list(self._tensors)
-        changed = False
-        for index, (tensor, version) in enumerate(zip(tensors, self._versions, strict=True)):
-            if _version(tensor) == version:
-                continue
+        tensors, changed = list(self._tensors), written_to(self._tensors, self._versions)
+        for index in changed:
             if index not in self._copies or differentiable:
                 raise RuntimeError(self._complaint(index))
             tensors[index] = self._copies[index]
-            changed = True
         return _with_tensors(self.call, tensors) if changed else self.call
 
     def _complaint(self, index: int) -> str:
@@ -176,8 +172,17 @@ class Deferred:
         """The gradient of each of the `inputs`, of which the caller gives their saved versions.
 
         The weights are computed again for it, so that nothing of their size is kept in between.
+
+        Raises:
+            RuntimeError: A tensor of the mask or of positions was written to in the meantime.
         """
         assert self.call is not None
+        fixed = self._tensors[self.num_inputs :]
+        if written_to(fixed, self._versions[self.num_inputs :]):
+            raise RuntimeError(
+                "the attention weights cannot be differentiated: a tensor of the mask or of "
+                "positions has been changed in place since the call"
+            )
         twice = torch.is_grad_enabled()
         with torch.enable_grad(), without_autocast(gradient.device):
             # New tensors, so that one input which was computed from another does not count twice.
@@ -185,8 +190,7 @@ class Deferred:
                 tensor.view_as(tensor) if twice and need else tensor.detach().requires_grad_(need)
                 for tensor, need in zip(inputs, needed, strict=True)
             ]
-            tensors = leaves + self._tensors[self.num_inputs :]
-            weights = self.compute(_with_tensors(self.call, tensors))
+            weights = self.compute(_with_tensors(self.call, leaves + fixed))
             wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
             found = iter(
                 torch.autograd.grad(
@@ -203,31 +207,18 @@ def arrange(weights: Tensor, *, heads_first: bool, batched: bool) -> Tensor:
     return weights.transpose(0, 1) if heads_first and weights.dim() == 4 else weights
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _with_tensors(call: AttentionCall, tensors: Sequence[Tensor]) -> AttentionCall:
     """The same call of others: query, key; tensors of the bias, sinks; of the mask; positions."""
-    query, key, *rest = tensors
-    bias, mask = call.bias, call.mask
-    if bias is not None:
-        spec, old = bias.flatten()
-        bias, rest = Bias.unflatten(spec, rest[: len(old)]), rest[len(old) :]
-    sinks = None if call.sinks is None else rest.pop(0)
-    if mask is not None:
-        spec, old = mask.flatten()
-        mask, rest = Mask.unflatten(spec, rest[: len(old)]), rest[len(old) :]
-    queries = None if call.query_positions is None else rest.pop(0)
-    keys = None if call.key_positions is None else rest.pop(0)
+    rest = iter(tensors)
+    query, key = next(rest), next(rest)
     return dataclasses.replace(
         call,
         query=query,
         key=key,
         value=key,
-        bias=bias,
-        mask=mask,
-        query_positions=queries,
-        key_positions=keys,
-        sinks=sinks,
+        bias=None if call.bias is None else with_tensors(call.bias, rest),
+        sinks=None if call.sinks is None else next(rest),
+        mask=None if call.mask is None else with_tensors(call.mask, rest),
+        query_positions=None if call.query_positions is None else next(rest),
+        key_positions=None if call.key_positions is None else next(rest),
     )

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from zeta.ops.call import AttentionCall
 from zeta.ops.parts import Indivisible, heads_of
 from zeta.ops.transforms import is_transforming
+from zeta.ops.versions import versions_of, written_to
 
 
 def without_sinks(call: AttentionCall) -> AttentionCall:
@@ -98,14 +99,33 @@ def mean_over_heads(call: AttentionCall, columns: int, of_head: Callable[[int], 
     heads_of(call, slice(0, 1))
     shape = (call.batch, call.target, columns)
     total_BTS = call.query.new_zeros(shape, dtype=call.wide_dtype)
+    # Made again for the gradient, which would otherwise keep those of all heads.
+    again = torch.is_grad_enabled() and not _is_traced()
+    unchanged = _unless_written_to(call.tensors(), wide) if again else wide
     for head in range(call.heads):
-        if torch.is_grad_enabled() and not _is_traced():
-            # Made again for the gradient, which would otherwise keep those of all heads.
-            part = checkpoint(wide, head, use_reentrant=False, preserve_rng_state=False)
+        if again:
+            part = checkpoint(unchanged, head, use_reentrant=False, preserve_rng_state=False)
         else:
             part = wide(head)
         total_BTS = total_BTS + part
     return (total_BTS / call.heads).to(call.query.dtype)
+
+
+def _unless_written_to(
+    tensors: list[Tensor], function: Callable[[int], Tensor]
+) -> Callable[[int], Tensor]:
+    """The function, which is an error once one of these tensors was changed."""
+    versions = versions_of(tensors)
+
+    def checked(head: int) -> Tensor:
+        if written_to(tensors, versions):
+            raise RuntimeError(
+                "the averaged attention weights cannot be differentiated: a tensor of their call "
+                "has been changed in place since"
+            )
+        return function(head)
+
+    return checked
 
 
 def _is_traced() -> bool:
