@@ -1,5 +1,7 @@
 """The chunked backend as operators and autograd functions: compiled, transformed, refused."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -136,6 +138,56 @@ def test_results_that_are_not_used_cost_no_gradient() -> None:
     _, wanted = reference.run(call)
     torch.testing.assert_close(grad_query, torch.autograd.grad(wanted.sum(), made["query"])[0])
     assert not grad_value.any()
+
+
+def _placed() -> tuple[Results, dict[str, Any], dict[str, Tensor]]:
+    """A call that holds every kind of tensor without a gradient, and those."""
+    held = {
+        "lengths": torch.tensor([5, 7]),
+        "bits": torch.rand(1, 4, 9, 9) < 0.5,
+        "query positions": torch.arange(9),
+        "key positions": torch.arange(9),
+        "seed": torch.tensor(3),
+    }
+    arguments = {
+        "mask": masks.Padding(held["lengths"]) | masks.keep(held["bits"]),
+        "query_positions": held["query positions"],
+        "key_positions": held["key positions"],
+        "dropout_p": 0.5,
+        "seed": held["seed"],
+    }
+    return make(9, 9), arguments, held
+
+
+HELD = ("lengths", "bits", "query positions", "key positions", "seed")
+WRITTEN = [
+    *((name, result) for name in HELD for result in ("output", "lse")),
+    *((name, result) for name in HELD[:-1] for result in ("weights", "mean_weights")),
+]
+
+
+@pytest.mark.parametrize(("name", "result"), WRITTEN)
+def test_what_is_written_to_before_the_backward_pass_is_noticed(name: str, result: str) -> None:
+    made, arguments, held = _placed()
+    call = AttentionCall.checked(
+        made["query"], made["key"], made["value"], result=result, **arguments
+    )
+    found = chunked.weights(call) if "weights" in result else chunked.run(call)[result == "lse"]
+    held[name].zero_()
+    loss = found.nan_to_num(neginf=0.0).square().sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_was_saved_elsewhere_is_what_the_gradient_is_of() -> None:
+    made, arguments, held = _placed()
+    call = AttentionCall.checked(made["query"], made["key"], made["value"], **arguments)
+    expected = gradients([chunked.run(call)[0]], {"query": made["query"]})
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        out, _ = chunked.run(call)
+    for tensor in held.values():
+        tensor.zero_()
+    assert_same(gradients([out], {"query": made["query"]}), expected, 0.0)
 
 
 def test_an_unknown_bias_is_refused_by_name() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from zeta.ops.backends.chunked.offsets import Offset, OffsetByPosition
 from zeta.ops.backends.chunked.terms import Dense, Distance, Softcap, Term
 from zeta.ops.call import AttentionCall
 from zeta.ops.offsets import offset_vector
+from zeta.ops.substitution import with_tensors
 from zeta.ops.transforms import reasons_of_opaque
 
 _FAR = 2**40
@@ -136,13 +138,26 @@ class Plan:
                 found.append(offset(tensor, tensor.shape[1] // 2, call, needed))
         return found
 
+    def tensors(self) -> list[Tensor]:
+        """Those that it holds."""
+        own = [getattr(self, name) for name in self._present()]
+        return own if self.mask is None else own + self.mask.tensors()
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Plan":
+        """The same with others in their place."""
+        rest = iter(tensors)
+        own: dict[str, Any] = {name: next(rest) for name in self._present()}
+        mask = None if self.mask is None else with_tensors(self.mask, rest)
+        return dataclasses.replace(self, mask=mask, **own)
+
+    def _present(self) -> list[str]:
+        return [name for name in _OPTIONAL if getattr(self, name) is not None]
+
     def pack(self) -> tuple[list[Tensor], str]:
         """Tensors and a text; the numbers ``scale`` and ``dropout_p`` are left out."""
         words = ",".join(f"{kind}:{number}" for kind, number in self.words)
-        optional = {name: getattr(self, name) for name in _OPTIONAL}
-        present = {name: tensor for name, tensor in optional.items() if tensor is not None}
-        spec, tensors = ("", []) if self.mask is None else self.mask.flatten()
-        return [*present.values(), *tensors], "|".join((words, ",".join(present), spec))
+        spec = "" if self.mask is None else self.mask.flatten()[0]
+        return self.tensors(), "|".join((words, ",".join(self._present()), spec))
 
     @classmethod
     def unpack(

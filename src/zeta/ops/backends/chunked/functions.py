@@ -53,18 +53,29 @@ class _Gradients(_Once):
         raise RuntimeError(passes.ONCE)
 
 
+def _remember(ctx: Any, plan: Plan, pairs: Tensor, inputs: tuple[Tensor, ...]) -> None:
+    """Everything for `_find`; the plan's tensors too, for torch to see whether one is changed."""
+    tensors = plan.tensors()
+    ctx.plan, ctx.num_fixed = plan, len(tensors)
+    ctx.mark_non_differentiable(pairs)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, pairs, *inputs)
+
+
 def _find(ctx: Any, incoming: dict[str, Tensor | None], num_operands: int) -> list[Tensor | None]:
     """Gradients of query, key, value and each bias tensor; None where there is none."""
-    pairs, *saved = ctx.saved_tensors
+    tensors = ctx.saved_tensors
+    plan = ctx.plan.with_tensors(tensors[: ctx.num_fixed])
+    pairs, *saved = tensors[ctx.num_fixed :]
     arrived = {name: grad for name, grad in incoming.items() if grad is not None}
     operands, biases = saved[:num_operands], saved[num_operands:]
     if num_operands == 2:
         operands.append(operands[1])  # Weights have no value; nothing is made of it.
     needs_grad = tuple(ctx.needs_input_grad[-len(biases) :]) if biases else ()
-    tensors = (*arrived.values(), *operands, *biases)
+    given = (*arrived.values(), *operands, *biases)
     # torch leaves `apply` untyped.
     found = _Gradients.apply(  # type: ignore[no-untyped-call]
-        ctx.plan, tuple(arrived), needs_grad, pairs, *tensors
+        plan, tuple(arrived), needs_grad, pairs, *given
     )
     rest = iter(found[3:])
     return [*found[:3], *(next(rest) if needed else None for needed in needs_grad)]
@@ -81,10 +92,7 @@ class Attention(_Once):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.plan = inputs[0]
-        ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[2], *inputs[1:])
+        _remember(ctx, inputs[0], output[2], inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -104,10 +112,7 @@ class Weights(_Once):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.plan = inputs[0]
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(output[1], *inputs[2:])
+        _remember(ctx, inputs[0], output[1], inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
