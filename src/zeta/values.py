@@ -157,14 +157,30 @@ def check_integers(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be an integer tensor; got {found}")
 
 
+def broadcasts(shape: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether each size of ``shape`` is 1 or that of ``sizes``, which are as many."""
+    # Not `size in (1, full)`: where torch.compile knows the first as a number and the second as a
+    # symbol, it says no without comparing them.
+    return all(size == 1 or size == full for size, full in zip(shape, sizes, strict=True))
+
+
 def check_scores_shape(
     name: str, shape: Sequence[int], batch: int, heads: int, target: int, source: int
 ) -> None:
     """Raise ValueError unless a four-dimensional ``shape`` broadcasts to the scores."""
     sizes = (batch, heads, target, source)
-    if any(size not in (1, full) for size, full in zip(shape, sizes, strict=True)):
+    if not broadcasts(shape, sizes):
         raise ValueError(
             f"{name} must broadcast to (batch, heads, target, source) = {sizes}; got {tuple(shape)}"
+        )
+
+
+def check_positions_shape(name: str, shape: Sequence[int], batch: int, length: int) -> None:
+    """Raise ValueError unless ``shape`` is that of positions of ``length`` tokens."""
+    is_batched = len(shape) == 2 and broadcasts(shape[:1], (batch,))
+    if shape[-1:] != (length,) or not (is_batched or len(shape) == 1):
+        raise ValueError(
+            f"{name} must have shape ({length},) or (1 or {batch}, {length}); got {tuple(shape)}"
         )
 
 

@@ -1,7 +1,7 @@
 """``torch.compile(fullgraph=True)``: equal numbers, unused weights dead code, few compilations."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -174,6 +174,53 @@ def of_lengths(*lengths: int, **arguments: Any) -> list[Run]:
 
 def test_new_lengths_compile_once_more() -> None:
     assert compilations(module_of(), of_lengths(9, 12, 17)) == 2
+
+
+HIDDEN, ADDED = torch.ones(9, 9).triu(1).bool(), torch.linspace(-1, 1, 4 * 81).view(4, 9, 9)
+PLACES = torch.arange(27).view(3, 9)
+
+
+def attending_op(heads: Tensor, **arguments: Any) -> Tensor:
+    return zeta.attention(heads, heads, heads, **arguments)
+
+
+Call = Callable[..., Tensor]
+# Tokens attend with parts of buffers, of as many sequences (b) and tokens (t).
+SLICES: dict[str, Callable[[Call, Tensor, int, int], Tensor]] = {
+    "attn_mask": lambda module, x, b, t: module(x, attn_mask=HIDDEN[:t, :t]),
+    "attn_mask of sequences": lambda module, x, b, t: module(
+        x, attn_mask=HIDDEN.expand(3, 1, 9, 9)[:b, :, :t, :t]
+    ),
+    "key_padding_mask": lambda module, x, b, t: module(x, key_padding_mask=HIDDEN[:3][:b, :t]),
+    "rel_pos": lambda module, x, b, t: module(x, rel_pos=ADDED[:, :t, :t]),
+    "rel_pos of sequences": lambda module, x, b, t: module(
+        x, rel_pos=ADDED.expand(3, 4, 9, 9)[:b, :, :t, :t]
+    ),
+    "positions": lambda module, x, b, t: module(x, positions=PLACES[:b, :t]),
+    # The sizes of the queries are known before those of the buffers are.
+    "masks.drop": lambda _, x, b, t: attending_op(x[:, None], mask=masks.drop(HIDDEN[:t, :t])),
+    "biases.Dense": lambda _, x, b, t: attending_op(
+        x[:, None], bias=biases.Dense(HIDDEN[:t, :t].float())
+    ),
+    "key_positions": lambda _, x, b, t: attending_op(x[:, None], key_positions=PLACES[:b, :t]),
+}
+
+
+@pytest.mark.parametrize("attend", SLICES.values(), ids=SLICES)
+def test_a_slice_may_become_the_whole(attend: Call) -> None:
+    """Torch then knows its sizes as numbers, and those of the queries as symbols."""
+    attention = module_of(self_attention=True, position=RotaryEmbedding(8), need_weights=False)
+
+    def module(x: Tensor, **arguments: Any) -> Tensor:
+        return cast("Tensor", attention(x, x, x, **arguments)[0])
+
+    def run(x: Tensor) -> Tensor:
+        return attend(module, x, *x.shape[:2])
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True)
+    for batch, length in ((2, 6), (3, 9), (2, 7)):
+        x = torch.randn(batch, length, EMBED)
+        torch.testing.assert_close(compiled(x), run(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_shapes_that_do_not_fit(shapes: dict[str, tuple[int, ...]], words: str) 
         (
             {"query_positions": torch.arange(4)},
             ValueError,
-            r"query_positions must have shape \(5,\) or \(1 or 2, 5\); got \(1, 4\)",
+            r"query_positions must have shape \(5,\) or \(1 or 2, 5\); got \(4,\)",
         ),
         (
             {"key_positions": torch.arange(7, dtype=torch.int32)},

@@ -13,6 +13,7 @@ from zeta.biases import Dense as DenseBias
 from zeta.masks import Causal, Mask, SlidingWindow
 from zeta.masks import Dense as DenseMask
 from zeta.nn.biases import ALiBi, RelativePositionBias
+from zeta.values import broadcasts
 
 AttentionMask: TypeAlias = Tensor | Mask
 RelativePosition: TypeAlias = Tensor | RelativePositionBias | ALiBi | Bias
@@ -90,7 +91,7 @@ def _attn_mask(attn_mask: AttentionMask, sizes: Sizes, device: torch.device) -> 
             dense = attn_mask[:, None]
         elif dim == 3 and shape[0] == batch * heads:
             dense = attn_mask.unflatten(0, (batch, heads))
-    if dim == 4 and all(size in (1, full) for size, full in zip(shape, sizes, strict=True)):
+    if dim == 4 and broadcasts(shape, sizes):
         dense = attn_mask
     if dense is None:
         raise ValueError(
@@ -132,7 +133,7 @@ def _rel_pos(rel_pos: RelativePosition, sizes: Sizes, device: torch.device) -> B
             dense = rel_pos[None]
         elif rel_pos.dim() == 3 and shape[0] == batch * heads:
             dense = rel_pos.unflatten(0, (batch, heads))
-        elif rel_pos.dim() == 4 and shape[0] in (1, batch) and shape[1] == heads:
+        elif rel_pos.dim() == 4 and broadcasts(shape[:1], (batch,)) and shape[1] == heads:
             dense = rel_pos
     if dense is None:
         raise ValueError(

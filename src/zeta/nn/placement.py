@@ -13,6 +13,7 @@ from zeta.nn.anchors import Rotated, rotate_xpos
 from zeta.nn.multiway import Split
 from zeta.nn.positions import Rotation, XPos
 from zeta.nn.tables import Positions
+from zeta.values import check_positions_shape
 
 SplitArgument: TypeAlias = Split | tuple[Split, Split]
 """One for queries and keys, or one for each."""
@@ -157,8 +158,4 @@ class Placement(NamedTuple):
 def _check_positions(positions: Tensor, batch: int, length: int) -> None:
     if positions.is_floating_point() or positions.dtype == torch.bool:
         raise TypeError(f"positions must be integers; got {positions.dtype}")
-    if positions.shape not in ((length,), (1, length), (batch, length)):
-        raise ValueError(
-            f"positions must have shape ({length},) or (1 or {batch}, {length}); "
-            f"got {tuple(positions.shape)}"
-        )
+    check_positions_shape("positions", positions.shape, batch, length)

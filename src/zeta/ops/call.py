@@ -15,7 +15,7 @@ from torch import Tensor
 from zeta.biases import Bias
 from zeta.masks import Mask
 from zeta.ops.precision import Precision, check_precision
-from zeta.values import ALL, Tile, check_device
+from zeta.values import ALL, Tile, check_device, check_positions_shape
 
 Result = Literal["output", "lse", "weights", "mean_weights"]
 """What is asked for: the output, also its log-sum-exp, weights, or their average over heads."""
@@ -319,11 +319,5 @@ def _positions(
         raise ValueError(
             f"{name} must be int64 on {device}; got {positions.dtype} on {positions.device}"
         )
-    if positions.dim() == 1:
-        positions = positions[None]
-    if positions.dim() != 2 or positions.shape[0] not in (1, batch) or positions.shape[1] != length:
-        raise ValueError(
-            f"{name} must have shape ({length},) or (1 or {batch}, {length}); "
-            f"got {tuple(positions.shape)}"
-        )
-    return positions
+    check_positions_shape(name, positions.shape, batch, length)
+    return positions[None] if positions.dim() == 1 else positions
