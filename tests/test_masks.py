@@ -139,6 +139,14 @@ def test_a_window_of_one_is_the_query_itself() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64], ids=str)
+def test_a_query_before_the_first_key_is_of_no_document(dtype: torch.dtype) -> None:
+    least = torch.iinfo(dtype).min + (dtype == torch.int64)
+    mask = masks.Documents(torch.tensor([[least, least, 1, 1]], dtype=dtype))
+    expected = [[False, False], [False, False], [True, True], [True, True]]
+    assert mask.dense(1, 1, 4, 2)[0, 0].tolist() == expected
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [

@@ -19,9 +19,11 @@ from zeta.values import (
     as_scores,
     broadcast_shape,
     check_device,
+    check_integer,
     check_integers,
     check_lengths,
     check_scores_shape,
+    kind,
 )
 
 Bound = int | None
@@ -110,12 +112,14 @@ class SlidingWindow(Mask):
         . . x x
 
     Raises:
-        ValueError: If ``size`` is below 1.
+        TypeError: If ``size`` is no integer.
+        ValueError: If it is below 1.
     """
 
     size: int
 
     def __post_init__(self) -> None:
+        check_integer("size", self.size)
         if self.size < 1:
             raise ValueError(f"size must be at least 1, the query itself; got {self.size}")
 
@@ -173,8 +177,9 @@ class Documents(Mask):
         . . x x
 
     Args:
-        ids: ``(batch, length)`` integers, the document of each position; all positions of queries
-            and keys must lie below ``length``.
+        ids: ``(batch, length)`` integers above ``-2**63``, the document of each position; all
+            positions of queries and keys must lie below ``length``. A position before the first is
+            of no document.
     """
 
     ids: Tensor
@@ -197,16 +202,18 @@ class Documents(Mask):
 
     def visible(self, tile: Tile) -> Tensor:
         ids = self.ids[tile.batches]
-        query_id = _look_up(ids, tile.query_position[:, 0, :, 0])
-        key_id = _look_up(ids, tile.key_position[:, 0, 0, :])
+        query_id = document_at(ids, tile.query_position[:, 0, :, 0])
+        key_id = document_at(ids, tile.key_position[:, 0, 0, :])
         return query_id[:, None, :, None] == key_id[:, None, None, :]
 
 
-def _look_up(ids_BL: Tensor, position: Tensor) -> Tensor:
-    """``ids[b, position[b, n]]``; positions before the first are of no document."""
-    position = position.expand(ids_BL.shape[0], -1)
-    found = ids_BL.gather(1, position.clamp(min=0))
-    return torch.where(position >= 0, found, torch.iinfo(ids_BL.dtype).min)
+def document_at(ids_BL: Tensor, position: Tensor) -> Tensor:
+    """``ids[b, position[b, n]]`` in int64, of ``(1 or B, N)`` positions; before the first position
+    the least int64, which stands for none.
+    """
+    # In a narrower dtype the least could be the id of a document.
+    found_BN = ids_BL.to(torch.int64).gather(1, position.clamp(min=0).expand(ids_BL.shape[0], -1))
+    return torch.where(position >= 0, found_BN, torch.iinfo(torch.int64).min)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -283,9 +290,9 @@ def keep(tensor: Tensor) -> Dense:
         ValueError: If it has more than four dimensions.
     """
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(
-            f"a mask must be a bool tensor (a float one is a bias: biases.Dense); got {found}"
+            "a mask must be a bool tensor (a float one is a bias: biases.Dense); "
+            f"got {kind(tensor)}"
         )
     return Dense(as_scores("a mask", tensor))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zeta import attention, biases
+from zeta import attention, biases, masks
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower
 from zeta.ops.offsets import _buckets
@@ -74,3 +74,32 @@ def test_under_a_default_device_they_are_found_on_the_cpu() -> None:
     with torch.device("meta"):
         found = lowered(table, 9, max_distance=31)
     assert torch.equal(found, lowered(table, 9, max_distance=31))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64], ids=str)
+def test_a_query_before_the_first_key_is_of_no_document(dtype: torch.dtype) -> None:
+    least = torch.iinfo(dtype).min + (dtype == torch.int64)
+    mask = masks.Documents(torch.tensor([[least, least, 1, 1]], dtype=dtype))
+    query, key = torch.zeros(1, 2, 4, 8), torch.randn(1, 2, 2, 8)
+    for positions in ({}, {"query_positions": torch.arange(-2, 2)}):
+        found = attention(query, key, key, mask=mask, backend="cpu", **positions)
+        assert not found[:, :, :2].any()
+        torch.testing.assert_close(found[:, :, 2:], key.mean(2, keepdim=True).expand(1, 2, 2, 8))
+
+
+IDS = torch.tensor([-(2**62), -1, 0, 2**31, 2**33, 2**62])
+"""Of documents, so far from each other that no two of them fit into one number."""
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_documents_of_documents_have_any_ids_and_lengths(compiled: bool) -> None:
+    drawn = [IDS[torch.randint(0, 6, (2, length))] for length in (9, 12, 9)]
+    mask = masks.Documents(drawn[0]) & masks.Documents(drawn[1]) & masks.Documents(drawn[2] % 2)
+    query, key = torch.randn(2, 2, 9, 8), torch.randn(2, 2, 7, 8)
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return attention(query, key, key, mask=mask, backend="cpu")
+
+    expected = attention(query, key, key, mask=mask, backend="reference")
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    torch.testing.assert_close(run(query), expected)

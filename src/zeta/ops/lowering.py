@@ -194,16 +194,21 @@ def _documents(
     documents = [mask.ids for mask in conjuncts if isinstance(mask, masks.Documents)]
     if not documents:
         return None, None
-    ids = documents[0]
-    for more in documents[1:]:
-        # A number for each pair of numbers: the same in both.
-        ids = ids.to(torch.int64) * (1 << 31) + more.to(torch.int64)
     tile = call.tile()
-    rows = _at(ids, tile.query_position[:, 0, :, 0])
-    return rows, _at(ids, tile.key_position[:, 0, 0, :])
+    queries, keys = tile.query_position[:, 0, :, 0], tile.key_position[:, 0, 0, :]
+    found = [tuple(masks.document_at(ids, at) for at in (queries, keys)) for ids in documents]
+    rows, columns = found[0]
+    if len(found) > 1:
+        joined = functools.reduce(_paired, (torch.cat(both, 1) for both in found))
+        rows, columns = joined.split((call.target, call.source), 1)
+    return rows.contiguous(), columns.contiguous()
 
 
-def _at(ids_BL: Tensor, position: Tensor) -> Tensor:
-    """``ids[b, position[b, n]]``; a position before the first is in a document of its own."""
-    found = ids_BL.gather(1, position.clamp(min=0).expand(ids_BL.shape[0], -1))
-    return torch.where(position >= 0, found, torch.iinfo(ids_BL.dtype).min).contiguous()
+def _paired(one_BN: Tensor, other_BN: Tensor) -> Tensor:
+    """A number for each pair of numbers, which may be any: the same where both are."""
+    return _rank(one_BN) * one_BN.shape[1] + _rank(other_BN)
+
+
+def _rank(numbers_BN: Tensor) -> Tensor:
+    """How many numbers of a row are less than each: from 0 to N - 1."""
+    return torch.searchsorted(numbers_BN.sort(1).values, numbers_BN)
