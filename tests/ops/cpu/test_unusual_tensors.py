@@ -10,6 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import zeta
 from zeta import biases
+from zeta.nn import MultiheadAttention
 from zeta.nn.projections import project
 from zeta.ops.backends.cpu import library
 
@@ -117,6 +118,18 @@ def test_projections_of_such_tensors_are_torchs() -> None:
     _freed(layer.weight)
     with pytest.raises(RuntimeError, match="out of bounds"):
         project(torch.randn(1, 2, 8), layer)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_negated_parameters_are_read_negated(name: str) -> None:
+    module = MultiheadAttention(None, 8, 2, need_weights=False)
+    for layer in (module.v_proj, module.out_proj):
+        numbers = torch.randn(getattr(layer, name).shape)
+        setattr(layer, name, nn.Parameter(torch._neg_view(numbers)))
+    x = torch.randn(1, 3, 8)
+    with_gradients, _ = module(x, x, x)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, x, x)[0], with_gradients)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
