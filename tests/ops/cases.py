@@ -267,6 +267,16 @@ BIASED = [
     _dense(2, 1, 1, 7),
     _dense(1, 4, 7, 1),
     _dense(1, 4, 40, 50, target=40, source=50),
+    Case(
+        "three dense biases",
+        learned={"bias": (2, 4, 7, 7), "keys": (2, 1, 1, 7)},
+        # A number that changes no weight, but beside which half precision keeps little.
+        bias=lambda m: (
+            biases.Dense(m["bias"].new_full((), -255.0))
+            + biases.Dense(m["bias"])
+            + biases.Dense(m["keys"])
+        ),
+    ),
     Case("t5", **T5),
     Case("t5 long", **T5, batch=1, **LONG),
     Case("t5 causal", **T5_CAUSAL),

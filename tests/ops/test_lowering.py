@@ -1,5 +1,8 @@
 """Masks and biases taken apart: T5's offset vectors by buckets that are found once."""
 
+import functools
+import operator
+
 import pytest
 import torch
 
@@ -103,3 +106,29 @@ def test_documents_of_documents_have_any_ids_and_lengths(compiled: bool) -> None
     expected = attention(query, key, key, mask=mask, backend="reference")
     run = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
     torch.testing.assert_close(run(query), expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dense_biases_that_half_precision_cannot_add(dtype: torch.dtype, compiled: bool) -> None:
+    query, key = torch.randn(2, 4, 5, 8, dtype=dtype), torch.randn(2, 4, 6, 8, dtype=dtype)
+    # Two numbers whose sum float16 cannot hold, and beside which bfloat16 keeps nothing else.
+    least = torch.finfo(torch.float16).min
+    shapes = (5, 6), (2, 1, 1, 6), (4, 5, 6)
+    learned = [torch.full(shape, least, dtype=dtype) for shape in shapes[:2]]
+    learned = [leaf.requires_grad_() for leaf in (*learned, torch.randn(shapes[2], dtype=dtype))]
+
+    def attend(backend: str) -> torch.Tensor:
+        first, *others = map(biases.Dense, learned)
+        bias = functools.reduce(operator.add, others, first)
+        return attention(query, key, key, bias=bias, backend=backend)
+
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    found, expected = (
+        (out, *torch.autograd.grad(out.float().square().sum(), learned))
+        for out in (run("cpu"), attend("reference"))
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        # Such scores are a 128th apart in float32, and are rounded three times.
+        torch.testing.assert_close(one, other, rtol=0.1, atol=0.1)

@@ -170,12 +170,12 @@ def _slopes(terms: tuple[biases.Bias, ...]) -> Tensor | None:
 
 
 def _dense(terms: tuple[biases.Bias, ...]) -> Tensor | None:
-    tensors = [
-        term.tensor.float() if term.tensor.dtype == torch.float64 else term.tensor
-        for term in terms
-        if isinstance(term, biases.Dense)
-    ]
-    return functools.reduce(operator.add, tensors) if tensors else None
+    tensors = [term.tensor for term in terms if isinstance(term, biases.Dense)]
+    if len(tensors) == 1 and tensors[0].dtype != torch.float64:
+        return tensors[0]
+    # Several are added up as the scores are to which they belong, not in a dtype of their own.
+    wide = (tensor.float() for tensor in tensors)
+    return functools.reduce(operator.add, wide) if tensors else None
 
 
 def _keep(conjuncts: tuple[masks.Mask, ...]) -> Tensor | None:
