@@ -63,14 +63,12 @@ def _is_for_torch(x: Tensor, layers: Sequence[Layer]) -> bool:
         return is_closed_to_operators() or torch.is_grad_enabled()
     if is_watched() or x.is_neg() or torch._C._len_torch_function_stack() > 0:
         return True
-    has_gradients = torch.is_grad_enabled()
-    if has_gradients and x.requires_grad:
-        return True
-    for layer in layers:
-        for parameter in layer:
-            # What is negated is so on paper only, and C would not see it.
-            if parameter is not None and (
-                parameter.is_neg() or (has_gradients and parameter.requires_grad)
-            ):
-                return True
-    return False
+    for weight, bias in layers:
+        # What is negated is so on paper only, and C would not see it.
+        if weight.is_neg() or (bias is not None and bias.is_neg()):
+            return True
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(
+        weight.requires_grad or (bias is not None and bias.requires_grad) for weight, bias in layers
+    )
