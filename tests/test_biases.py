@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,16 @@ def test_flatten_and_unflatten_are_inverse() -> None:
     assert torch.equal(again.apply(scores, tile), bias.apply(scores, tile))
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    numbers = np.array([3, 20])
+    bias = biases.Softcap(np.float32(3.0)) + biases.Softcap(np.float64(3.0))
+    bias = bias + biases.Softcap(numbers[0])
+    bias = bias + biases.Bucketed(torch.randn(8, 2), max_distance=numbers[1])
+    again = biases.Bias.unflatten(*bias.flatten())
+    scores, tile = torch.randn(1, 2, 4, 4), Tile.whole(4, 4)
+    torch.testing.assert_close(again.apply(scores, tile), bias.apply(scores, tile))
+
+
 def test_shape_is_the_shape_of_the_values() -> None:
     for bias in (
         biases.Dense(torch.randn(4)),
@@ -100,6 +111,33 @@ def test_shape_is_the_shape_of_the_values() -> None:
             "must have 3 heads; got 2",
         ),
         (lambda: biases.Alibi(torch.ones(2, 2)), ValueError, r"shape \(heads,\)"),
+        (
+            lambda: biases.Alibi([1.0]),
+            TypeError,
+            "slopes must be a floating-point tensor; got list",
+        ),
+        (
+            lambda: biases.Alibi(torch.ones(2).int()),
+            TypeError,
+            "slopes .* got a torch.int32 tensor",
+        ),
+        (lambda: biases.Bucketed([[1.0]]), TypeError, "table must be a floating-point .* got list"),
+        (
+            lambda: biases.Bucketed(torch.ones(32, 2).long()),
+            TypeError,
+            "table must be a floating-point tensor; got a torch.int64 tensor",
+        ),
+        (
+            lambda: biases.Bucketed(torch.randn(32, 2), max_distance=64.5),
+            TypeError,
+            "max_distance must be an integer; got float",
+        ),
+        (lambda: biases.Softcap("3"), TypeError, "limit must be a number; got str"),
+        (
+            lambda: biases.Softcap(torch.tensor(3.0, requires_grad=True)),
+            TypeError,
+            "limit must be a number; got a torch.float32 tensor",
+        ),
         (
             lambda: biases.Alibi(torch.ones(2)).dense(1, 3, 2, 2),
             ValueError,

@@ -181,6 +181,14 @@ def test_a_query_before_the_first_key_is_of_no_document(dtype: torch.dtype) -> N
             ValueError,
             r"shape \(2, 4 or more\); got \(2, 3\)",
         ),
+        (lambda: masks.SlidingWindow(2.5), TypeError, "size must be an integer; got float"),
+        (lambda: masks.SlidingWindow("2"), TypeError, "size must be an integer; got str"),
+        (
+            lambda: masks.SlidingWindow(torch.tensor(2)),
+            TypeError,
+            "size must be an integer; got a torch.int64 tensor",
+        ),
+        (lambda: masks.Padding([1, 2]), TypeError, "lengths must be an integer tensor; got list"),
     ],
 )
 def test_bad_masks_are_refused(

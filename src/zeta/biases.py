@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from zeta.positions import t5_buckets
-from zeta.values import Tile, Value, as_scores, broadcast_shape, check_device, check_scores_shape
+from zeta.values import (
+    Tile,
+    Value,
+    as_scores,
+    broadcast_shape,
+    check_device,
+    check_floating,
+    check_integer,
+    check_number,
+    check_scores_shape,
+    kind,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,11 +84,9 @@ class Dense(Additive):
 
     def __post_init__(self) -> None:
         if not isinstance(self.tensor, Tensor) or not self.tensor.is_floating_point():
-            found = (
-                self.tensor.dtype if isinstance(self.tensor, Tensor) else type(self.tensor).__name__
-            )
             raise TypeError(
-                f"biases.Dense takes a floating-point tensor (a bool one is a mask); got {found}"
+                "biases.Dense takes a floating-point tensor (a bool one is a mask); "
+                f"got {kind(self.tensor)}"
             )
         object.__setattr__(self, "tensor", as_scores("biases.Dense", self.tensor))
 
@@ -130,6 +139,10 @@ class Bucketed(OffsetBias):
         bidirectional: Half of the buckets for keys after the query. Otherwise those all share
             bucket 0, which suits causal attention.
         max_distance: Distances from here on share the last bucket.
+
+    Raises:
+        TypeError: ``table`` is not floating point, or ``max_distance`` no integer.
+        ValueError: The table has too few buckets, or they reach no further than the exact ones.
     """
 
     table: Tensor
@@ -137,6 +150,8 @@ class Bucketed(OffsetBias):
     max_distance: int = dataclasses.field(default=128, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_floating("table", self.table)
+        check_integer("max_distance", self.max_distance)
         if self.table.dim() != 2:
             raise ValueError(
                 f"table must have shape (num_buckets, heads); got {tuple(self.table.shape)}"
@@ -172,14 +187,18 @@ class Alibi(OffsetBias):
 
     Args:
         slopes: ``(heads,)``, for example ``positions.alibi_slopes(heads)``.
+
+    Raises:
+        TypeError: They are not floating point.
+        ValueError: They have another shape.
     """
 
     slopes: Tensor
 
     def __post_init__(self) -> None:
-        if self.slopes.dim() != 1 or not self.slopes.is_floating_point():
-            found = f"{self.slopes.dtype} {tuple(self.slopes.shape)}"
-            raise ValueError(f"slopes must be floating point of shape (heads,); got {found}")
+        check_floating("slopes", self.slopes)
+        if self.slopes.dim() != 1:
+            raise ValueError(f"slopes must have shape (heads,); got {tuple(self.slopes.shape)}")
 
     def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
         if self.slopes.shape[0] != heads:
@@ -200,11 +219,19 @@ class Softcap(Bias):
 
     It acts on the scores as they are when its turn comes: ``Softcap(50) + Dense(t)`` caps, then
     adds.
+
+    Args:
+        limit: A number, not a tensor: it is not learned.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not positive, or infinite.
     """
 
     limit: float
 
     def __post_init__(self) -> None:
+        check_number("limit", self.limit)
         if not 0 < self.limit < float("inf"):
             raise ValueError(f"limit must be positive and finite; got {self.limit}")
 

@@ -6,6 +6,7 @@ Shape suffixes: B batch, H heads, T target length, S source length.
 import dataclasses
 import functools
 import json
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor
 
 ALL = slice(None)
+
+# NumPy's are numbers too; those that a compiler does not know are none of Python's.
+_INTEGERS = (int, numbers.Integral, torch.SymInt)
+_NUMBERS = (float, numbers.Real, torch.SymFloat, *_INTEGERS)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -114,8 +119,10 @@ def _describe(item: object, tensors: list[Tensor]) -> str:
         return f'{{"kind": "{kind}", "fields": {{{", ".join(fields)}}}}}'
     if isinstance(item, bool):
         return "true" if item else "false"
-    if isinstance(item, int | float):
-        return repr(item)
+    if isinstance(item, _INTEGERS):
+        return repr(int(item))
+    if isinstance(item, _NUMBERS):
+        return repr(float(item))
     raise TypeError(f"a mask or bias cannot hold a {type(item).__name__}")
 
 
@@ -150,11 +157,51 @@ def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on the query's device {device}; got {tensor.device}")
 
 
-def check_integers(name: str, tensor: Tensor) -> None:
+def kind(value: object) -> str:
+    """What came, for messages."""
+    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {kind(value)}")
+
+
+def check_floating(name: str, tensor: object) -> None:
+    """Raise TypeError unless ``tensor`` is a floating-point tensor."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor; got {kind(tensor)}")
+
+
+def check_integers(name: str, tensor: object) -> None:
     """Raise TypeError unless ``tensor`` is an integer tensor."""
-    if not isinstance(tensor, Tensor) or tensor.is_floating_point() or tensor.dtype == torch.bool:
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be an integer tensor; got {found}")
+    if (
+        not isinstance(tensor, Tensor)
+        or tensor.is_floating_point()
+        or tensor.is_complex()
+        or tensor.dtype == torch.bool
+    ):
+        raise TypeError(f"{name} must be an integer tensor; got {kind(tensor)}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is an integer, which neither a bool nor a tensor is."""
+    if isinstance(value, bool) or not isinstance(value, _INTEGERS):
+        raise TypeError(f"{name} must be an integer; got {kind(value)}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a number, which neither a bool nor a tensor is."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"{name} must be a number; got {kind(value)}")
+
+
+def check_size(name: str, size: int) -> None:
+    """Raise TypeError unless ``size`` is an integer, ValueError unless it is positive."""
+    check_integer(name, size)
+    if size < 1:
+        raise ValueError(f"{name} must be positive; got {size}")
 
 
 def broadcasts(shape: Sequence[int], sizes: Sequence[int]) -> bool:
