@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,7 +46,29 @@ def test_shapes_that_do_not_fit(shapes: dict[str, tuple[int, ...]], words: str) 
     ("arguments", "error", "words"),
     [
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\); got 1.0"),
-        ({"dropout_p": None}, TypeError, "'float' and 'NoneType'"),
+        ({"dropout_p": None}, TypeError, "dropout_p must be a number; got NoneType"),
+        ({"dropout_p": "a"}, TypeError, "dropout_p must be a number; got str"),
+        ({"dropout_p": torch.tensor(0.5)}, TypeError, "dropout_p .* got a torch.float32 tensor"),
+        ({"scale": "a"}, TypeError, "scale must be a number; got str"),
+        ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an integer; got float"),
+        ({"dropout_p": 0.1, "seed": "a"}, TypeError, "seed must be an integer; got str"),
+        (
+            {"dropout_p": 0.1, "seed": 2**63},
+            ValueError,
+            r"seed must be in .*; got 9223372036854775808",
+        ),
+        ({"dropout_p": 0.1, "seed": -(2**64)}, ValueError, "seed must be in .*; got -18446744073"),
+        ({"query": None}, TypeError, "query must be a tensor; got NoneType"),
+        ({"query": [[1.0]]}, TypeError, "query must be a tensor; got list"),
+        ({"key": torch.ones(2, 4, 7, 8).numpy()}, TypeError, "key must be a tensor; got ndarray"),
+        ({"value": None}, TypeError, "value must be a tensor; got NoneType"),
+        (
+            {"query_positions": [0, 1, 2, 3, 4]},
+            TypeError,
+            "query_positions must be a tensor; got list",
+        ),
+        ({"key_positions": 3}, TypeError, "key_positions must be a tensor; got int"),
+        ({"sinks": [1.0] * 4}, TypeError, "sinks must be a floating-point tensor; got list"),
         ({"dropout_p": -0.1}, ValueError, "got -0.1"),
         ({"dropout_p": float("nan")}, ValueError, "got nan"),
         ({"mask": torch.ones(5, 7)}, TypeError, "masks.keep.*got a torch.float32 tensor"),
@@ -83,15 +106,55 @@ def test_arguments_that_do_not_fit(
     arguments: dict[str, Any], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        zeta.attention(**tensors(), **arguments)
+        zeta.attention(**tensors() | arguments)
 
 
 def test_dtypes_must_agree_and_float() -> None:
     made = tensors()
     with pytest.raises(ValueError, match=r"value must have the query's dtype.*float32.*float64"):
         zeta.attention(made["query"], made["key"], made["value"].double())
-    with pytest.raises(TypeError, match=r"query must be floating point; got torch\.int64"):
-        zeta.attention(*(tensor.long() for tensor in made.values()))
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=f"query must be float16, .* or float64; got a {dtype}"):
+            zeta.attention(*(tensor.to(dtype) for tensor in made.values()))
+
+
+SCALE = torch.tensor(0.3, requires_grad=True)
+FUNCTIONS: dict[str, Callable[..., object]] = {
+    "attention": zeta.attention,
+    "with its log-sum-exp": zeta.attention_with_lse,
+    "weights": lambda query, key, value, **options: zeta.attention_weights(query, key, **options),
+    "explanation": zeta.explain,
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked", "sdpa", "cpu"])
+def test_a_scale_is_no_tensor(function: Callable[..., object], backend: str) -> None:
+    """Its gradient would be lost."""
+    for mask in (None, masks.Causal(), masks.PrefixLM(torch.tensor([1, 2]))):
+        with pytest.raises(TypeError, match=r"scale must be a number; got a torch.float32 tensor"):
+            function(**tensors(), mask=mask, scale=SCALE, backend=backend)
+
+
+def test_a_scale_is_no_tensor_in_compiled_code_either() -> None:
+    torch._dynamo.reset()
+    made = tensors()
+
+    @torch.compile(backend="eager")
+    def compiled(scale: Any) -> torch.Tensor:
+        return zeta.attention(**made, scale=scale)
+
+    with pytest.raises(TypeError, match=r"scale must be a number; got a torch.float32 tensor"):
+        compiled(SCALE)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked", "sdpa", "cpu"])
+def test_a_scale_is_any_number(backend: str) -> None:
+    made = tensors()
+    expected = zeta.attention(**made, scale=2.0, backend="reference")
+    for scale in (2, np.float32(2.0), np.float64(2.0), np.int64(2)):
+        found = zeta.attention(**made, scale=scale, backend=backend)
+        torch.testing.assert_close(found, expected)
 
 
 def test_reduce_is_checked() -> None:

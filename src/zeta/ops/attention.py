@@ -47,7 +47,8 @@ def attention(
         bias: What is done to the scores, from `zeta.biases`.
         dropout_p: Probability in ``[0, 1)`` that a weight is dropped; the others are scaled by
             ``1 / (1 - dropout_p)``.
-        scale: Factor of the scores; ``1 / sqrt(D)`` by default.
+        scale: Factor of the scores, ``1 / sqrt(D)`` by default: a number, not a tensor. What is
+            learned can be a factor of the query.
         seed: Of the dropout, an int or a 0-d int64 tensor; drawn from torch's generator by default.
             The same seed drops the same weights on every backend of Zeta's own.
         backend: ``"auto"`` takes the first that can; a name takes that one or raises.

@@ -15,10 +15,22 @@ from torch import Tensor
 from zeta.biases import Bias
 from zeta.masks import Mask
 from zeta.ops.precision import Precision, check_precision
-from zeta.values import ALL, Tile, check_device, check_positions_shape
+from zeta.values import (
+    ALL,
+    Tile,
+    check_device,
+    check_floating,
+    check_integer,
+    check_number,
+    check_positions_shape,
+    check_tensor,
+    kind,
+)
 
 Result = Literal["output", "lse", "weights", "mean_weights"]
 """What is asked for: the output, also its log-sum-exp, weights, or their average over heads."""
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class BackendUnsupported(RuntimeError):  # noqa: N818 - a public name, fixed by the interface
@@ -35,7 +47,7 @@ class AttentionCall:
         value: ``(B, G, S, Dv)``.
         mask, bias: What the scores go through, or None.
         dropout_p: Probability that a weight is dropped.
-        scale: Factor of ``query . key``.
+        scale: Factor of ``query . key``, a number.
         seed: 0-d int64 on the query's device when ``dropout_p > 0``.
         query_positions: ``(1 or B, T)`` int64, or None: the last ``T`` of ``S``.
         key_positions: ``(1 or B, S)`` int64, or None: ``0 .. S - 1``. Negative: an empty slot,
@@ -86,26 +98,24 @@ class AttentionCall:
             ValueError: A shape, a device or a range is wrong.
             TypeError: A type or a dtype is wrong.
         """
-        query, key, value = _narrowed(query, key, value)
-        _check_tensors(query, key, value)
+        query, key, value = _operands(query, key, value)
         batch, heads, target, head_dim = query.shape
         source = key.shape[2]
         if mask is not None:
             if not isinstance(mask, Mask):
                 raise TypeError(
-                    f"mask must be a zeta.masks value such as masks.keep(t); got {_kind(mask)}"
+                    f"mask must be a zeta.masks value such as masks.keep(t); got {kind(mask)}"
                 )
             mask.check(batch, heads, target, source, query.device)
         if bias is not None:
             if not isinstance(bias, Bias):
                 raise TypeError(
-                    f"bias must be a zeta.biases value such as biases.Dense(t); got {_kind(bias)}"
+                    f"bias must be a zeta.biases value such as biases.Dense(t); got {kind(bias)}"
                 )
             bias.check(batch, heads, target, source, query.device)
         if precision is not None:
             check_precision(precision)
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+        _check_numbers(dropout_p, scale)
         if sinks is not None:
             _check_sinks(sinks, heads, query.device)
         return cls(
@@ -229,6 +239,15 @@ def _autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
+def _operands(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, cast as autocast asks and checked against each other."""
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor)
+    query, key, value = _narrowed(query, key, value)
+    _check_operands(query, key, value)
+    return query, key, value
+
+
 def _narrowed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not _autocasts(query.device) or torch.float64 in (query.dtype, key.dtype, value.dtype):
         return query, key, value
@@ -247,11 +266,7 @@ def _name(value: Mask | Bias) -> str:
     return f"{type(value).__name__}({inner})" if terms else type(value).__name__
 
 
-def _kind(value: object) -> str:
-    return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4:
             raise ValueError(
@@ -262,8 +277,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"{name} must have the query's dtype and device, {query.dtype} on {query.device}; "
                 f"got {tensor.dtype} on {tensor.device}"
             )
-    if not query.dtype.is_floating_point:
-        raise TypeError(f"query must be floating point; got {query.dtype}")
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query must be float16, bfloat16, float32 or float64; got {kind(query)}")
     q, k, v = query.shape, key.shape, value.shape
     if k[0] != q[0] or v[0] != q[0]:
         raise ValueError(
@@ -283,9 +298,16 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"no dimension may be empty; got query {tuple(q)} and value {tuple(v)}")
 
 
+def _check_numbers(dropout_p: float, scale: float | None) -> None:
+    check_number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
+    if scale is not None:
+        check_number("scale", scale)
+
+
 def _check_sinks(sinks: Tensor, heads: int, device: torch.device) -> None:
-    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
-        raise TypeError(f"sinks must be a floating-point tensor; got {_kind(sinks)}")
+    check_floating("sinks", sinks)
     if sinks.shape != (heads,):
         raise ValueError(
             f"sinks must have shape ({heads},), a score for each head; got {tuple(sinks.shape)}"
@@ -307,6 +329,9 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
                 f"seed must be an int or a 0-d int64 tensor; got {seed.dtype} {tuple(seed.shape)}"
             )
         return seed.to(device)
+    check_integer("seed", seed)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be in [-2**63, 2**63), as int64; got {seed}")
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
@@ -315,6 +340,7 @@ def _positions(
 ) -> Tensor | None:
     if positions is None:
         return None
+    check_tensor(name, positions)
     if positions.dtype != torch.int64 or positions.device != device:
         raise ValueError(
             f"{name} must be int64 on {device}; got {positions.dtype} on {positions.device}"

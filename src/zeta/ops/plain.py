@@ -39,6 +39,8 @@ def attend(
             return None
         if not (mask is None or type(mask) is Causal) or is_closed_to_operators():
             return None
+        if not (scale is None or type(scale) is float):
+            return None
         from zeta.ops.backends.cpu import operators
 
         return operators.attend(query, key, value, scale, mask is not None)
