@@ -231,6 +231,12 @@ def test_an_explanation_names_every_backend() -> None:
     assert "reference: can, but is asked later" in text
 
 
+def test_an_explanation_leaves_torch_s_generator_alone() -> None:
+    made, before = tensors(), torch.get_rng_state()
+    zeta.explain(**made, dropout_p=0.1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_arguments_are_never_written_to() -> None:
     made = tensors()
     bias, mask = torch.randn(5, 7), torch.rand(5, 7) < 0.5

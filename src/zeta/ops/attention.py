@@ -326,7 +326,8 @@ def explain(
         bias=bias,
         dropout_p=dropout_p,
         scale=scale,
-        seed=seed,
+        # Which one does not matter here, and torch's generator stays as it is.
+        seed=0 if seed is None else seed,
         query_positions=query_positions,
         key_positions=key_positions,
         sinks=sinks,
