@@ -228,7 +228,7 @@ def test_scores_of_xpos_decay_with_distance() -> None:
     [
         (lambda: RotaryEmbedding(7), "head_dim must be even; got 7"),
         (lambda: XPos(7), "head_dim must be even; got 7"),
-        (lambda: XPos(0), "head_dim must be even; got 0"),
+        (lambda: XPos(0), "head_dim must be positive; got 0"),
         (
             lambda: RotaryEmbedding(8, rotary_dim=10),
             "rotary_dim must be at most head_dim = 8; got 10",

@@ -1,10 +1,12 @@
 """What the module refuses: the argument, what was expected and what came."""
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import nn
 
 from zeta import biases, masks
 from zeta.nn import ALiBi, MultiheadAttention, RelativePositionBias, RotaryEmbedding, XPos
@@ -37,6 +39,8 @@ def make(args: Any = None, **options: Any) -> MultiheadAttention:
             {"subln": True, "encoder_decoder_attention": True},
             "subln=True needs self_attention=True",
         ),
+        ({"kdim": 0}, "kdim must be positive; got 0"),
+        ({"vdim": -1}, "vdim must be positive; got -1"),
         ({"window": 0}, "window must be at least 1, the token itself; got 0"),
         ({"window": 2, "encoder_decoder_attention": True}, "window needs queries and keys of one"),
         ({"need_weights": "yes"}, "need_weights must be 'lazy', True, False or 'mean'; got 'yes'"),
@@ -57,6 +61,74 @@ def make(args: Any = None, **options: Any) -> MultiheadAttention:
 def test_constructor_refuses(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_dim": 16.0}, "embed_dim must be an integer; got float"),
+        ({"num_heads": "4"}, "num_heads must be an integer; got str"),
+        ({"head_dim": True}, "head_dim must be an integer; got bool"),
+        ({"vdim": torch.tensor(4)}, "vdim must be an integer; got a torch.int64 tensor"),
+        ({"dropout": "0.1"}, "dropout must be a number; got str"),
+        ({"dropout": None}, "dropout must be a number; got NoneType"),
+        ({"scale": "a"}, "scale must be a number; got str"),
+        ({"scale": nn.Parameter(torch.tensor(0.3))}, "scale must be a number; got a torch.float32"),
+        ({"window": "2"}, "window must be an integer; got str"),
+        ({"window": 2.5}, "window must be an integer; got float"),
+        *(
+            (
+                {"need_weights": given},
+                f"need_weights must be 'lazy', .*; got {type(given).__name__}",
+            )
+            for given in (1, 0, 1.0, np.True_, None)
+        ),
+    ],
+    ids=str,
+)
+def test_constructor_refuses_another_type(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: RelativePositionBias(n_heads=0), ValueError, "n_heads must be positive; got 0"),
+        (lambda: RelativePositionBias(n_heads="4"), TypeError, "n_heads must be an integer"),
+        (
+            lambda: RelativePositionBias(num_buckets=8.0),
+            TypeError,
+            "num_buckets must be an integer",
+        ),
+        (
+            lambda: RelativePositionBias(max_distance="9"),
+            TypeError,
+            "max_distance must be an integ",
+        ),
+        (lambda: ALiBi("4"), TypeError, "num_heads must be an integer; got str"),
+        (lambda: RotaryEmbedding("8"), TypeError, "head_dim must be an integer; got str"),
+        (lambda: RotaryEmbedding(8, rotary_dim=4.0), TypeError, "rotary_dim must be an integer"),
+        (lambda: RotaryEmbedding(8, base="a"), TypeError, "base must be a number; got str"),
+        (lambda: XPos("8"), TypeError, "head_dim must be an integer; got str"),
+        (lambda: XPos(8, "512"), TypeError, "scale_base must be a number; got str"),
+        (lambda: XPos(8, 0), ValueError, "scale_base must be positive; got 0"),
+    ],
+)
+def test_what_goes_into_a_call_refuses_at_once(
+    build: Callable[[], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    sizes = np.array([E, H, 2])
+    module = MultiheadAttention(
+        None, *sizes[:2], np.float32(0.0), num_kv_heads=sizes[2], window=sizes[2], scale=sizes[2]
+    )
+    assert module(**inputs())[0].shape == (B, T, E)
+    assert module.scale == 2.0
 
 
 def test_constructor_refuses_a_position_that_cannot_rotate() -> None:
@@ -83,6 +155,10 @@ CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ),
     ({"query": None}, TypeError, "query must be a tensor; got NoneType"),
     ({"query": [[1.0]]}, TypeError, "query must be a tensor; got list"),
+    ({"key": [[1.0]]}, TypeError, "key must be a tensor; got list"),
+    ({"key": torch.ones(B, S, E).numpy()}, TypeError, "key must be a tensor; got ndarray"),
+    ({"value": [[1.0]]}, TypeError, "value must be a tensor; got list"),
+    ({"query": torch.randn(T, E), "key": [[1.0]]}, TypeError, "key must be a tensor; got list"),
     ({"query": torch.randn(B, 0, E)}, ValueError, r"query must not be empty; got \(2, 0, 16\)"),
     ({"query": torch.randn(3, T, E)}, ValueError, "one batch size; got 3, 2 and 2"),
     (
@@ -140,6 +216,13 @@ CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         r"\(2, 7\); got \(2, 5\)",
     ),
+    ({"key_padding_mask": [[True]]}, TypeError, "key_padding_mask must be a tensor; got list"),
+    (
+        {"key_padding_mask": torch.zeros(B, S).numpy()},
+        TypeError,
+        "key_padding_mask must be a tensor; got ndarray",
+    ),
+    ({"key_padding_mask": 1}, TypeError, "key_padding_mask must be a tensor; got int"),
     ({"key_padding_mask": torch.zeros(B, S).long()}, TypeError, "key_padding_mask must be bool or"),
     (
         {"key_padding_mask": torch.zeros(B, S, device="meta")},
@@ -169,6 +252,10 @@ CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rel_pos": ALiBi(8)}, ValueError, "rel_pos must be for 4 heads; got one for 8"),
     ({"rel_pos": masks.Causal()}, TypeError, "rel_pos must be a tensor, .*; got Causal"),
     ({"need_weights": "all"}, ValueError, "need_weights must be .*; got 'all'"),
+    *(
+        ({"need_weights": given}, TypeError, f"need_weights must .*; got {type(given).__name__}")
+        for given in (1, 0, np.False_, [True])
+    ),
     ({"positions": torch.arange(T)}, ValueError, "neither position= nor multiway"),
 ]
 

@@ -53,8 +53,8 @@ class MultiheadAttention(nn.Module):
         kdim: Features of keys; ``embed_dim`` by default.
         vdim: Features of values; ``embed_dim`` by default.
         bias: Whether the projections have biases.
-        scale: Factor of the scores; ``1 / sqrt(head_dim)`` by default, with ``qk_norm="l2"`` too,
-            where scores would otherwise be cosines: about 10 is usual there.
+        scale: Factor of the scores, a number; ``1 / sqrt(head_dim)`` by default, with
+            ``qk_norm="l2"`` too, where scores would otherwise be cosines: about 10 is usual there.
         qk_norm: ``"rms"`` or ``"l2"``: normalise queries and keys, a head at a time, unrotated.
         position: `RotaryEmbedding` or `XPos`. It may be shared by many attentions.
         window: A query sees itself and the ``window - 1`` tokens before it.
@@ -100,7 +100,8 @@ class MultiheadAttention(nn.Module):
         super().__init__()
         config = AttentionConfig.from_args(args)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        checks.check_sizes(embed_dim, num_heads, num_kv_heads, head_dim, dropout)
+        checks.check_sizes(embed_dim, num_heads, num_kv_heads, head_dim, kdim, vdim)
+        checks.check_numbers(dropout, scale)
         checks.check_kind(self_attention, encoder_decoder_attention, subln, window, need_weights)
         self.embed_dim = embed_dim
         self.kdim = embed_dim if kdim is None else kdim
@@ -111,7 +112,7 @@ class MultiheadAttention(nn.Module):
         self.dropout = dropout
         self.self_attention = self_attention
         self.encoder_decoder_attention = encoder_decoder_attention
-        self.scale = 1.0 / math.sqrt(self.head_dim) if scale is None else scale
+        self.scale = 1.0 / math.sqrt(self.head_dim) if scale is None else float(scale)
         self.window = window
         self.need_weights = need_weights
         self.multiway = config.num_ways > 1
@@ -207,7 +208,7 @@ class MultiheadAttention(nn.Module):
             TypeError: An argument has the wrong type or dtype.
             ValueError: A shape or a device is wrong, or arguments contradict each other.
         """
-        checks.check_tensor("query", query)
+        checks.check_tensors(query, key, value, key_padding_mask)
         if query.dim() == 2:
             return self._unbatched(
                 query, (key, value), incremental_state, key_padding_mask, attn_mask, rel_pos,

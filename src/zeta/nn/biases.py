@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zeta import biases
 from zeta.positions import alibi_slopes
-from zeta.values import Tile
+from zeta.values import Tile, check_size
 
 
 class RelativePositionBias(nn.Module):
@@ -33,7 +33,9 @@ class RelativePositionBias(nn.Module):
         dtype: Of the parameter.
 
     Raises:
-        ValueError: There are too few buckets, or they reach no further than the exact ones.
+        TypeError: A number is no integer.
+        ValueError: There are no heads, too few buckets, or they reach no further than the exact
+            ones.
     """
 
     def __init__(
@@ -47,6 +49,8 @@ class RelativePositionBias(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_size("num_buckets", num_buckets)
+        check_size("n_heads", n_heads)
         self.bidirectional = bidirectional
         self.num_buckets = num_buckets
         self.max_distance = max_distance
@@ -54,7 +58,7 @@ class RelativePositionBias(nn.Module):
         self.relative_attention_bias = nn.Embedding(
             num_buckets, n_heads, device=device, dtype=dtype
         )
-        self.value()  # Checks the arguments.
+        self.value()  # Checks the others.
 
     def reset_parameters(self) -> None:
         """Draw the biases from a standard normal distribution, as ``nn.Embedding`` does."""
@@ -92,12 +96,17 @@ class ALiBi(nn.Module):
     Args:
         num_heads: Heads of the attention.
         device: Of the slopes.
+
+    Raises:
+        TypeError: ``num_heads`` is no integer.
+        ValueError: It is not positive.
     """
 
     slopes: Tensor
 
     def __init__(self, num_heads: int, *, device: torch.device | str | None = None) -> None:
         super().__init__()
+        check_size("num_heads", num_heads)
         self.num_heads = num_heads
         slopes_H = alibi_slopes(num_heads)
         self.register_buffer("slopes", slopes_H.to(device), persistent=False)

@@ -6,40 +6,42 @@ Shapes: B batch, T target length, S source length, E embedding.
 from torch import Tensor
 
 from zeta.nn.positions import Rotation, XPos
-
-WEIGHTS = ("lazy", True, False, "mean")
-
-
-def check_tensor(name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
+from zeta.values import check_integer, check_number, check_size, check_tensor, kind
 
 
 def check_sizes(
-    embed_dim: int, num_heads: int, num_kv_heads: int, head_dim: int | None, dropout: float
+    embed_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int | None,
+    kdim: int | None,
+    vdim: int | None,
 ) -> None:
-    """Raise ValueError unless the heads divide what they share and dropout is below 1."""
-    for name, size in (
-        ("embed_dim", embed_dim),
-        ("num_heads", num_heads),
-        ("num_kv_heads", num_kv_heads),
-    ):
-        if size < 1:
-            raise ValueError(f"{name} must be positive; got {size}")
+    """Raise unless all are sizes, or None, and the heads divide what they share."""
+    check_size("embed_dim", embed_dim)
+    check_size("num_heads", num_heads)
+    check_size("num_kv_heads", num_kv_heads)
+    for name, size in (("head_dim", head_dim), ("kdim", kdim), ("vdim", vdim)):
+        if size is not None:
+            check_size(name, size)
     if head_dim is None and embed_dim % num_heads:
         raise ValueError(
             "embed_dim must be a multiple of num_heads, or head_dim be given; "
             f"got {embed_dim} and {num_heads}"
         )
-    if head_dim is not None and head_dim < 1:
-        raise ValueError(f"head_dim must be positive; got {head_dim}")
     if num_heads % num_kv_heads:
         raise ValueError(
             f"num_heads must be a multiple of num_kv_heads; got {num_heads} and {num_kv_heads}"
         )
+
+
+def check_numbers(dropout: float, scale: float | None) -> None:
+    """Raise TypeError unless they are numbers, ValueError unless the first is a probability."""
+    check_number("dropout", dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+    if scale is not None:
+        check_number("scale", scale)
 
 
 def check_kind(
@@ -49,7 +51,7 @@ def check_kind(
     window: int | None,
     need_weights: object,
 ) -> None:
-    """Raise ValueError for a feature that this kind of attention does not have."""
+    """Raise for a feature that this kind of attention does not have, or that there is not."""
     if self_attention and encoder_decoder_attention:
         raise ValueError(
             "at most one of self_attention and encoder_decoder_attention can be True; got both"
@@ -58,21 +60,27 @@ def check_kind(
         raise ValueError(
             "subln=True needs self_attention=True: sub-LayerNorm is for self-attention"
         )
-    if window is not None and encoder_decoder_attention:
-        raise ValueError(
-            "window needs queries and keys of one sequence, not encoder_decoder_attention"
-        )
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1, the token itself; got {window}")
+    if window is not None:
+        check_integer("window", window)
+        if encoder_decoder_attention:
+            raise ValueError(
+                "window needs queries and keys of one sequence, not encoder_decoder_attention"
+            )
+        if window < 1:
+            raise ValueError(f"window must be at least 1, the token itself; got {window}")
     check_need_weights(need_weights)
 
 
 def check_need_weights(need_weights: object) -> None:
-    """Raise ValueError unless it is one of the four that are known."""
-    if need_weights not in WEIGHTS:
-        raise ValueError(
-            f"need_weights must be 'lazy', True, False or 'mean'; got {need_weights!r}"
-        )
+    """Raise TypeError unless it is a bool or a string, ValueError for a string of another kind."""
+    # Whether it is True is asked by `is`, and what only equals True is not.
+    if isinstance(need_weights, bool):
+        return
+    expected = "need_weights must be 'lazy', True, False or 'mean'"
+    if not isinstance(need_weights, str):
+        raise TypeError(f"{expected}; got {kind(need_weights)}")
+    if need_weights not in ("lazy", "mean"):
+        raise ValueError(f"{expected}; got {need_weights!r}")
 
 
 def check_position(
@@ -104,6 +112,20 @@ def check_position(
         )
     if position.head_dim != head_dim:
         raise ValueError(f"position must have head_dim={head_dim}; got {position.head_dim}")
+
+
+def check_tensors(
+    query: Tensor, key: Tensor | None, value: Tensor | None, key_padding_mask: Tensor | None
+) -> None:
+    """Raise TypeError unless the query is a tensor, and each of the others one or None."""
+    check_tensor("query", query)
+    # Mostly it is the same tensor, and most calls are short.
+    if key is not query and key is not None:
+        check_tensor("key", key)
+    if value is not key and value is not None:
+        check_tensor("value", value)
+    if key_padding_mask is not None:
+        check_tensor("key_padding_mask", key_padding_mask)
 
 
 def check_query(query: Tensor, embed_dim: int) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from zeta.values import check_number
+
 # Values that are certainly no configuration, most often an argument in the wrong place.
 _NOT_A_CONFIGURATION = (str, bytes, int, float, complex, list, tuple, set, frozenset, Tensor)
 _SIMILARITY = 0.85
@@ -53,8 +55,7 @@ class AttentionConfig:
             raise ValueError(f"args.multiway must not be negative; got {self.multiway}")
         for name in ("layernorm_eps", "xpos_scale_base"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"args.{name} must be a number; got {value!r}")
+            check_number(f"args.{name}", value)
             if not value > 0:
                 raise ValueError(f"args.{name} must be positive; got {value}")
 

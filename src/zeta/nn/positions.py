@@ -27,6 +27,7 @@ from zeta.nn.tables import (
 )
 from zeta.ops.rotation import Table, rotate_both, rotate_one
 from zeta.positions import xpos_rates, xpos_scale
+from zeta.values import check_integer, check_number, check_size
 
 
 class Rotation(nn.Module):
@@ -65,7 +66,7 @@ class RotaryEmbedding(Rotation):
             ``base``.
 
     Raises:
-        TypeError: ``scaling`` is something else.
+        TypeError: ``scaling`` is something else, a dimension no integer or ``base`` no number.
         ValueError: ``rotary_dim`` is odd, not positive, or more than ``head_dim``; ``base`` is not
             positive.
     """
@@ -80,11 +81,13 @@ class RotaryEmbedding(Rotation):
         scaling: Scaling | None = None,
     ) -> None:
         super().__init__()
+        check_integer("head_dim", head_dim)
         self.head_dim = head_dim
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
-        _check_pairs(self.rotary_dim)
+        _check_pairs("head_dim" if rotary_dim is None else "rotary_dim", self.rotary_dim)
         if self.rotary_dim > head_dim:
             raise ValueError(f"rotary_dim must be at most head_dim = {head_dim}; got {rotary_dim}")
+        check_number("base", base)
         if not base > 0.0:
             raise ValueError(f"base must be positive; got {base}")
         if scaling is not None and not isinstance(scaling, Scaling):
@@ -151,7 +154,8 @@ class XPos(Rotation):
         device: Of the buffer.
 
     Raises:
-        ValueError: ``head_dim`` is odd or not positive.
+        TypeError: ``head_dim`` is no integer, or ``scale_base`` no number.
+        ValueError: ``head_dim`` is odd or not positive, or ``scale_base`` not positive.
     """
 
     scale: Tensor
@@ -164,7 +168,10 @@ class XPos(Rotation):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        _check_pairs(head_dim)
+        _check_pairs("head_dim", head_dim)
+        check_number("scale_base", scale_base)
+        if not scale_base > 0.0:
+            raise ValueError(f"scale_base must be positive; got {scale_base}")
         self.head_dim = head_dim
         self.scale_base = scale_base
         self.register_buffer("scale", self._factors().to(device))
@@ -296,6 +303,7 @@ XPOS = XPos
 """TorchScale's spelling."""
 
 
-def _check_pairs(dim: int) -> None:
-    if dim <= 0 or dim % 2:
-        raise ValueError(f"rotations turn pairs of features: head_dim must be even; got {dim}")
+def _check_pairs(name: str, dim: int) -> None:
+    check_size(name, dim)
+    if dim % 2:
+        raise ValueError(f"rotations turn pairs of features: {name} must be even; got {dim}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from zeta.positions import rotary_frequencies
+from zeta.values import check_number
 
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -187,8 +188,7 @@ def _divided(frequency_P: Tensor, factor: float, kept_P: Tensor) -> Tensor:
 def _check_positive(scaling: Scaling, *names: str) -> None:
     for name in names:
         value = getattr(scaling, name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+        check_number(name, value)
         if not 0.0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite; got {value}")
 
