@@ -125,6 +125,8 @@ def angle_tables(
     if frequency_P.dtype == torch.float64:
         angle = positions.to(torch.float64).unsqueeze(-1) * frequency_P
     else:
+        if not positions.is_floating_point():
+            positions = positions.to(torch.int64)  # A narrow one does not hold what follows.
         rest = positions.fmod(_ROUNDED_FROM)
         angle = (rest.to(frequency_P.dtype).unsqueeze(-1) * frequency_P).to(torch.float64)
         whole = (positions - rest).to(torch.float64)

@@ -171,6 +171,32 @@ def test_positions_undo_left_padding(rotation: str) -> None:
     assert out.isfinite().all()
 
 
+NARROW = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("kind", ["rotary", "xpos", "multiway"])
+def test_positions_of_narrow_integers_do_not_wrap(kind: str, dtype: torch.dtype) -> None:
+    module = MultiheadAttention(
+        {"xpos_rel_pos": kind == "xpos", "multiway": kind == "multiway"}, E, 4, self_attention=True,
+        position=RotaryEmbedding(D) if kind == "rotary" else None,
+    )  # fmt: skip
+    x = torch.randn(1, T, E)
+    positions = torch.tensor([3, 0, 1, 2, 100, 101, 5])
+    split = 3 if kind == "multiway" else None
+    expected, _ = module(x, x, x, positions=positions, split_position=split)
+    found, _ = module(x, x, x, positions=positions.to(dtype), split_position=split)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("rotation", [RotaryEmbedding(D), XPos(D)])
+def test_rotations_take_narrow_integers_too(rotation: Any, dtype: torch.dtype) -> None:
+    x, positions = vectors(), torch.tensor([3, 0, 1, 2, 100, 101, 5])
+    found = rotation(x, positions=positions.to(dtype))
+    assert torch.equal(found, rotation(x, positions=positions))
+
+
 def test_positions_of_packed_documents_start_again() -> None:
     from zeta import masks
 

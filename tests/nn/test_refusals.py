@@ -280,12 +280,31 @@ def test_the_unchanged_call_is_fine() -> None:
             r"positions must have shape \(5,\) or \(1 or 2, 5\); got \(6,\)",
         ),
         (torch.zeros(3, T, dtype=torch.long), ValueError, r"got \(3, 5\)"),
-        (torch.zeros(T), TypeError, "positions must be integers; got torch.float32"),
+        (torch.zeros(T), TypeError, "positions must be an integer tensor; got a torch.float32"),
+        (list(range(T)), TypeError, "positions must be an integer tensor; got list"),
+        (3, TypeError, "positions must be an integer tensor; got int"),
     ],
 )
-def test_wrong_positions_are_refused(
-    positions: Tensor, error: type[Exception], message: str
-) -> None:
+def test_wrong_positions_are_refused(positions: Any, error: type[Exception], message: str) -> None:
     module, x = make(self_attention=True, position=RotaryEmbedding(4)), torch.randn(B, T, E)
     with pytest.raises(error, match=message):
         module(x, x, x, positions=positions)
+
+
+@pytest.mark.parametrize(
+    "make_one",
+    [
+        lambda: make(self_attention=True, position=RotaryEmbedding(4)),
+        lambda: make({"xpos_rel_pos": True}, self_attention=True),
+        lambda: make({"multiway": True}, self_attention=True),
+    ],
+    ids=["rotary", "xPos", "multiway"],
+)
+def test_positions_are_those_of_queries_and_keys(make_one: Callable[[], nn.Module]) -> None:
+    for target, source in ((T, S), (S, T)):
+        query, key = torch.randn(B, target, E), torch.randn(B, source, E)
+        message = f"positions must be those .* alike, .*; got {target} queries and {source} keys"
+        with pytest.raises(ValueError, match=message):
+            make_one()(query, key, key, positions=torch.arange(target))
+        with pytest.raises(ValueError, match=r"positions must have shape"):
+            make_one()(query, key, key, positions=torch.arange(source))

@@ -195,8 +195,9 @@ class MultiheadAttention(nn.Module):
             need_weights: ``"lazy"``: computed when first used; True: computed now; ``"mean"``:
                 averaged over heads; False: None. The constructor's by default.
             positions: Integers ``(T,)`` or ``(1 or B, T)``: where the tokens stand, for the
-                rotation and the split of multiway. By default they follow those in the cache. Masks
-                and biases go by the order of tokens regardless.
+                rotation and the split of multiway. In a self-attention also those of the keys, then
+                as many. By default they follow those in the cache. Masks and biases go by the order
+                of tokens regardless.
             split_position: See `Split`; in a cross-attention possibly a pair, queries' and keys'.
 
         Returns:
@@ -225,7 +226,8 @@ class MultiheadAttention(nn.Module):
             )
         place = Placement.of(
             query, cache, positions, split_position,
-            multiway=self.multiway, rotates=self.xpos is not None, keys_too=self.self_attention,
+            multiway=self.multiway, rotates=self.xpos is not None,
+            keys=key if self.self_attention else None,
         )  # fmt: skip
         # Straight from the dict: `nn.Module.__getattr__` adds up where a step takes microseconds.
         parts: dict[str, Any] = self._modules

@@ -13,7 +13,7 @@ from zeta.nn.anchors import Rotated, rotate_xpos
 from zeta.nn.multiway import Split
 from zeta.nn.positions import Rotation, XPos
 from zeta.nn.tables import Positions
-from zeta.values import check_positions_shape
+from zeta.values import check_integers, check_positions_shape
 
 SplitArgument: TypeAlias = Split | tuple[Split, Split]
 """One for queries and keys, or one for each."""
@@ -76,7 +76,7 @@ class Placement(NamedTuple):
         *,
         multiway: bool,
         rotates: bool,
-        keys_too: bool,
+        keys: Tensor | None,
     ) -> "Placement":
         """Place the tokens of a call.
 
@@ -87,11 +87,12 @@ class Placement(NamedTuple):
             split: As given by the caller.
             multiway: Whether the module is.
             rotates: Whether the module has a rotation.
-            keys_too: Whether ``positions`` are those of the keys as well.
+            keys: ``(B, N, kdim)``, if ``positions`` are theirs as well; else None.
 
         Raises:
             TypeError: ``positions`` are not integers.
-            ValueError: Their shape is wrong, or the module has no use for an argument.
+            ValueError: Their shape is wrong, they are not as many as ``keys``, or the module has no
+                use for an argument.
         """
         # Not asked with `isinstance(cache, Cache)`: a protocol takes microseconds to say no.
         given = positions is not None
@@ -101,11 +102,11 @@ class Placement(NamedTuple):
                 raise ValueError(
                     "positions was given, but the module has neither position= nor multiway"
                 )
-            _check_positions(positions, *query.shape[:2])
-        elif keys_too and follows is not None and not isinstance(follows, DictCache):
+            positions = _checked_positions(positions, query, keys)
+        elif keys is not None and follows is not None and not isinstance(follows, DictCache):
             # Sequences may differ in length, or the device alone may know it.
             positions = follows.next_positions(query.shape[1], query.device)
-        placed = positions is not None and keys_too
+        placed = positions is not None and keys is not None
         first = 0 if follows is None or placed else follows.length
         if not multiway:
             if split is not None:
@@ -113,7 +114,7 @@ class Placement(NamedTuple):
             return cls(first, positions, given, None, None)
         query_split, key_split = split if isinstance(split, tuple) else (split, split)
         query_at: Positions = first if positions is None else positions
-        key_at: Positions = first if positions is None or not keys_too else positions
+        key_at: Positions = first if positions is None or keys is None else positions
         if positions is None and isinstance(cache, CrossCache):
             query_at = cache.next_queries(query)
         routes = Route(query_split, query_at), Route(key_split, key_at)
@@ -135,7 +136,7 @@ class Placement(NamedTuple):
             query: Its last token stands where the last key does, unless positions were given.
             key: The new keys.
             cache: Where they will be kept.
-            keys_too: As in `of`.
+            keys_too: Whether the positions are those of the keys as well.
 
         Raises:
             ValueError: A position lies too far from where its token stands in the order.
@@ -155,7 +156,14 @@ class Placement(NamedTuple):
         return Rotated(*turned, None, None)
 
 
-def _check_positions(positions: Tensor, batch: int, length: int) -> None:
-    if positions.is_floating_point() or positions.dtype == torch.bool:
-        raise TypeError(f"positions must be integers; got {positions.dtype}")
-    check_positions_shape("positions", positions.shape, batch, length)
+def _checked_positions(positions: Tensor, query: Tensor, keys: Tensor | None) -> Tensor:
+    """As int64: differences of narrower integers would wrap around."""
+    check_integers("positions", positions)
+    check_positions_shape("positions", positions.shape, *query.shape[:2])
+    # A key of another shape is refused later, whether there are positions or not.
+    if keys is not None and keys.dim() == 3 and keys.shape[1] != query.shape[1]:
+        raise ValueError(
+            "positions must be those of queries and keys alike, which are one sequence; "
+            f"got {query.shape[1]} queries and {keys.shape[1]} keys"
+        )
+    return positions.to(torch.int64)
