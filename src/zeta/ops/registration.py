@@ -12,6 +12,8 @@ from typing import Any, Generic, NoReturn, TypeVar
 import torch
 from torch.autograd import Function
 
+from zeta.ops.transforms import TWICE
+
 ResultT = TypeVar("ResultT")
 
 _LIBRARY = torch.library.Library("zeta", "FRAGMENT")
@@ -79,9 +81,7 @@ class Operator(Generic[ResultT]):
         return run
 
     def _refuse(self, *_: Any) -> NoReturn:
-        raise RuntimeError(
-            f"zeta::{self._name} has no gradient; for second derivatives use backend='reference'"
-        )
+        raise RuntimeError(f"zeta::{self._name} has no gradient; {TWICE}")
 
 
 def _define(name: str, schema: str, function: Callable[..., Any]) -> None:

@@ -11,6 +11,10 @@ FunctionT = TypeVar("FunctionT", bound=Callable[[], object])
 
 NO_FORWARD_MODE = "it has no forward-mode derivative (torch.func.jvp)"
 
+TWICE = "for second derivatives use backend='reference'; a module has them by torch.func.hessian"
+"""What to do where a backend differentiates once. A module names none, but in forward mode, over
+reverse, a call gets another."""
+
 
 def constant_in_graphs(function: FunctionT) -> FunctionT:
     """A compiler calls it while it traces, and takes the answer for a constant: what
