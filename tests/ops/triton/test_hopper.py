@@ -30,6 +30,12 @@ def _one_way(made: dict[str, Tensor]) -> biases.Bias:
     return _t5(made, bidirectional=False)
 
 
+def _nothing_far(made: dict[str, Tensor]) -> biases.Bias:
+    """What lies in the last bucket of each side is hidden."""
+    far = torch.zeros(32, 1).index_fill_(0, torch.tensor([15, 31]), float("-inf"))
+    return biases.Bucketed(made["table"] + far.to(made["table"].device))
+
+
 def _padding() -> masks.Mask:
     return masks.Padding(torch.tensor([397, 130]))
 
@@ -55,6 +61,7 @@ CASES = [
     dataclasses.replace(
         SMALL, name="t5, window", learned=T5, bias=_one_way, mask=lambda: masks.SlidingWindow(200)
     ),
+    dataclasses.replace(SMALL, name="t5, nothing far", learned=T5, bias=_nothing_far),
     LARGE,
     dataclasses.replace(LARGE, name="large, t5", learned=T5_OF_LARGE, bias=_two_ways),
     dataclasses.replace(

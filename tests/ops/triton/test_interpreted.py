@@ -39,8 +39,12 @@ NEAR = {
     "learned": {"table": (8, 2)},
     "bias": lambda made: biases.Bucketed(made["table"], max_distance=9),
 }
+NOTHING_FAR = torch.zeros(8, 1).index_fill_(0, torch.tensor([3, 7]), float("-inf"))
+"""Added to a table, hides what lies in the last bucket of each side."""
 TILED = [
     _tiled("tiled", target=130),
+    _tiled("tiled t5, nothing far", learned=NEAR["learned"], target=130,
+           bias=lambda made: biases.Bucketed(made["table"] + NOTHING_FAR, max_distance=9)),
     _tiled("tiled t5", **NEAR),
     _tiled("tiled t5 causal", **NEAR, mask=masks.Causal),
     _tiled(

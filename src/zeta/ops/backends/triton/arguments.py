@@ -36,6 +36,8 @@ SPREAD_SCORES = 1 << 20
 read as a vector, in a tile where few elements are next to each other, it takes longer.
 """
 HASH_BLOCK = 1024
+LEAST_SCALE = 2.0**-60
+"""Products begin with an offset bias over the scale, which is not to overflow."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -107,7 +109,7 @@ def score_operand(
         unit=unit,
         scale=fixed.scale * unit,
         slope=fixed.scale,
-        folds=tl.constexpr(fixed.scale >= 0),
+        folds=tl.constexpr(fixed.scale > 0),
         causal=tl.constexpr(fixed.causal),
         window=fixed.window or None,
         prefix=prefix,
@@ -121,7 +123,7 @@ def score_operand(
         slopes=None if slopes is None else slopes * unit,
         dense=None if dense is None else plane_operand(dense),
         dropout=_dropout(query, key, fixed),
-        pipelined=tl.constexpr(True),
+        begins=tl.constexpr(False),
     )
 
 
@@ -144,6 +146,17 @@ def _offsets(offsets: Tensor | None) -> Offsets | None:
     if offsets is None:
         return None
     return Offsets(written_out(offsets).contiguous(), offsets.shape[1] // 2)
+
+
+def can_begin(score: Score) -> bool:
+    """Whether products can begin with the offset bias, if there is one."""
+    capped_before = score.softcap is not None and score.softcap.first.value
+    return score.offsets is None or (abs(score.slope) >= LEAST_SCALE and not capped_before)
+
+
+def begun(score: Score) -> Score:
+    """The same for kernels whose products begin with an offset bias."""
+    return score._replace(begins=tl.constexpr(True))
 
 
 def spread(
@@ -175,8 +188,9 @@ def spread_from(
     """`spread` for tiles that begin with the given offsets."""
     offsets = score.offsets
     tiles = offsets.pointer.new_empty((sizes.heads, count, *tile))
+    unit = 1.0 / score.slope if score.begins.value else score.unit
     launch(
-        spread_kernel, (sizes.heads * count,), *offsets, score.unit, tiles, count, first, step,
+        spread_kernel, (sizes.heads * count,), *offsets, unit, tiles, count, first, step,
         BLOCK_M=tile[0], BLOCK_N=tile[1], KEY_MAJOR=key_major,
     )  # fmt: skip
     return score._replace(spread=Spread(tiles, count, first, step))

@@ -7,7 +7,7 @@ version than those of `VERSIONS`, and on other devices, the portable kernels ser
 import triton
 from torch import Tensor
 
-from zeta.ops.backends.triton.arguments import device_capability, is_exact
+from zeta.ops.backends.triton.arguments import can_begin, device_capability, is_exact
 from zeta.ops.backends.triton.kernels.operands import Score
 
 VERSIONS = ("3.6.",)
@@ -24,6 +24,7 @@ def takes(score: Score, *tensors: Tensor) -> bool:
     return (
         device_capability(query) == (9, 0)
         and score.dense is score.keep is score.slopes is score.softcap is score.positions is None
+        and can_begin(score)
         and not is_exact(query)
         and value.shape[-1] == width
         and 32 < width <= 128

@@ -6,7 +6,7 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from zeta.ops.backends.triton.arguments import cdiv, launch, rows_operand, spread
+from zeta.ops.backends.triton.arguments import begun, cdiv, launch, rows_operand, spread
 from zeta.ops.backends.triton.gradients import Backward
 from zeta.ops.backends.triton.kernels.hopper.backward import inputs_kernel
 from zeta.ops.backends.triton.kernels.hopper.forward import forward_kernel
@@ -48,7 +48,7 @@ def forward(
     launch(
         forward_kernel, (programs,), _tiles(query, QUERIES, padded),
         _tiles(key, columns, padded), _tiles(value, columns, padded), hashes, *results,
-        spread(_by_hand(score), sizes, PART, columns), sizes, WIDTH=width, BLOCK_D=padded,
+        spread(begun(score), sizes, PART, columns), sizes, WIDTH=width, BLOCK_D=padded,
         BLOCK_N=columns, STAGES=stages, EVEN=sizes.keys % columns == 0, num_warps=4,
     )  # fmt: skip
 
@@ -79,7 +79,7 @@ def inputs_gradient(
         _tiles(given.dout, rows, padded), _numbers(given.statistics, rows, float("inf")),
         _numbers(given.delta, rows, 0.0), hashes, rows_operand(dkey), rows_operand(dvalue),
         left_BHS, _sums(made, given.query, rows, padded), turns,
-        spread(_by_hand(given.score), sizes, rows, PART, key_major=True), sizes,
+        spread(begun(given.score), sizes, rows, PART, key_major=True), sizes,
         _heads_at_once(sizes.queries, rows), WIDTH=width, BLOCK_D=padded, BLOCK_M=rows,
         STAGES=STAGES, WHOLE=given.score.padding is None and sizes.keys % KEYS == 0, num_warps=4,
     )  # fmt: skip
@@ -87,11 +87,6 @@ def inputs_gradient(
     sums = made.as_strided(dquery.shape, _dense_strides(dquery))
     torch.mul(sums, given.score.slope / given.keep, out=dquery)
     return (dquery, dkey, dvalue), (left_BHS, None)
-
-
-def _by_hand(score: Score) -> Score:
-    """For kernels that stage themselves what they read."""
-    return score._replace(pipelined=gl.constexpr(False))
 
 
 def _padded(width: int) -> int:

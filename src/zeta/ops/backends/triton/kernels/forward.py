@@ -21,6 +21,7 @@ from zeta.ops.backends.triton.kernels.scores import (
     row_hashes,
     score_tile,
     store_rows,
+    visible,
 )
 
 
@@ -31,15 +32,20 @@ def weigh(
 ):  # fmt: skip
     """Exponentials of a tile of scores, and the new and the finite peak that they stand against."""
     plain: tl.constexpr = (
-        CLEAN and score.folds and not score.exact and score.softcap is None
+        (CLEAN or score.begins or score.offsets is None)
+        and score.folds and not score.exact and score.softcap is None
         and score.slopes is None and score.dense is None and score.documents is None
         and score.keep is None
     )  # fmt: skip
     if plain:
-        # The scale is not negative, so the peak of the products is the peak of the scores.
+        # The scale is positive: what hides a product hides its score, and their peaks are one.
+        if not CLEAN:
+            seen = visible(score, sizes, batch, row0, column0, row, column)
+            dots_MN = tl.where(seen, dots_MN, float("-inf"))
         new_peak_M = tl.maximum(peak_M, tl.max(dots_MN, 1) * score.scale + side)
-        p_MN = exponential(dots_MN * score.scale - (new_peak_M - side)[:, None], score)
-        return p_MN, new_peak_M, new_peak_M
+        safe_M = tl.where(new_peak_M == float("-inf"), 0.0, new_peak_M)
+        p_MN = exponential(dots_MN * score.scale - (safe_M - side)[:, None], score)
+        return p_MN, new_peak_M, safe_M
     else:
         s_MN, _ = score_tile(
             dots_MN, score, sizes, batch, head, row0, column0, row, column, side, CLEAN

@@ -21,6 +21,7 @@ from zeta.ops.backends.triton.kernels.scores import (
     load_rows,
     row_hashes,
     score_tile,
+    visible,
 )
 
 
@@ -65,10 +66,14 @@ def weights_tile(
     broadcast along rows.
     """
     plain: tl.constexpr = (
-        CLEAN and not score.exact and score.softcap is None and score.slopes is None
+        (CLEAN or (score.folds and (score.begins or score.offsets is None)))
+        and not score.exact and score.softcap is None and score.slopes is None
         and score.dense is None and score.documents is None and score.keep is None
     )  # fmt: skip
     if plain:
+        if not CLEAN:
+            seen = visible(score, sizes, batch, row0, column0, row, column)
+            dots = tl.where(seen, dots, float("-inf"))
         p = tl.exp2(dots * score.scale + (side - norm))
         return p, p
     else:

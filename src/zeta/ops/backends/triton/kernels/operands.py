@@ -100,9 +100,9 @@ class Softcap(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """An offset bias in the unit of the scores, written out for the tiles that its band cuts:
-    (H, count, a tile), by the offset of a tile's first element, `first` and `step` more each. The
-    first and the last tile are those that lie beyond the reach.
+    """An offset bias, written out for the tiles that its band cuts, in the unit of the scores or of
+    the products that begin with it: (H, count, a tile), by the offset of a tile's first element,
+    `first` and `step` more each. The first and the last tile are those that lie beyond the reach.
     """
 
     pointer: Any
@@ -135,9 +135,9 @@ class Score(NamedTuple):
 
     Scores, and all that is added to them, are in a unit: with `exact`, that of the natural
     exponential, and 1; otherwise that of exp2, which is faster, and log2(e). `scale` includes the
-    unit, `slope` does not; `scale` is not negative where `folds`. Offset and dense biases are in
-    that of the natural exponential. `pipelined` says that the compiler chooses what is staged in
-    shared memory.
+    unit, `slope` does not; `scale` is positive where `folds`. Offset and dense biases are in
+    that of the natural exponential. `begins` says that the products of tiles that are not clean
+    begin with an offset bias, by `begin_products`.
     """
 
     unit: Any
@@ -157,6 +157,6 @@ class Score(NamedTuple):
     slopes: Any
     dense: Any
     dropout: Any
-    pipelined: Any
+    begins: Any
     # Last, because Triton 3.6 loses a constant in a nested tuple unless one of the outer follows.
     exact: Any

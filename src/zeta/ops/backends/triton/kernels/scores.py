@@ -78,14 +78,21 @@ def key_exists(score, sizes, batch, column0, column):
 
 @triton.jit
 def visible(score, sizes, batch, row0, column0, row, column):
-    """Whether a query may see a key, by their positions."""
+    """Whether a query may see a key, by their positions. What is no query may see anything."""
     query = query_positions(score, sizes, batch, row0, row)
     key = key_positions(score, sizes, batch, column0, column)
-    seen = key_exists(score, sizes, batch, column0, column)
-    if score.causal:
-        seen = seen & (key <= query)
-    if score.prefix is not None:
-        seen = seen & ((key <= query) | (key < tl.load(score.prefix + batch)))
+    if score.causal and score.positions is None and row.shape[0] == 1:
+        # No query lies after the last key, and no key-major tile begins before the first, so that
+        # one comparison does. (Of one alone, the compiler would make two in a row-major tile.)
+        seen = key <= query
+        if score.padding is not None:
+            seen = seen & (key < tl.load(score.padding + batch))
+    else:
+        seen = key_exists(score, sizes, batch, column0, column)
+        if score.causal:
+            seen = seen & (key <= query)
+        if score.prefix is not None:
+            seen = seen & ((key <= query) | (key < tl.load(score.prefix + batch)))
     if score.window is not None:
         seen = seen & (key > query - score.window)
     return seen
@@ -122,20 +129,35 @@ def offset_bias(score, sizes, batch, head, row0, column0, row, column):
     if score.spread is not None:
         return spread_bias(score, sizes, head, row0, column0, row, column)
     else:
-        reach = score.offsets.reach
-        base = score.offsets.pointer + head * (2 * reach + 1) + reach
-        query = query_positions(score, sizes, batch, row0, row)
-        key = key_positions(score, sizes, batch, column0, column)
-        offset = tl.minimum(tl.maximum(key - query, -reach), reach)
-        tile = offset.to(tl.float32)
-        if score.pipelined:
-            # There are keys; but under a condition, the compiler keeps this tile out of the loads
-            # that it stages in shared memory.
-            if sizes.keys > 0:
-                tile = tl.load(base + offset) * score.unit
-        else:
-            tile = tl.load(base + offset) * score.unit
+        places = offset_places(score, sizes, batch, head, row0, column0, row, column)
+        tile = tl.zeros_like(places).to(tl.float32)
+        # There are keys; but under a condition, the compiler keeps this tile out of the loads that
+        # it stages in shared memory.
+        if sizes.keys > 0:
+            tile = tl.load(score.offsets.pointer + places) * score.unit
         return tile
+
+
+@triton.jit
+def offset_places(score, sizes, batch, head, row0, column0, row, column):
+    """Where in the vectors of an offset bias the values of a tile lie."""
+    reach = score.offsets.reach
+    query = query_positions(score, sizes, batch, row0, row)
+    key = key_positions(score, sizes, batch, column0, column)
+    offset = tl.minimum(tl.maximum(key - query, -reach), reach)
+    return head * (2 * reach + 1) + reach + offset
+
+
+@triton.jit
+def begin_products(score, sizes, batch, head, row0, column0, row, column):
+    """What the products of a tile are added to, in their own unit, so that it is read before them:
+    its offset bias.
+    """
+    if score.spread is not None:
+        return spread_bias(score, sizes, head, row0, column0, row, column)
+    else:
+        places = offset_places(score, sizes, batch, head, row0, column0, row, column)
+        return tl.load(score.offsets.pointer + places) / score.slope
 
 
 @triton.jit
@@ -158,6 +180,7 @@ def score_tile(
     """Scores of a tile, -inf where hidden, and the derivative of a soft cap (unused without one).
 
     CLEAN promises that positions hide nothing here, and that an offset bias is `side` everywhere.
+    Where the score `begins`, the products of other tiles have begun with it.
     """
     s = dots * score.scale
     slope = s
@@ -167,7 +190,7 @@ def score_tile(
     if score.offsets is not None:
         if CLEAN:
             s += side
-        else:
+        elif not score.begins:
             s += offset_bias(score, sizes, batch, head, row0, column0, row, column)
     if score.slopes is not None:
         query = query_positions(score, sizes, batch, row0, row)

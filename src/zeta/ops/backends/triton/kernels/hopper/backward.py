@@ -19,12 +19,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from zeta.ops.backends.triton.kernels.backward import far_sums
 from zeta.ops.backends.triton.kernels.gradients import weights_tile
 from zeta.ops.backends.triton.kernels.hopper.clearing import clear_rows, wait_for_clear
 from zeta.ops.backends.triton.kernels.hopper.serving import add, fetch
 from zeta.ops.backends.triton.kernels.ranges import row_parts
 from zeta.ops.backends.triton.kernels.scores import (
+    begin_products,
     column_hashes,
     far_bias,
     kept,
@@ -74,13 +74,13 @@ def gather(
     dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head, column0, start,
     stop, side,
     PART: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
-    LEFT: gl.constexpr, CLEAN: gl.constexpr, LATE: gl.constexpr,
+    LEFT: gl.constexpr, CLEAN: gl.constexpr, LATE: gl.constexpr, HIDES: gl.constexpr,
     SCORES: gl.constexpr, KEYS: gl.constexpr, QUERIES: gl.constexpr,
 ):  # fmt: skip
     """Adds what one part of one query head's rows, last first, gives to half a tile of keys.
 
     LEFT says that sums of dS beyond the reach on the left are wanted; LATE that a clean part lies
-    there.
+    there; HIDES that positions may hide something.
     """
     q_SMD, k_ND, v_ND, dout_SMD, norms_SM, deltas_SM, hashes_SM, ds_SNM, dq_MD = tiles
     _, _, full, empty, exchanged, written, taken = bars
@@ -93,15 +93,21 @@ def gather(
     own_v_ND = v_ND.slice(PART * 64, 64, 0)
     column_hash_N = column_hashes(score, sizes, batch, column0, local_N)
     zero_NM = gl.zeros([64, BLOCK_M], gl.float32, layout=SCORES)
+    BEGUN: gl.constexpr = score.offsets is not None and not CLEAN
+    EARLY: gl.constexpr = CLEAN or BEGUN
+    shift = sizes.keys - sizes.queries
     num_tiles = gl.cdiv(stop - start, BLOCK_M)
     for index in range(num_tiles):
         row0 = start + (num_tiles - 1 - index) * BLOCK_M
         stage = step % STAGES
+        first_NM = zero_NM
+        if BEGUN:
+            first_NM = begin_products(score, sizes, batch, head, row0, column0, row, column)
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
         q_MD = q_SMD.index(stage)
         dout_MD = dout_SMD.index(stage)
-        dots = warpgroup_mma(own_k_ND, q_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
-        if CLEAN:
+        dots = warpgroup_mma(own_k_ND, q_MD.permute((1, 0)), first_NM, use_acc=BEGUN, is_async=True)
+        if EARLY:
             dp = warpgroup_mma(
                 own_v_ND, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True
             )
@@ -112,7 +118,7 @@ def gather(
         norm_M = norms_SM.index(stage).load(SCORES)
         p_NM = weights_tile(
             dots_NM, norm_M, norm_M, score, sizes, batch, head, row0, column0, row, column, side,
-            CLEAN,
+            not HIDES,
         )[0]  # fmt: skip
         given_NM = p_NM
         if score.dropout is not None:
@@ -121,7 +127,7 @@ def gather(
             given_NM = gl.where(keep_NM, p_NM, 0.0)
             p_NM = gl.where(keep_NM, p_NM, -p_NM)
         given_NM = gl.convert_layout(given_NM.to(q_MD.dtype), operand)
-        if not CLEAN:
+        if not EARLY:
             dp = warpgroup_mma(
                 own_v_ND, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True
             )
@@ -132,8 +138,9 @@ def gather(
             p_NM = gl.abs(p_NM)
         ds_NM = p_NM * (dp_NM - deltas_SM.index(stage).load(SCORES))
         if LEFT and not CLEAN:
-            first = column0 - row0 - (sizes.keys - sizes.queries)
-            left_N = far_sums(left_N, ds_NM, -first, column, row, 1, score.offsets.reach)
+            # Not by the difference of both: the compiler would keep that of every element.
+            beyond = row >= column + (column0 - row0 - shift + score.offsets.reach)
+            left_N += gl.sum(gl.where(beyond, ds_NM, 0.0), 1)
         elif LEFT and LATE:
             left_N += gl.sum(ds_NM, 1)
         low_NM = ds_NM.to(q_MD.dtype)
@@ -180,7 +187,8 @@ def consume(
     LEFT: gl.constexpr = left_sums is not None
     banded: gl.constexpr = score.offsets is not None
     windowed: gl.constexpr = score.window is not None
-    # Nothing lies right of the band then, and one part is cut where there were two.
+    # Nothing lies right of the band then, and one part is cut where there were two: with a third
+    # loop the compiler keeps less of the others in registers.
     merged: gl.constexpr = banded and score.causal
     step = low * 0
     local_N = gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
@@ -205,32 +213,33 @@ def consume(
         if windowed and banded:
             dk_ND, dv_ND, left_N, step = gather(
                 dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head,
-                column0, four, high, 0.0, PART, BLOCK_M, STAGES, LEFT, False, False,
+                column0, four, high, 0.0, PART, BLOCK_M, STAGES, LEFT, False, False, True,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if banded:
             dk_ND, dv_ND, left_N, step = gather(
                 dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head,
-                column0, three, four, left, PART, BLOCK_M, STAGES, LEFT, True, True,
+                column0, three, four, left, PART, BLOCK_M, STAGES, LEFT, True, True, False,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if (windowed or banded) and not merged:
             dk_ND, dv_ND, left_N, step = gather(
                 dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head,
-                column0, two, three, 0.0, PART, BLOCK_M, STAGES, LEFT, False, False,
+                column0, two, three, 0.0, PART, BLOCK_M, STAGES, LEFT, False, False, windowed,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if not merged:
             dk_ND, dv_ND, left_N, step = gather(
                 dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head,
-                column0, one, two, right, PART, BLOCK_M, STAGES, LEFT, True, False,
+                column0, one, two, right, PART, BLOCK_M, STAGES, LEFT, True, False, False,
                 SCORES, KEYS, QUERIES,
             )  # fmt: skip
+        # Columns without a key are all in this part.
         if score.causal or score.prefix is not None or not WHOLE:
             dk_ND, dv_ND, left_N, step = gather(
                 dk_ND, dv_ND, left_N, step, tiles, bars, score, sizes, batch, head,
                 column0, low, gl.where(merged, three, one), 0.0, PART, BLOCK_M, STAGES, LEFT,
-                False, False, SCORES, KEYS, QUERIES,
+                False, False, True, SCORES, KEYS, QUERIES,
             )  # fmt: skip
         if LEFT:
             exists_N = key_exists(score, sizes, batch, column0, local_N)

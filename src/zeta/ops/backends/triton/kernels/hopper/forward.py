@@ -22,6 +22,7 @@ from zeta.ops.backends.triton.kernels.forward import add_weights, store_statisti
 from zeta.ops.backends.triton.kernels.hopper.clearing import clear_rows, wait_for_clear
 from zeta.ops.backends.triton.kernels.ranges import column_parts, count_tiles, tile_start
 from zeta.ops.backends.triton.kernels.scores import (
+    begin_products,
     far_bias,
     kept,
     key_exists,
@@ -105,10 +106,12 @@ def add_values(acc_MD, p_MN, v_SND, step, STAGES: gl.constexpr):
 def attend(
     acc_MD, p_MN, total_M, peak_M, step, tiles, bars, score, sizes, batch, head, row0, parts,
     PART: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, CLEAN: gl.constexpr,
-    SCORES: gl.constexpr, OUTPUTS: gl.constexpr,
+    HIDES: gl.constexpr, SCORES: gl.constexpr, OUTPUTS: gl.constexpr,
 ):  # fmt: skip
     """Weighs the clean tiles of keys, or the others; and adds the values of each tile's predecessor
     meanwhile.
+
+    HIDES: positions may hide something in tiles that are not clean.
     """
     q_MD, k_SND, v_SND, hashes_SN = tiles
     _, k_full, k_empty, v_full, v_empty, cleared = bars
@@ -120,23 +123,30 @@ def attend(
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OUTPUTS, k_width=2)
     own_q_MD = q_MD.slice(PART * 64, 64, 0)
     zero_MN = gl.zeros([64, BLOCK_N], gl.float32, layout=SCORES)
+    BEGUN: gl.constexpr = score.offsets is not None and not CLEAN
     row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
     left = far_bias(score, head, False)
     right = far_bias(score, head, True)
     for index in range(count_tiles(low, one, two, three, four, high, BLOCK_N, CLEAN)):
         column0 = tile_start(index, low, one, two, three, four, BLOCK_N, CLEAN)
         stage = step % STAGES
+        first_MN = zero_MN
+        if BEGUN:
+            first_MN = begin_products(score, sizes, batch, head, row0, column0, row, column)
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         dots = warpgroup_mma(
-            own_q_MD, k_SND.index(stage).permute((1, 0)), zero_MN, use_acc=False, is_async=True
+            own_q_MD, k_SND.index(stage).permute((1, 0)), first_MN, use_acc=BEGUN, is_async=True
         )
         before = gl.maximum(step - 1, 0)
         mbarrier.wait(v_full.index(before % STAGES), (before // STAGES) & 1)
         acc = add_values(acc_MD, p_MN, v_SND, step - 1, STAGES)
         dots_MN = warpgroup_mma_wait(1, [dots])
+        side = 0.0
+        if CLEAN:
+            side = gl.where(column0 < two, left, right)
         weights_MN, decay_M, total_M, peak_M = add_weights(
-            dots_MN, total_M, peak_M, score, sizes, batch, head, row0, column0, row, column,
-            gl.where(column0 < two, left, right), CLEAN,
+            dots_MN, total_M, peak_M, score, sizes, batch, head, row0, column0, row, column, side,
+            CLEAN or not HIDES,
         )  # fmt: skip
         if score.dropout is not None:
             keep_MN = kept(score, row_hash_M[:, None], hashes_SN.index(stage).load(SCORES))
@@ -164,7 +174,7 @@ def attend(
 def consume(
     tiles, bars, out, lse, statistics, score, sizes, batch, head, row0, parts,
     PART: gl.constexpr, WIDTH: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    STAGES: gl.constexpr, CUT: gl.constexpr,
+    STAGES: gl.constexpr, CUT: gl.constexpr, HIDES: gl.constexpr,
 ):  # fmt: skip
     """The output and the normalisers of 64 rows."""
     fetched, _, _, v_full, _, _ = bars
@@ -185,12 +195,12 @@ def consume(
     mbarrier.wait(fetched, 0)
     acc_MD, p_MN, total_M, peak_M, step = attend(
         acc_MD, p_MN, total_M, peak_M, step, tiles, bars, score, sizes, batch, head, row0, parts,
-        PART, BLOCK_N, STAGES, True, SCORES, OUTPUTS,
+        PART, BLOCK_N, STAGES, True, HIDES, SCORES, OUTPUTS,
     )  # fmt: skip
     if CUT:
         acc_MD, p_MN, total_M, peak_M, step = attend(
             acc_MD, p_MN, total_M, peak_M, step, tiles, bars, score, sizes, batch, head, row0,
-            parts, PART, BLOCK_N, STAGES, False, SCORES, OUTPUTS,
+            parts, PART, BLOCK_N, STAGES, False, HIDES, SCORES, OUTPUTS,
         )  # fmt: skip
     if step > 0:
         mbarrier.wait(v_full.index((step - 1) % STAGES), ((step - 1) // STAGES) & 1)
@@ -231,10 +241,11 @@ def forward_kernel(
     entry = batch_head // sizes.heads
     batch = entry.to(gl.int64)
     parts = column_parts(score, sizes, batch, row0, 128, BLOCK_N)
-    CUT: gl.constexpr = (
-        score.causal or score.window is not None or score.offsets is not None
-        or score.padding is not None or score.prefix is not None or not EVEN
+    HIDES: gl.constexpr = (
+        score.causal or score.window is not None or score.padding is not None
+        or score.prefix is not None or not EVEN
     )  # fmt: skip
+    CUT: gl.constexpr = HIDES or score.offsets is not None
     dtype: gl.constexpr = q.dtype
     rows: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_D], dtype)
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_D], dtype)
@@ -265,14 +276,14 @@ def forward_kernel(
                 consume,
                 (
                     tiles, bars, out, lse, statistics, score, sizes, batch, head, row0, parts,
-                    0, WIDTH, BLOCK_N, BLOCK_D, STAGES, CUT,
+                    0, WIDTH, BLOCK_N, BLOCK_D, STAGES, CUT, HIDES,
                 ),
             ),
             (
                 consume,
                 (
                     tiles, bars, out, lse, statistics, score, sizes, batch, head, row0, parts,
-                    1, WIDTH, BLOCK_N, BLOCK_D, STAGES, CUT,
+                    1, WIDTH, BLOCK_N, BLOCK_D, STAGES, CUT, HIDES,
                 ),
             ),
             (
