@@ -3,10 +3,12 @@
 import importlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.convert.sources import kind_of, make
@@ -17,16 +19,15 @@ from zeta.convert.checkpoints import prove
 from zeta.convert.tables import Entry, from_zeta, linear, to_zeta
 
 
-def model(name: str, head: str, **config: Any) -> nn.Module:
+def model(name: str, head: str, **config: Any) -> Any:
     """A small model of Transformers."""
     modeling = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     configs = importlib.import_module(f"transformers.models.{name}.configuration_{name}")
-    made: nn.Module = getattr(modeling, head)(getattr(configs, head[:-5] + "Config")(**config))
-    return made
+    return getattr(modeling, head)(getattr(configs, head[:-5] + "Config")(**config))
 
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 4, "intermediate_size": 24}
-MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+MODELS: dict[str, tuple[Callable[[], Any], int]] = {
     "torch": (lambda: nn.Transformer(16, 4, 2, 1, 24, batch_first=True), 4),
     "t5": (
         lambda: model("t5", "T5Model", d_model=16, d_kv=5, num_heads=4, num_layers=2, d_ff=24,
@@ -133,9 +134,47 @@ def test_what_stands_in_is_named() -> None:
     report = prove(found.zeta, found.before, "fairseq", 4, "it")
     assert report.source == "fairseq MultiheadAttention"
     assert report.not_compared["fairseq itself"] == (
-        "torch.nn.MultiheadAttention computes the same, and ran in its place, on the converted "
-        "tensors: how these were renamed is not proven"
+        "torch.nn.MultiheadAttention computes the same, and ran in its place"
     )
+    assert report.not_compared["names of tensors"] == (
+        "torch.nn.MultiheadAttention has others; how they were renamed is not proven"
+    )
+    wrong = {**found.zeta, "v_proj.weight": found.zeta["v_proj.weight"].flip(0)}
+    report = prove(wrong, found.before, "fairseq", 4, "it")
+    assert report.changed == ("v_proj.weight",)
+    assert not report.passed
+
+
+def test_a_file_with_other_names_than_its_modules(tmp_path: Path) -> None:
+    module = MODELS["vit"][0]()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+    module.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert state.keys() != module.state_dict().keys()
+    attentions = [part for part in module.modules() if type(part).__name__ == "ViTAttention"]
+    result = convert_state_dict(state, "vit")
+    for found, attention in zip(result.attentions, attentions, strict=True):
+        ours = convert.from_module(attention).state_dict()
+        assert found.zeta.keys() == ours.keys()
+        assert all(torch.equal(found.zeta[key], tensor) for key, tensor in ours.items())
+        report = prove(found.zeta, found.before, "vit", 4, found.name)
+        assert report.passed, str(report)
+        assert report.not_compared["names of tensors"] == (
+            "transformers ViTAttention has others; how they were renamed is not proven"
+        )
+        wrong = {**found.zeta, "v_proj.bias": found.zeta["v_proj.bias"].flip(0)}
+        assert prove(wrong, found.before, "vit", 4, "it").changed == ("v_proj.bias",)
+
+
+def test_a_proof_without_a_tensor_says_which() -> None:
+    (found,) = convert_state_dict(make("torch").state_dict(), "torch").attentions
+    words = r"^torch\.nn\.MultiheadAttention lacks in_proj_bias, out_proj\.bias$"
+    with pytest.raises(ConversionError, match=words):
+        prove(
+            found.zeta, {k: t for k, t in found.before.items() if "bias" not in k}, "torch", 4, ""
+        )
 
 
 def test_old_fairseq_keys() -> None:

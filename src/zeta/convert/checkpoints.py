@@ -148,15 +148,22 @@ def prove(
     fill(attention, {key: tensor.clone() for key, tensor in zeta.items()})
     with torch.random.fork_rng(devices=[]):
         runs, module = _build(source, form)
-    note = f"{runs.title} computes the same, and ran in its place"
-    if runs is not source and not set(theirs) <= set(module.state_dict()):
-        theirs = _to_target(zeta, runs, name)
-        note += ", on the converted tensors: how these were renamed is not proven"
+    not_compared: dict[str, str] = {}
+    if runs is not source:
+        not_compared[f"{source.kind} itself"] = (
+            f"{runs.title} computes the same, and ran in its place"
+        )
+    keys = list(module.state_dict())
+    if not set(theirs) <= set(keys):
+        # Files may have other names than modules of the same kind.
+        own = to_zeta(theirs, source.table(list(theirs)), name)
+        theirs = from_zeta(own, runs.table(keys), name)
+        not_compared["names of tensors"] = (
+            f"{runs.title} has others; how they were renamed is not proven"
+        )
     load(module, {key: tensor.clone() for key, tensor in theirs.items()}, runs)
     report = check(module, attention)
-    if runs is source:
-        return report
-    not_compared = {**report.not_compared, f"{source.kind} itself": note}
+    not_compared = {**report.not_compared, **not_compared}
     return dataclasses.replace(report, source=source.title, not_compared=not_compared)
 
 

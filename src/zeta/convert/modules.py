@@ -162,11 +162,7 @@ def fill(attention: MultiheadAttention, state: StateDict) -> None:
             )
     missing = sorted(set(attention.state_dict()) - set(state))
     unexpected = sorted(set(state) - set(attention.state_dict()))
-    if missing or unexpected:
-        raise ConversionError(
-            f"the attention lacks {', '.join(missing) or 'nothing'} "
-            f"and has no place for {', '.join(unexpected) or 'nothing'}"
-        )
+    _check_fits("the attention", {"lacks": missing, "has no place for": unexpected})
     attention.load_state_dict(state, strict=True, assign=True)
 
 
@@ -180,13 +176,18 @@ def load(module: nn.Module, state: StateDict, source: Source) -> None:
     missing = sorted(set(source.own(list(own))) - set(state))
     unexpected = sorted(set(state) - set(own))
     shapes = [key for key in state if key in own and own[key].shape != state[key].shape]
-    if missing or unexpected or shapes:
-        raise ConversionError(
-            f"{source.title} lacks {', '.join(missing) or 'nothing'}, has no place for "
-            f"{', '.join(unexpected) or 'nothing'}, and needs other shapes of "
-            f"{', '.join(shapes) or 'nothing'}"
-        )
+    _check_fits(
+        source.title,
+        {"lacks": missing, "has no place for": unexpected, "needs other shapes of": shapes},
+    )
     module.load_state_dict(state, strict=False, assign=True)
+
+
+def _check_fits(title: str, problems: dict[str, list[str]]) -> None:
+    """Raise ConversionError if there are tensors of some problem, such as "lacks"."""
+    found = [f"{verb} {', '.join(names)}" for verb, names in problems.items() if names]
+    if found:
+        raise ConversionError(f"{title} {' and '.join(found)}")
 
 
 def _parts(module: nn.Module, known: set[str]) -> Iterator[tuple[str, nn.Module]]:
