@@ -138,7 +138,26 @@ def test_the_heads_of_t5_are_in_its_table(tmp_path: Path, capsys: Captured) -> N
     assert run(path, "--from", "t5", "--check") == 0
     printed = capsys.readouterr().out
     assert "T5Attention and zeta.nn.MultiheadAttention: equal" in printed
-    assert "  1 other keys: as they were" in printed
+    assert "  1 other key: as it was\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("names", "row"),
+    [
+        (["bias"], "  1 key dropped: no parameter, h.attn.bias\n"),
+        (["bias", "masked_bias"], "  2 keys dropped: no parameters, as h.attn.bias\n"),
+    ],
+)
+def test_keys_that_are_dropped_are_counted(
+    names: list[str], row: str, tmp_path: Path, capsys: Captured
+) -> None:
+    path = tmp_path / "gpt2.safetensors"
+    state = {**make("gpt2").state_dict(), **{name: torch.ones(2) for name in names}}
+    save_file({f"h.attn.{key}": tensor for key, tensor in state.items()}, path)
+    assert run(path, "--from", "gpt2") == 0
+    printed = capsys.readouterr().out
+    assert row in printed
+    assert "  0 other keys: as they were\n" in printed
 
 
 def test_a_difference_writes_nothing(

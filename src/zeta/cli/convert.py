@@ -136,8 +136,13 @@ def _describe(converted: Converted, path: Path, source: str, target: str) -> Non
         count = f"{len(found.before)} tensors to {len(found.after)}"
         row(f"{found.name}:", count)
     kept = len(converted.state) - sum(len(found.after) for found in converted.attentions)
-    row(f"{kept} other keys:", "as they were")
-    if converted.dropped:
+    if kept == 1:
+        row("1 other key:", "as it was")
+    else:
+        row(f"{kept} other keys:", "as they were")
+    if len(converted.dropped) == 1:
+        row("1 key dropped:", f"no parameter, {converted.dropped[0]}")
+    elif converted.dropped:
         row(f"{len(converted.dropped)} keys dropped:", f"no parameters, as {converted.dropped[0]}")
     for prefix in converted.others:
         row(f"{prefix.removesuffix('.')}:", f"not of kind {source}, as it was")
