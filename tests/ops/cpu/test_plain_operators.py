@@ -113,8 +113,7 @@ def test_the_same_bits_of_what_only_operators_take(
 
 def test_what_is_not_plain_is_for_python(calls_of_python: list[str]) -> None:
     made = operands("blocks")
-    batch, length = made[0].shape[0], made[1].shape[2]
-    of_int32 = masks.Documents(torch.zeros(batch, length, dtype=torch.int32))
+    of_int32 = masks.PrefixLM(torch.ones(made[0].shape[0], dtype=torch.int32))
     inputs, fixed = lowered(AttentionCall.checked(*made))
     spread = made[0].mT.contiguous().mT
     narrow = (*inputs[:2], made[2][..., :3], None, None)
