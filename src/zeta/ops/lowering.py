@@ -13,9 +13,16 @@ from torch import Tensor
 from zeta import biases, masks
 from zeta.ops.call import AttentionCall
 from zeta.ops.offsets import is_learned, offset_vector
+from zeta.ops.transforms import is_watched
 
 MAX_REACH = 1 << 20
 """The longest offset vector worth making: beyond, a bias is no function of a bounded distance."""
+LAST_POSITION = 2**30 - 1
+"""On both sides of 0: kernels subtract positions in int32."""
+_FAR = (
+    f"kernels take positions from {-LAST_POSITION} to {LAST_POSITION}; for others use "
+    "backend='chunked' or 'reference'"
+)
 
 
 class Lowered(NamedTuple):
@@ -60,10 +67,10 @@ class Lowered(NamedTuple):
 
 
 def refusals(call: AttentionCall) -> list[str]:
-    """Why a mask or bias cannot be lowered."""
+    """Why a mask, a bias or positions cannot be lowered."""
+    reasons = _far_positions(call)
     if call.mask is None and call.bias is None:
-        return []
-    reasons = []
+        return reasons
     for mask in masks.conjuncts(call.mask):
         if not isinstance(mask, _MASKS):
             reasons.append(f"it cannot apply the mask {type(mask).__name__}")
@@ -77,6 +84,26 @@ def refusals(call: AttentionCall) -> list[str]:
     elif caps and caps[0] not in (0, len(terms) - 1):
         reasons.append("its soft cap comes before or after everything that is added")
     return reasons + _refused_offsets(call, terms)
+
+
+def _far_positions(call: AttentionCall) -> list[str]:
+    reasons = []
+    for positions in (call.query_positions, call.key_positions):
+        if positions is None or not _is_known(positions):
+            continue
+        least, most = (int(end) for end in positions.aminmax())
+        if most > LAST_POSITION:
+            reasons.append(f"its positions go up to {LAST_POSITION}; got {most}")
+        if least < -LAST_POSITION:
+            reasons.append(f"its positions begin at {-LAST_POSITION}; got {least}")
+    return reasons
+
+
+def _is_known(positions: Tensor) -> bool:
+    """Whether one may look at them: nothing traces them, and no device is waited for."""
+    if torch.compiler.is_compiling() or is_watched():
+        return False
+    return type(positions) is Tensor and positions.is_cpu
 
 
 def _refused_offsets(call: AttentionCall, terms: tuple[biases.Bias, ...]) -> list[str]:
@@ -111,6 +138,7 @@ def lower(call: AttentionCall) -> Lowered:
     has_positions = _has_positions(call)
     query_positions, key_positions = call.query_positions, call.key_positions
     if has_positions:
+        _check_unknown_positions(call)
         tile = call.tile()
         query_positions = tile.query_position[:, 0, :, 0].to(torch.int32).contiguous()
         key_positions = tile.key_position[:, 0, 0, :].to(torch.int32).contiguous()
@@ -138,6 +166,16 @@ def lower(call: AttentionCall) -> Lowered:
 
 def _has_positions(call: AttentionCall) -> bool:
     return call.query_positions is not None or call.key_positions is not None
+
+
+def _check_unknown_positions(call: AttentionCall) -> None:
+    """Far ones that `refusals` could not see are an error when they are computed with."""
+    given = (call.query_positions, call.key_positions)
+    unknown = [each.flatten() for each in given if each is not None and not _is_known(each)]
+    if unknown:
+        positions = torch.cat(unknown)
+        near = positions.clamp(-LAST_POSITION, LAST_POSITION) == positions
+        torch._assert_async(near.all(), _FAR)
 
 
 def _longest(call: AttentionCall) -> int:

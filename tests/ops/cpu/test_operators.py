@@ -1,5 +1,6 @@
 """The native backend compiled, exported, transformed; differentiated twice, which it refuses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -132,6 +133,45 @@ def test_mapping_over_something_else_is_none_of_its_business() -> None:
 
 def _weigh(query: Tensor) -> Tensor:
     return attention_weights(query, query, backend="cpu").square().sum()
+
+
+def _placed(query: Tensor, first: Tensor, backend: str = "cpu") -> Tensor:
+    positions = {
+        "query_positions": first + torch.arange(9),
+        "key_positions": first + torch.arange(9),
+    }
+    made = query.detach().flip(2)
+    return attention(query, made, made, mask=masks.Causal(), backend=backend, **positions)
+
+
+def _compiled_loss(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+    def found(query: Tensor, first: Tensor) -> Tensor:
+        out = torch.compile(_placed, fullgraph=True, backend=backend)(query, first)
+        return torch.autograd.grad(out.square().sum(), query)[0]
+
+    return found
+
+
+WAYS = {
+    "eager": _compiled_loss("eager"),
+    "aot_eager": _compiled_loss("aot_eager"),
+    "torch.func.grad": torch.func.grad(lambda *made: _placed(*made).square().sum()),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_far_positions_that_nobody_saw_before_are_an_error(way: str) -> None:
+    query = torch.randn(2, 4, 9, 16, requires_grad=True)
+    for first in (0, 3, -(2**30) + 1, 2**30 - 9):
+        (expected,) = torch.autograd.grad(
+            _placed(query, torch.tensor(first), "reference").square().sum(), query
+        )
+        found = WAYS[way](query, torch.tensor(first))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for first in (-(2**30), 2**30 - 8, 2**32, 2**33 + 5, -(2**63)):
+        with pytest.raises(RuntimeError, match=r"positions from .*'chunked' or 'reference'"):
+            WAYS[way](query, torch.tensor(first))
+        _placed(query, torch.tensor(first), "auto")  # Seen, and left to another backend.
 
 
 @pytest.mark.parametrize("function", [_loss, _weigh])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zeta.ops.backends.cpu import functions, library, passes
-from zeta.ops.backends.cpu.description import DTYPES, LAST_POSITION, MAX_HEAD_DIM, Fixed
+from zeta.ops.backends.cpu.description import DTYPES, MAX_HEAD_DIM, Fixed
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
 from zeta.ops.precision import float32_precision
@@ -37,20 +37,7 @@ def unsupported(call: AttentionCall) -> list[str]:
             f"its head_dim goes up to {MAX_HEAD_DIM}; got {query.shape[-1]} and "
             f"{call.value.shape[-1]}"
         )
-    return reasons + refusals(call) + _far_positions(call) + reasons_of_opaque(call.tensors)
-
-
-def _far_positions(call: AttentionCall) -> list[str]:
-    reasons = []
-    for positions in (call.query_positions, call.key_positions):
-        if positions is None or not _is_eager(positions) or _is_transforming():
-            continue
-        least, most = (int(end) for end in positions.aminmax())
-        if most > LAST_POSITION:
-            reasons.append(f"its positions go up to {LAST_POSITION}; got {most}")
-        if least < -LAST_POSITION:
-            reasons.append(f"its positions begin at {-LAST_POSITION}; got {least}")
-    return reasons
+    return reasons + refusals(call) + reasons_of_opaque(call.tensors)
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:

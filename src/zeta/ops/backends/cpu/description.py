@@ -22,8 +22,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 MAX_HEAD_DIM = 256
 """``ZETA_MOST_FEATURES``."""
-LAST_POSITION = 2**30 - 1
-"""On both sides of 0: differences of positions are int32 in C."""
 _BEYOND = 2**31 - 1
 """A length or a window that hides nothing."""
 
