@@ -6,7 +6,7 @@ Shapes: B batch, T target length, S source length, E embedding.
 from torch import Tensor
 
 from zeta.nn.positions import Rotation, XPos
-from zeta.values import check_integer, check_number, check_size, check_tensor, kind
+from zeta.values import check_integer, check_number, check_size, check_tensor
 
 
 def check_sizes(
@@ -76,11 +76,11 @@ def check_need_weights(need_weights: object) -> None:
     # Whether it is True is asked by `is`, and what only equals True is not.
     if isinstance(need_weights, bool):
         return
-    expected = "need_weights must be 'lazy', True, False or 'mean'"
-    if not isinstance(need_weights, str):
-        raise TypeError(f"{expected}; got {kind(need_weights)}")
-    if need_weights not in ("lazy", "mean"):
-        raise ValueError(f"{expected}; got {need_weights!r}")
+    is_string = isinstance(need_weights, str)
+    if not is_string or need_weights not in ("lazy", "mean"):
+        raise (ValueError if is_string else TypeError)(
+            f"need_weights must be 'lazy', True, False or 'mean'; got {need_weights!r:.80}"
+        )
 
 
 def check_position(
