@@ -1,7 +1,7 @@
 """Times of the GPU passes, and cuDNN's, without the host's: ``python -m benchmarks.gpu_kernels``.
 
-Each pass is launched many times over, so that the device never waits. Of a whole call, which may
-take the host longer to launch than the device to do, `benchmarks.gpu` has the time.
+Each pass is launched many times over while the device is busy, so that it never waits. Of a whole
+call, which may take the host longer to launch than the device to do, `benchmarks.gpu` has the time.
 Results are checked there and by ``pytest -m gpu``, not here.
 """
 
@@ -12,6 +12,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def passes_of(job: Job) -> Iterator[tuple[str, Callable[[], object]]]:
     inputs = (query, key, value, out, statistics)
     given = gradients.of_output(dout, None, inputs, offsets, None, fixed)
     wanted = gradients.wanted_sums(given, bool(bias))
-    if hopper.takes(given.score, query, key, value, dout):
+    if hopper.takes(given.score, query, key, value):
         from zeta.ops.backends.triton.hopper import passes as on_hopper
 
         yield "inputs", lambda: on_hopper.inputs_gradient(given, wanted)
@@ -76,7 +77,32 @@ def passes_of(job: Job) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "portable queries", lambda: gradients.queries_gradient(given, wanted)
     if bias:
         far = gradients.queries_gradient(given, wanted)[1]
-        yield "band", lambda: gradients.offsets_gradient(given, far)
+
+        def band() -> torch.Tensor:
+            return gradients.offsets_gradient(given, far)
+
+        yield "band", band
+        for kernel, run in launches_of(gradients, band):
+            yield f"... {kernel}", run
+
+
+def launches_of(
+    module: ModuleType, run: Callable[[], object]
+) -> list[tuple[str, Callable[[], object]]]:
+    """The kernels that a pass launches from a module, by name, each ready to be launched alone."""
+    launched: list[tuple[str, Callable[[], object]]] = []
+    launch = module.launch
+
+    def note(kernel: Any, *operands: Any, **constants: Any) -> None:
+        launched.append((kernel.__name__, lambda: launch(kernel, *operands, **constants)))
+        launch(kernel, *operands, **constants)
+
+    module.launch = note
+    try:
+        run()
+    finally:
+        module.launch = launch
+    return launched
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

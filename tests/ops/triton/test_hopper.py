@@ -1,6 +1,8 @@
 """The kernels for Hopper, on one: all that they take, at sizes of several tiles that fill none."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -71,12 +73,32 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The passes that the kernels for Hopper have done: others would pass the tests too."""
+    from zeta.ops.backends.triton.hopper import passes
+
+    done: list[str] = []
+
+    def noted(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*operands: Any) -> Any:
+            done.append(name)
+            return run(*operands)
+
+        return noting
+
+    for name in ("forward", "inputs_gradient"):
+        monkeypatch.setattr(passes, name, noted(name, getattr(passes, name)))
+    return done
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 72])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_outputs_and_gradients(case: Case, head_dim: int) -> None:
+def test_outputs_and_gradients(case: Case, head_dim: int, served: list[str]) -> None:
     case = dataclasses.replace(case, head_dim=head_dim)
     made = case.tensors(torch.bfloat16, "cuda")
     actual = case.run(made, "triton")
+    assert served == ["forward", "inputs_gradient"]
     low = case.run(made, "reference")
     assert_within_bound(actual, low, case.run(widened(made), "reference"))
     for name, again in case.run(made, "triton").items():
@@ -107,3 +129,36 @@ def test_what_lies_in_padding_reaches_nothing(head_dim: int) -> None:
     key[1, :, 201:], value[1, :, 201:] = float("nan"), float("inf")
     for found, right in zip(run(query, key, value), expected, strict=True):
         assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_more_programs_than_run_at_once_give_the_same_bits(
+    head_dim: int, causal: bool, served: list[str]
+) -> None:
+    query, dout = torch.randn(2, 2, 16, 2048, head_dim, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(2, 2, 8, 2048, head_dim, device="cuda", dtype=torch.bfloat16)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+
+    def run() -> tuple[Tensor, ...]:
+        mask = masks.Causal() if causal else None
+        return torch.autograd.grad(attention(*leaves, mask=mask, backend="triton"), leaves, dout)
+
+    expected = run()
+    assert "inputs_gradient" in served
+    for _ in range(10):
+        for found, right in zip(run(), expected, strict=True):
+            assert torch.equal(found, right)
+
+
+def test_a_broadcast_gradient_is_served(served: list[str]) -> None:
+    query, key, value = (
+        torch.randn(2, 2, 200, 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(3)
+    )
+    out = attention(query, key, value, backend="triton")
+    found = torch.autograd.grad(out.mean(2).sum(), (query, key, value), retain_graph=True)
+    right = torch.autograd.grad(out, (query, key, value), torch.full_like(out, 1 / 200))
+    assert served == ["forward", "inputs_gradient", "inputs_gradient"]
+    for each, expected in zip(found, right, strict=True):
+        torch.testing.assert_close(each, expected)

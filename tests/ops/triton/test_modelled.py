@@ -98,3 +98,14 @@ def test_what_lies_in_padding_reaches_nothing(runner: Runner) -> None:
     key[1, :, 201:], value[1, :, 201:] = float("nan"), float("inf")
     for found, right in zip(run(query, key, value), expected, strict=True):
         assert torch.equal(found, right)
+
+
+def test_a_broadcast_gradient_is_served(runner: Runner) -> None:
+    query, key, value = torch.randn(3, 1, 2, 100, 64, dtype=torch.float16).unbind()
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    out = attention(*leaves, backend="triton")
+    found = torch.autograd.grad(out.mean(2).sum(), leaves, retain_graph=True)
+    right = torch.autograd.grad(out, leaves, torch.full_like(out, 1 / 100))
+    assert runner.num_launches == 3
+    for each, expected in zip(found, right, strict=True):
+        torch.testing.assert_close(each, expected)

@@ -283,7 +283,8 @@ def inline_asm_elementwise(
     code: str, constraints: str, given: list[Any], dtype: object, pure: bool, pack: int
 ) -> Any:
     """Of one operand, the only one known: waiting for copies to arrive."""
-    known = re.fullmatch(r"cp\.async\.bulk\.wait_group (\d+); mov\.b32 \$0, \$1;", code)
+    wait = r"cp\.async\.bulk\.wait_group (\d+); bar\.warp\.sync 0xffffffff; mov\.b32 \$0, \$1;"
+    known = re.fullmatch(wait, code)
     assert known is not None, f"unknown code: {code}"
     worker = here()
     waited = worker.transfers[: max(len(worker.transfers) - int(known[1]), 0)]

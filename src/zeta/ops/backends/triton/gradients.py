@@ -12,6 +12,8 @@ from torch import Tensor
 from zeta.ops.backends.triton import hopper
 from zeta.ops.backends.triton.arguments import (
     Fixed,
+    begun,
+    can_begin,
     cdiv,
     is_exact,
     launch,
@@ -35,10 +37,10 @@ from zeta.ops.backends.triton.kernels.gradients import delta_kernel, row_sums_ke
 from zeta.ops.backends.triton.kernels.operands import Plane, Rows, Score, Sizes
 from zeta.ops.buffers import empty_rows, rows
 
-BAND_PROGRAMS = 1024
+BAND_PROGRAMS = 528
 """About how many programs share the band: a constant, so that the order of a sum is one too."""
 DELTA_ROWS = 64
-DIAGONAL_BLOCK, ENDS_BLOCK = 64, 1024
+DIAGONAL_BLOCK, ENDS_BLOCK = 32, 1024
 
 
 @dataclasses.dataclass(slots=True)
@@ -207,8 +209,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Of query, key, value, offset vector and dense bias; the last two where needed."""
     wanted = wanted_sums(given, needs_offsets)
-    fetched = (given.query, given.key, given.value, given.dout)
-    if given.dweights is None and hopper.takes(given.score, *fetched):
+    if given.dweights is None and hopper.takes(given.score, given.query, given.key, given.value):
         # Gluon is imported only where it serves.
         from zeta.ops.backends.triton.hopper import passes as on_hopper
 
@@ -234,7 +235,8 @@ def offsets_gradient(given: Backward, far: tuple[Tensor | None, Tensor | None]) 
     work = cdiv(sizes.queries, rows_) * sizes.batch
     num_splits = max(1, min(work, cdiv(BAND_PROGRAMS, sizes.heads * num_diagonals)))
     tiles = given.delta.new_empty((sizes.heads, num_diagonals, num_splits, rows_, columns))
-    score = spread_from(given.score, sizes, (rows_, columns), 1 - reach, columns, num_diagonals)
+    score = begun(given.score) if can_begin(given.score) else given.score
+    score = spread_from(score, sizes, (rows_, columns), 1 - reach, columns, num_diagonals)
     launch(
         band_kernel, (sizes.heads * num_diagonals * num_splits,), *given.operands(), tiles, score,
         sizes, num_diagonals, num_splits, **constants,

@@ -13,13 +13,12 @@ from zeta.ops.backends.triton.kernels.operands import Score
 VERSIONS = ("3.6.",)
 
 
-def takes(score: Score, *tensors: Tensor) -> bool:
-    """Whether the kernels serve queries, keys, values and what else they are to fetch.
+def takes(score: Score, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernels serve.
 
     A dense bias or mask they do not: its tiles take the registers of the products. Nor what they
     were not yet run with: slopes, a soft cap, explicit positions.
     """
-    query, _, value, *_ = tensors
     width = query.shape[-1]
     return (
         device_capability(query) == (9, 0)
@@ -29,9 +28,14 @@ def takes(score: Score, *tensors: Tensor) -> bool:
         and value.shape[-1] == width
         and 32 < width <= 128
         and width % 8 == 0
-        and all(tensor.numel() > 0 and _can_be_fetched(tensor) for tensor in tensors)
+        and all(tensor.numel() > 0 and _can_be_fetched(tensor) for tensor in (query, key, value))
         and triton.__version__.startswith(VERSIONS)
     )
+
+
+def fetchable(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of it, as the copy engine can read it."""
+    return tensor if _can_be_fetched(tensor) else tensor.contiguous()
 
 
 def _can_be_fetched(tensor: Tensor) -> bool:

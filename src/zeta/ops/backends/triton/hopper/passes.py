@@ -8,6 +8,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from zeta.ops.backends.triton.arguments import begun, cdiv, launch, rows_operand, spread
 from zeta.ops.backends.triton.gradients import Backward
+from zeta.ops.backends.triton.hopper import fetchable
 from zeta.ops.backends.triton.kernels.hopper.backward import inputs_kernel
 from zeta.ops.backends.triton.kernels.hopper.forward import forward_kernel
 from zeta.ops.backends.triton.kernels.operands import Rows, Score, Sizes, Turns
@@ -67,7 +68,9 @@ def inputs_gradient(
     dquery = empty_rows(given.query, width)
     left_BHS = None
     if wanted[0]:
-        left_BHS = given.delta.new_zeros((sizes.batch, sizes.heads, sizes.keys))
+        # Of keys that are padding nothing is written.
+        make = given.delta.new_empty if given.score.padding is None else given.delta.new_zeros
+        left_BHS = make((sizes.batch, sizes.heads, sizes.keys))
     num_tiles = cdiv(sizes.keys, KEYS)
     programs = num_tiles * sizes.batch * given.key.shape[1]
     made, turns = _turns(given, programs)
@@ -76,7 +79,7 @@ def inputs_gradient(
     launch(
         inputs_kernel, (programs,), _tiles(given.query, rows, padded),
         _tiles(given.key, KEYS, padded), _tiles(given.value, KEYS, padded),
-        _tiles(given.dout, rows, padded), _numbers(given.statistics, rows, float("inf")),
+        _tiles(fetchable(given.dout), rows, padded), _numbers(given.statistics, rows, float("inf")),
         _numbers(given.delta, rows, 0.0), hashes, rows_operand(dkey), rows_operand(dvalue),
         left_BHS, _sums(made, given.query, rows, padded), turns,
         spread(begun(given.score), sizes, rows, PART, key_major=True), sizes,

@@ -187,6 +187,7 @@ def gather_queries(
     row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
     left = far_bias(score, head, False)
     right = far_bias(score, head, True)
+    zero_MN = tl.zeros([q_MD.shape[0], BLOCK_N], dtype=tl.float32)
     for index in tl.range(0, count_tiles(low, one, two, three, four, high, BLOCK_N, CLEAN)):
         column0 = tile_start(index, low, one, two, three, four, BLOCK_N, CLEAN)
         k_ND = load_keys(
@@ -199,9 +200,9 @@ def gather_queries(
                 VALUE_WIDTH, CLEAN or EVEN,
             )  # fmt: skip
         added_MN, ds_MN = dscores_tile(
-            q_MD, dout_ME, k_ND, v_NE, dweights, norm_M, rest_M, delta_M, row_hash_M, score, sizes,
-            batch, head, row0, column0, row, column, tl.where(column0 < two, left, right), CLEAN,
-            PRECISION,
+            zero_MN, q_MD, dout_ME, k_ND, v_NE, dweights, norm_M, rest_M, delta_M, row_hash_M,
+            score, sizes, batch, head, row0, column0, row, column,
+            tl.where(column0 < two, left, right), CLEAN, PRECISION,
         )  # fmt: skip
         if LEFT or RIGHT:
             first = column0 - row0 - (sizes.keys - sizes.queries)

@@ -13,16 +13,19 @@ from zeta.ops.backends.triton.kernels.gradients import (
     load_delta,
     load_statistics,
 )
-from zeta.ops.backends.triton.kernels.scores import load_keys, load_rows, row_hashes
+from zeta.ops.backends.triton.kernels.scores import begin_products, load_keys, load_rows, row_hashes
 
 
 @triton.jit
 def add_tile(
-    acc_MN, q, k, v, dout, dweights, statistics, delta, score, sizes, batch, head, row0, column0,
+    acc_MN, begin_MN, q, k, v, dout, dweights, statistics, delta, score, sizes, batch, head, row0,
+    column0,
     WIDTH: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds the gradient of what is added to the scores of one tile, of one batch entry and head."""
+    """Adds the gradient of what is added to the scores of one tile, of one batch entry and head,
+    whose products begin with `begin_MN`.
+    """
     local_M = tl.arange(0, acc_MN.shape[0])
     local_N = tl.arange(0, acc_MN.shape[1])
     inner_D = tl.arange(0, BLOCK_D)
@@ -43,8 +46,8 @@ def add_tile(
     delta_M = load_delta(delta, sizes, batch, head, row0, local_M)
     row_hash_M = row_hashes(score, sizes, batch, head, row0, local_M)
     added_MN, _ = dscores_tile(
-        q_MD, dout_ME, k_ND, v_NE, dweights, norm_M, rest_M, delta_M, row_hash_M, score, sizes,
-        batch, head, row0, column0, local_M[:, None], local_N[None, :], 0.0, False,
+        begin_MN, q_MD, dout_ME, k_ND, v_NE, dweights, norm_M, rest_M, delta_M, row_hash_M, score,
+        sizes, batch, head, row0, column0, local_M[:, None], local_N[None, :], 0.0, False,
         PRECISION,
     )  # fmt: skip
     return acc_MN + added_MN
@@ -70,14 +73,22 @@ def band_kernel(
     work = num_rows * sizes.batch
     share = tl.cdiv(work, num_splits)
     shift = sizes.keys - sizes.queries - score.offsets.reach + 1 + diagonal * BLOCK_N
-    acc_MN = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    begin_MN = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    acc_MN = begin_MN
+    if score.begins:
+        # The same in every tile of the diagonal.
+        local_M = tl.arange(0, BLOCK_M)
+        local_N = tl.arange(0, BLOCK_N)
+        begin_MN = begin_products(
+            score, sizes, 0, head, 0, shift, local_M[:, None], local_N[None, :]
+        )
     for item in tl.range(split * share, tl.minimum(split * share + share, work)):
         batch = tl.cast(item // num_rows, tl.int64)
         row0 = (item % num_rows) * BLOCK_M
         # Not under a condition, though some tiles have no key: loads under one are not staged.
         acc_MN = add_tile(
-            acc_MN, q, k, v, dout, dweights, statistics, delta, score, sizes, batch, head, row0,
-            row0 + shift, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_E, PRECISION,
+            acc_MN, begin_MN, q, k, v, dout, dweights, statistics, delta, score, sizes, batch, head,
+            row0, row0 + shift, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_E, PRECISION,
         )  # fmt: skip
     place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     tl.store(tiles + program.to(tl.int64) * (BLOCK_M * BLOCK_N) + place, acc_MN)
@@ -93,21 +104,19 @@ def diagonals_kernel(
     width = 2 * reach + 1
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     local_M = tl.arange(0, BLOCK_M)[:, None]
-    total = tl.zeros([BLOCK], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK], dtype=tl.float32)
     for diagonal in range(num_diagonals):
         # A place (i, j) of the tile has offset j - i + diagonal * N + 1 - reach.
         column = index[None, :] - 1 - diagonal * BLOCK_N + local_M
         inside = (column >= 0) & (column < BLOCK_N)
         first = tl.program_id(1) * BLOCK - 1 - diagonal * BLOCK_N
         if (first + BLOCK - 1 + BLOCK_M - 1 >= 0) & (first < BLOCK_N):
-            for split in range(num_splits):
+            for split in tl.range(num_splits, loop_unroll_factor=2):
                 tile = (head * num_diagonals + diagonal) * num_splits + split
                 base = tiles + tile.to(tl.int64) * (BLOCK_M * BLOCK_N)
-                total += tl.sum(
-                    tl.load(base + local_M * BLOCK_N + column, mask=inside, other=0.0), 0
-                )
+                total += tl.load(base + local_M * BLOCK_N + column, mask=inside, other=0.0)
     near = (index > 0) & (index < width - 1)
-    tl.store(dvector + tl.cast(head, tl.int64) * width + index, total / keep, mask=near)
+    tl.store(dvector + tl.cast(head, tl.int64) * width + index, tl.sum(total, 0) / keep, mask=near)
 
 
 @triton.jit
@@ -188,7 +197,8 @@ def dense_kernel(
     own_batch = program // bias_heads
     heads = sizes.heads // bias_heads
     batches = sizes.batch // bias_batch
-    acc_MN = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    zero_MN = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    acc_MN = zero_MN
     shift = sizes.keys - sizes.queries
     for column_tile in tl.range(first_column, last_column):
         column0 = column_tile * BLOCK_N
@@ -206,8 +216,8 @@ def dense_kernel(
                 head = own_head + item % heads
                 batch = tl.cast(own_batch + item // heads, tl.int64)
                 acc_MN = add_tile(
-                    acc_MN, q, k, v, dout, dweights, statistics, delta, score, sizes, batch, head,
-                    row0, column0, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_E, PRECISION,
+                    acc_MN, zero_MN, q, k, v, dout, dweights, statistics, delta, score, sizes,
+                    batch, head, row0, column0, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_E, PRECISION,
                 )  # fmt: skip
     if score.dropout is not None:
         acc_MN = acc_MN / score.dropout.keep

@@ -112,13 +112,14 @@ def dweights_tile(
 
 @triton.jit
 def dscores_tile(
-    q_MD, dout_ME, k_ND, v_NE, dweights, norm_M, rest_M, delta_M, row_hash_M, score, sizes, batch,
-    head, row0, column0, row, column, side, CLEAN: tl.constexpr, PRECISION: tl.constexpr,
+    begin_MN, q_MD, dout_ME, k_ND, v_NE, dweights, norm_M, rest_M, delta_M, row_hash_M, score,
+    sizes, batch, head, row0, column0, row, column, side,
+    CLEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Row-major [M, N]: the gradient of what is added to the scores, and that of the scaled
-    products.
+    products, which begin with `begin_MN`.
     """
-    dots_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision=PRECISION)
+    dots_MN = tl.dot(q_MD, tl.trans(k_ND), begin_MN, input_precision=PRECISION)
     p_MN, slope_MN = weights_tile(
         dots_MN, norm_M[:, None], rest_M[:, None], score, sizes, batch, head, row0, column0, row,
         column, side, CLEAN,

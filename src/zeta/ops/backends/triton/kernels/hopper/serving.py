@@ -71,15 +71,25 @@ def add_to_global(descriptor, coordinates, source, _semantic=None):
 @gluon.jit
 def tell(own, finished, PENDING: gl.constexpr):
     """Tells the next program how far this one has come, once what it added has arrived, but for
-    the last tile where PENDING.
+    the last tile where PENDING. One lane adds and another may tell: all of them wait.
     """
     if PENDING:
         finished = gl.inline_asm_elementwise(
-            "cp.async.bulk.wait_group 1; mov.b32 $0, $1;", "=r,r", [finished], gl.int32, False, 1
+            "cp.async.bulk.wait_group 1; bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
+            "=r,r",
+            [finished],
+            gl.int32,
+            False,
+            1,
         )
     else:
         finished = gl.inline_asm_elementwise(
-            "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [finished], gl.int32, False, 1
+            "cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.b32 $0, $1;",
+            "=r,r",
+            [finished],
+            gl.int32,
+            False,
+            1,
         )
     gl.atomic_xchg(own, finished, sem="release", scope="gpu")
 
