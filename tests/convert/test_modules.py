@@ -307,6 +307,43 @@ def test_fairseq_decodes_with_zeros_and_not_with_a_learned_key() -> None:
     assert report.not_compared["decoding"] == reason
 
 
+@pytest.mark.parametrize("name", ["bart", "t5", "bert, cross", "gpt2, cross", "fairseq, cross"])
+def test_a_cross_attention_decodes_over_an_encoders_keys(name: str) -> None:
+    module = make(name)
+    attention = convert.from_module(module, encoder_decoder_attention=True)
+    report = convert.check(module, attention)
+    assert report.passed, str(report)
+    assert report.cases[-1].name == "decoding, cross"
+    assert "decoding" not in report.not_compared
+    attention.scale *= 1.1
+    assert not convert.check(module, attention).cases[-1].within(report.tolerance)
+
+
+def test_a_cross_attention_without_a_cache_of_its_own_is_compared_otherwise() -> None:
+    module = make("torchscale, cross")
+    report = convert.check(module, convert.from_module(module))
+    assert report.passed
+    assert report.not_compared["decoding"] == "this torchscale MultiheadAttention is not for it"
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "cross"),
+    [
+        ("bart", "", False), ("bart", "", True), ("t5", "", True),
+        ("bert", "self", False), ("bert, cross", "self", True),
+    ],
+)  # fmt: skip
+def test_what_no_cache_knows_is_compared_without(name: str, part: str, cross: bool) -> None:
+    module = make(name)
+    module.get_submodule(part).layer_idx = None  # type: ignore[assignment]  # no tensor
+    attention = convert.from_module(module, encoder_decoder_attention=cross)
+    report = convert.check(module, attention)
+    assert report.passed, str(report)
+    assert report.not_compared["decoding"] == (
+        "the module has no layer_idx, by which caches of Transformers know it"
+    )
+
+
 def test_nothing_compared_is_not_a_pass() -> None:
     module = make("torch")
     report = convert.check(module, convert.from_module(module))

@@ -2,9 +2,10 @@
 
 fairseq is sequence-first, scales queries, averages returned weights over heads, and keeps keys and
 values a head at a time under the module in ``incremental_state``: after ``add_bias_kv`` has put its
-key to those of the call, before ``add_zero_attn`` does. zetascale is TorchScale's module
-with every projection and norm multiway, and returns the output alone. Each pretends to come from
-its package, as that is how a conversion recognises a class.
+key to those of the call, before ``add_zero_attn`` does; with ``static_kv`` those of the first call
+stay. zetascale is TorchScale's module with every projection and norm multiway, and returns the
+output alone. Each pretends to come from its package, as that is how a conversion recognises a
+class.
 
 Shapes: T target length, S source length, B batch, E embedding, H heads, D head dimension.
 """
@@ -62,9 +63,11 @@ class MultiheadAttention(nn.Module):
         value: Tensor,
         key_padding_mask: Tensor | None = None,
         incremental_state: dict[str, Any] | None = None,
+        static_kv: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         value = key if self.encoder_decoder_attention else value
+        assert self.encoder_decoder_attention or not static_kv
         q_BHTD = self.heads(self.q_proj(query) * self.head_dim**-0.5)
         key, value = self.k_proj(key), self.v_proj(value)
         extra = 0
@@ -77,7 +80,9 @@ class MultiheadAttention(nn.Module):
         k_BHSD, v_BHSD = self.heads(key), self.heads(value)
         if incremental_state is not None:
             saved = incremental_state.setdefault("attn_state", {})
-            if saved:
+            if saved and static_kv:
+                k_BHSD, v_BHSD = saved["prev_key"], saved["prev_value"]
+            elif saved:
                 k_BHSD = torch.cat((saved["prev_key"], k_BHSD), dim=2)
                 v_BHSD = torch.cat((saved["prev_value"], v_BHSD), dim=2)
             saved.update(prev_key=k_BHSD, prev_value=v_BHSD)

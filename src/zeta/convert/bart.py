@@ -37,6 +37,11 @@ BART = Source(
     read=_read,
     settle=lambda form, keys: form,
     build=_build,
-    runner=run_with(mask="attention_mask", memory="key_value_states", cached=lambda module: True),
+    runner=run_with(
+        mask="attention_mask",
+        memory="key_value_states",
+        cached=lambda module: True,
+        cached_memory=lambda module: True,
+    ),
     not_compared=NOT_COMPARED,
 )

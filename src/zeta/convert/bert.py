@@ -66,6 +66,7 @@ BERT = Source(
         inner=lambda module: module.self,
         outer=lambda module: module.output.dense,
         cached=lambda module: not module.is_cross_attention,
+        cached_memory=lambda module: module.is_cross_attention,
     ),
     biases=(WITH_BIASES,),
     apart=frozenset(f"output.LayerNorm.{name}" for name in ("weight", "bias", "gamma", "beta")),

@@ -38,8 +38,9 @@ def check(
 
     Compared are outputs, attention weights, and the gradients of inputs and of parameters, for
     random inputs, causal, random and additive masks, padding, keys of another length, splits of
-    multiway, and decoding token by token, as far as the module has them. Besides, the parameters
-    are compared bit for bit. Both run as copies on the CPU, without dropout.
+    multiway, and decoding token by token, with ``encoder_decoder_attention`` over an encoder's
+    keys, as far as the module has them. Besides, the parameters are compared bit for bit. Both run
+    as copies on the CPU, without dropout.
 
     Args:
         module: What was converted, or what `to_module` made.
@@ -86,9 +87,12 @@ def check(
     for call in calls(form, pair.runner, batch, length, dtype, make_generator(seed)):
         cases.append(pair.compare(call))
     not_compared = {**_ALWAYS, **source.not_compared, **pair.runner.not_compared}
-    if pair.runner.decode is not None:
-        generator = make_generator(seed)
-        x = torch.randn(batch, length, form.embed_dim, generator=generator, dtype=dtype)
+    generator = make_generator(seed)
+    x = torch.randn(batch, length, form.embed_dim, generator=generator, dtype=dtype)
+    if attention.encoder_decoder_attention and pair.runner.decode_cross is not None:
+        memory = torch.randn(batch, length + 3, form.kdim, generator=generator, dtype=dtype)
+        cases.append(pair.compare_decoding_cross(x, memory))
+    elif not attention.encoder_decoder_attention and pair.runner.decode is not None:
         cases.append(pair.compare_decoding(x))
     else:
         not_compared.setdefault("decoding", f"this {source.title} is not for it")
@@ -190,6 +194,17 @@ class _Pair:
                 for token in x.split(1, dim=1)
             ]
         return Case("decoding token by token", _error([torch.cat(steps, dim=1)], [expected]))
+
+    def compare_decoding_cross(self, x: Tensor, memory: Tensor) -> Case:
+        """Token by token over an encoder's keys, which each projects once."""
+        assert self.runner.decode_cross is not None
+        with torch.no_grad():
+            expected = self.runner.decode_cross(x, memory)
+            state: dict[str, Any] = {}
+            first, *others = x.split(1, dim=1)
+            steps = [self.attention(first, memory, memory, state)[0]]
+            steps += [self.attention(token, None, None, state)[0] for token in others]
+        return Case("decoding, cross", _error([torch.cat(steps, dim=1)], [expected]))
 
 
 def _check_arguments(

@@ -81,12 +81,22 @@ def _runner(module: Any) -> Runner:
         ]
         return torch.cat(steps).transpose(0, 1)
 
+    def decode_cross(x: Tensor, memory: Tensor) -> Tensor:
+        state: dict[str, Any] = {}
+        key = memory.transpose(0, 1)
+        steps = [
+            module(token, key, key, incremental_state=state, static_kv=True)[0]
+            for token in x.transpose(0, 1).split(1)
+        ]
+        return torch.cat(steps).transpose(0, 1)
+
     cross = getattr(module, "encoder_decoder_attention", False)
     learned = module.bias_k is not None
     not_compared = {} if learned or module.add_zero_attn else _ALL_HIDDEN
     return Runner(
         call,
         None if cross or learned else decode,
+        decode_cross if cross and not learned else None,
         separate_values=not cross,
         not_compared=_LEARNED if learned else not_compared,
     )

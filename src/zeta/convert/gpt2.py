@@ -70,6 +70,7 @@ GPT2 = Source(
         memory="encoder_hidden_states",
         memory_mask="encoder_attention_mask",
         cached=lambda module: not module.is_cross_attention,
+        cached_memory=lambda module: module.is_cross_attention,
         prepare=_compute_as_given,
     ),
     biases=(WITH_BIASES,),

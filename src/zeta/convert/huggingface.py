@@ -16,6 +16,7 @@ INSTALL = "'zeta-attention[transformers]'"
 NOT_COMPARED = {
     "queries whose keys are all hidden": "Transformers averages all values or gives NaN, Zeta 0",
 }
+_NO_LAYER = {"decoding": "the module has no layer_idx, by which caches of Transformers know it"}
 
 Extra = Callable[[Any, Tensor, int], dict[str, Any]]
 """From the module, its input and the first position to further arguments."""
@@ -30,6 +31,7 @@ def run_with(
     inner: Callable[[Any], nn.Module] = lambda module: module,
     memory_mask: str | None = None,
     cached: Callable[[Any], bool] = lambda module: False,
+    cached_memory: Callable[[Any], bool] = lambda module: False,
     window: Callable[[Any], int | None] = lambda module: None,
     prepare: Callable[[Any], None] = lambda module: None,
 ) -> Callable[[nn.Module], Runner]:
@@ -43,6 +45,7 @@ def run_with(
         outer: What its output goes through.
         memory_mask: The argument for the mask in cross-attention; the same by default.
         cached: Whether a module takes a cache of its own keys.
+        cached_memory: Whether it takes one of an encoder's.
         window: A module's window, which its model puts in the mask.
         prepare: Readies a module for float64.
     """
@@ -78,7 +81,19 @@ def run_with(
                 steps.append(forward(token, token, added, **more)[0])
             return torch.cat(steps, dim=1)
 
-        return Runner(call, decode if cached(module) else None)
+        def decode_cross(x: Tensor, source: Tensor) -> Tensor:
+            library = optional("transformers", INSTALL)
+            cache = library.EncoderDecoderCache(library.DynamicCache(), library.DynamicCache())
+            steps = [
+                forward(token, source, None, past_key_values=cache)[0]
+                for token in x.split(1, dim=1)
+            ]
+            return torch.cat(steps, dim=1)
+
+        caches = cached(module), cached_memory(module)
+        if any(caches) and attend.layer_idx is None:
+            return Runner(call, not_compared=_NO_LAYER)
+        return Runner(call, decode if caches[0] else None, decode_cross if caches[1] else None)
 
     return runner
 

@@ -64,6 +64,8 @@ class Runner:
         call: From an example to the output ``(B, T, E)`` and the weights ``(H, B, T, S)`` or None.
         decode: From ``(B, T, E)`` to the outputs of causal attention, taken one token at a time
             with the source's own cache; None: it has none.
+        decode_cross: From ``(B, T, E)`` and an encoder's ``(B, S, kdim)`` to the outputs of
+            attention to these, likewise.
         separate_values: Values can be another tensor than keys.
         rel_pos: It takes ``rel_pos`` of an example.
         not_compared: What cannot be compared with this module, and why.
@@ -71,6 +73,7 @@ class Runner:
 
     call: Callable[[Example], tuple[Tensor, Tensor | None]]
     decode: Callable[[Tensor], Tensor] | None = None
+    decode_cross: Callable[[Tensor, Tensor], Tensor] | None = None
     separate_values: bool = False
     rel_pos: bool = False
     not_compared: Mapping[str, str] = field(default_factory=dict)

@@ -96,7 +96,12 @@ T5 = Source(
     read=_read,
     settle=lambda form, keys: dataclasses.replace(form, scale=1.0),
     build=_build,
-    runner=run_with(mask="mask", memory="key_value_states", cached=lambda module: True),
+    runner=run_with(
+        mask="mask",
+        memory="key_value_states",
+        cached=lambda module: True,
+        cached_memory=lambda module: not has_bias(module),
+    ),
     expresses=frozenset({"head_dim"}),
     biases=(WITHOUT_BIASES,),
     scale=1.0,
