@@ -1,5 +1,7 @@
 """`generate` and `stream`: each sequence is continued as it would be alone, without a cache."""
 
+import math
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -132,6 +134,16 @@ def test_draws_do_not_depend_on_neighbours() -> None:
             choose=Sampling(temperature=0.8, top_p=0.9, seed=4),
         ).tokens,
     )
+    for count in (1, 2):
+        fewer = generate(
+            model,
+            tokens[:count],
+            model.caches(),
+            max_new_tokens=10,
+            padding=padding[:count],
+            choose=choose,
+        ).tokens
+        assert torch.equal(fewer, free[:count])
     stop = int(free[0, 1])
     stopped = run(stop_tokens=[stop], fill=-1)
     for mine, theirs in zip(free, stopped, strict=True):
@@ -188,6 +200,24 @@ def test_tokens_are_drawn_with_their_probabilities(choose: Sampling, expected: l
     found = drawn(choose, logits)
     # Five standard deviations of a frequency among 20,000.
     assert ((found - want).abs() <= 5 * (want * (1 - want) / 20000).sqrt() + 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("choose", "logits", "expected"),
+    [
+        (Sampling(), [0.0, math.inf, 5.0], [0, 1, 0]),
+        (Sampling(top_k=2), [math.inf, -math.inf, math.inf], [0.5, 0, 0.5]),
+        (Sampling(temperature=1e-320), [0.0, 1.0, 50.0], [0, 0, 1]),
+        (Sampling(temperature=1e-320), [3.0, -math.inf, 3.0], [0.5, 0, 0.5]),
+        (Sampling(temperature=math.inf), [3.0, -math.inf, 1.0], [0.5, 0, 0.5]),
+        (Sampling(temperature=1e308), [3.0, -math.inf, math.inf], [0, 0, 1]),
+    ],
+)
+def test_the_limits_of_the_distribution(
+    choose: Sampling, logits: list[float], expected: list[float]
+) -> None:
+    found = choose.probabilities(torch.tensor([logits]))
+    assert found.tolist() == [expected]
 
 
 def test_a_repetition_is_penalised_by_the_formula() -> None:
@@ -264,7 +294,9 @@ def test_wrong_arguments_are_refused(
         ({"top_k": 0}, "top_k must be at least 1; got 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\]; got 0.0"),
         ({"min_p": 1.5}, r"min_p must be in \[0, 1\]; got 1.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive; got 0.0"),
+        ({"temperature": float("nan")}, r"temperature must be positive .* got nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive and finite; got 0.0"),
+        ({"repetition_penalty": math.inf}, "must be positive and finite; got inf"),
         ({"seed": 2**64}, r"seed must be in \[-2\*\*63, 2\*\*64\); got 18446744073709551616"),
     ],
 )
@@ -277,6 +309,17 @@ def test_wrong_numbers_are_refused(options: dict[str, float], words: str) -> Non
 def test_whole_numbers_are_ints(name: str) -> None:
     with pytest.raises(TypeError, match=f"{name} must be an int; got 2.5"):
         Sampling(**{name: 2.5})
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", ["0.5", None, [0.5]])
+def test_numbers_are_numbers(name: str, value: object) -> None:
+    words = re.escape(f"{name} must be a number; got {value!r}")
+    with pytest.raises(TypeError, match=words):
+        Sampling(**{name: value})
+    if name == "repetition_penalty":
+        with pytest.raises(TypeError, match=words):
+            Greedy(value)
 
 
 def test_a_stop_token_that_no_token_can_be_changes_nothing() -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
-from zeta.generation.checks import check_int, check_numbers, stops_of
+from zeta.generation.checks import check_choice, check_int, check_number, stops_of
+from zeta.generation.choosing import relative
 from zeta.generation.prompts import Model, Prompt, step
 
 
@@ -71,6 +72,7 @@ def beam_search(
     check_int("num_beams", num_beams, 1)
     check_int("max_new_tokens", max_new_tokens, 1)
     check_int("fill", fill)
+    check_number("length_penalty", length_penalty)
     if not 0 <= length_penalty < math.inf:
         raise ValueError(f"length_penalty must be finite and not negative; got {length_penalty}")
     stops = stops_of(stop_tokens)
@@ -82,7 +84,7 @@ def beam_search(
     logits = logits_BV[:, None]
     position_B1 = read.positions_BT[:, -1:]
     while True:
-        source_M, token_M = search.advance(logits.double().log_softmax(-1).cpu())
+        source_M, token_M = search.advance(logits)
         if not len(source_M):
             break
         source_M, token_M = source_M.to(prompt.device), token_M.to(prompt.device)
@@ -114,18 +116,22 @@ class _Search:
         self._tokens: list[list[tuple[int, ...]]] = [[()] for _ in range(batch)]
         self._sums = torch.zeros(batch, 1, dtype=torch.float64)
 
-    def advance(self, log_probability: Tensor) -> tuple[Tensor, Tensor]:
+    def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Add a token to every hypothesis.
 
         Args:
-            log_probability: ``(len(going), hypotheses, V)`` float64.
+            logits: ``(len(going), hypotheses, V)``.
 
         Returns:
             For the next call of the model: which rows of the batch go on, and with which token.
+
+        Raises:
+            ValueError: No token can be chosen.
         """
-        width, vocabulary = log_probability.shape[1:]
+        width, vocabulary = logits.shape[1:]
+        log_probability = relative(logits).log_softmax(-1).cpu()
+        check_choice(bool(log_probability.isnan().any()), logits, len(self._tokens[0][0]))
         totals = self._sums[..., None] + log_probability
-        check_numbers(bool(log_probability.isnan().any()), len(self._tokens[0][0]))
         self._stop(totals)
         totals[..., self._stops] = float("-inf")
         best, at = totals.flatten(1).topk(min(self._num_beams, width * vocabulary), dim=-1)

@@ -3,9 +3,10 @@
 Shapes: B sequences, N tokens of a call, V vocabulary.
 """
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
+from typing import SupportsFloat, SupportsIndex
 
 from torch import Tensor
 
@@ -23,6 +24,12 @@ def check_int(name: str, value: object, least: int | None = None) -> None:
         raise TypeError(f"{name} must be an int; got {value!r}")
     if least is not None and operator.index(value) < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a real number."""
+    if not isinstance(value, SupportsFloat):
+        raise TypeError(f"{name} must be a number; got {value!r}")
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -68,15 +75,30 @@ def check_logits(logits: object, tokens_BN: Tensor) -> None:
         raise ValueError(f"{wanted}; got {tuple(logits.shape)}")
 
 
-def check_numbers(has_nan: bool, number: int) -> None:
-    """Raise ValueError if the model has returned NaN, of which no token can be chosen.
+def has_no_token(logits: Tensor) -> Tensor:
+    """Where none of the tokens can be chosen, bool: a logit is NaN, or all are -inf.
 
     Args:
-        has_nan: Whether any of the logits is.
+        logits: ``(..., V)``.
+    """
+    # The largest is NaN where any is.
+    return ~(logits.amax(-1) > -math.inf)
+
+
+def check_choice(is_none: bool, logits: Tensor, number: int) -> None:
+    """Raise ValueError if the model has returned logits of which no token can be chosen.
+
+    Args:
+        is_none: Whether there are such, by `has_no_token`: the caller asks the device for all that
+            it needs at once.
+        logits: They, to tell what is wrong.
         number: Of the token that they are for, from 0 on.
     """
-    if has_nan:
-        raise ValueError(f"the model returned logits that are NaN, for new token number {number}")
+    if is_none:
+        kind = "NaN" if bool(logits.isnan().any()) else "-inf for every token"
+        raise ValueError(
+            f"the model returned logits that are {kind}, for new token number {number}"
+        )
 
 
 def stops_of(stop_tokens: Iterable[SupportsIndex]) -> list[int]:

@@ -4,12 +4,15 @@ Shapes: B sequences of the prompt, R of them that still go on, T prompt length, 
 """
 
 import dataclasses
+import math
+import sys
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from zeta.generation.checks import check_int
+from zeta.generation.checks import check_int, check_number
+from zeta.generation.drawing import Uniforms, draw
 
 
 class Choice(Protocol):
@@ -47,29 +50,13 @@ class Choosing(Protocol):
         ...
 
 
-def draw(probability_RV: Tensor, uniform_R: Tensor) -> Tensor:
-    """Tokens ``(R,)`` at quantiles ``(R,)`` in ``[0, 1)`` of distributions, both float64."""
-    total_RV = probability_RV.cumsum(-1)
-    below_RV = total_RV <= uniform_R[:, None] * total_RV[:, -1:]
-    # Rounding must not lead behind the last token that can be drawn.
-    last_R1 = (probability_RV > 0).int().cumsum(-1).argmax(-1, keepdim=True)
-    return torch.minimum(below_RV.sum(-1, keepdim=True), last_R1)[:, 0]
+def relative(logits: Tensor) -> Tensor:
+    """Logits less the largest of each distribution, float64; 0 where they are infinite.
 
-
-class Uniforms:
-    """Numbers in ``[0, 1)``, for the sequences that still go on.
-
-    They are drawn for all sequences, also those that are finished: the others keep theirs.
+    NaN where no token can be chosen: see `has_no_token`.
     """
-
-    def __init__(self, seed: int, batch: int) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._batch = batch
-
-    def __call__(self, rows_R: Tensor) -> Tensor:
-        """``(R,)`` float64."""
-        uniform_B = torch.rand(self._batch, generator=self._generator, dtype=torch.float64)
-        return uniform_B.to(rows_R.device)[rows_R]
+    wide = logits.double()
+    return torch.where(wide == math.inf, 0.0, wide - wide.amax(-1, keepdim=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +67,8 @@ class Greedy:
         repetition_penalty: See `Sampling`.
 
     Raises:
-        ValueError: ``repetition_penalty`` is not positive.
+        ValueError: ``repetition_penalty`` is not positive and finite.
+        TypeError: It is no number.
     """
 
     repetition_penalty: float = 1.0
@@ -114,8 +102,11 @@ class Greedy:
 class Sampling:
     """A token drawn from the distribution, after it has been narrowed in this order.
 
-    A sequence's draws depend on the seed, its place in the batch and the step alone: not on when
-    its neighbours finish.
+    A sequence's draws depend on the seed, its place in the batch and the step alone: not on how
+    many neighbours it has, when they finish, or the device. Only with a draft they also depend on
+    how many of its tokens are accepted.
+
+    Infinite logits share all of the probability.
 
     Args:
         temperature: Divides the logits, after the penalty.
@@ -129,7 +120,7 @@ class Sampling:
 
     Raises:
         ValueError: A number is out of its range.
-        TypeError: ``top_k`` or ``seed`` is no int.
+        TypeError: ``top_k`` or ``seed`` is no int, or another argument no number.
     """
 
     temperature: float = 1.0
@@ -140,6 +131,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            check_number(name, getattr(self, name))
         if not self.temperature > 0:
             raise ValueError(
                 f"temperature must be positive (Greedy() is its limit at 0); got {self.temperature}"
@@ -158,7 +151,7 @@ class Sampling:
     def start(self, prompt_BT: Tensor, real_BT: Tensor) -> Choosing:
         """See `Choice`."""
         penalty = _Penalty(self.repetition_penalty, prompt_BT, real_BT)
-        uniforms = Uniforms(self.seed, len(prompt_BT))
+        uniforms = Uniforms(self.seed)
 
         def choose(logits_RV: Tensor, rows_R: Tensor) -> Tensor:
             probability_RV = self.probabilities(penalty.applied(logits_RV, rows_R))
@@ -170,7 +163,9 @@ class Sampling:
 
     def probabilities(self, logits_RV: Tensor) -> Tensor:
         """The distribution that is drawn from, ``(R, V)`` float64, the penalty apart."""
-        probability_RV = (logits_RV.double() / self.temperature).softmax(-1)
+        # Within the limits of what has a reciprocal, by which a GPU multiplies.
+        temperature = min(max(self.temperature, sys.float_info.min), sys.float_info.max)
+        probability_RV = (relative(logits_RV) / temperature).softmax(-1)
         order_RV = probability_RV.argsort(dim=-1, descending=True, stable=True)
         sorted_RV = probability_RV.gather(-1, order_RV)
         if self.top_k is not None:
@@ -209,5 +204,6 @@ class _Penalty:
 
 
 def _check_penalty(penalty: float) -> None:
-    if not penalty > 0:
-        raise ValueError(f"repetition_penalty must be positive; got {penalty}")
+    check_number("repetition_penalty", penalty)
+    if not 0 < penalty < math.inf:
+        raise ValueError(f"repetition_penalty must be positive and finite; got {penalty}")

@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache, RollingCache
-from zeta.generation.checks import check_caches, check_int, check_logits, check_numbers
-from zeta.generation.choosing import draw
+from zeta.generation.checks import (
+    check_caches,
+    check_choice,
+    check_int,
+    check_logits,
+    has_no_token,
+)
+from zeta.generation.drawing import draw
 from zeta.generation.prompts import Model
 
 
@@ -81,7 +87,8 @@ class Speculation:
             ``(R, N)``, ``1 <= N <= most``. Whatever is raised, the caches are as they were.
 
         Raises:
-            ValueError: The model returns NaN, or logits of another shape.
+            ValueError: The model returns logits of another shape, or of which no token can be
+                chosen where it must be.
         """
         length = _length(self._caches)
         every = (*self._caches, *self._draft.caches)
@@ -119,10 +126,11 @@ class Speculation:
         logits = self._model(tokens, self._caches, positions)
         check_logits(logits, tokens)
         wanted = self._probabilities(logits.flatten(0, 1)).unflatten(0, (-1, count + 1))
-        accepted_R = self._accepted(drafted_RK, draft_RKV, wanted, rows_R)
-        facts = accepted_R.min(), logits.isnan().any().to(accepted_R.dtype)
-        common, has_nan = torch.stack(facts).tolist()
-        check_numbers(bool(has_nan), number)
+        # Before the first position of which no token can be chosen.
+        known_R = (~has_no_token(logits)).long().cumprod(1).sum(1)
+        accepted_R = self._accepted(drafted_RK, draft_RKV, wanted, rows_R).minimum(known_R)
+        common, known = torch.stack((accepted_R.min(), known_R.min())).tolist()
+        check_choice(known == common, logits[:, common], number + common)
         last_R = self._drawn(_residual(wanted, draft_RKV, common), rows_R)
         if common < count:
             last_R = torch.where(accepted_R > common, drafted_RK[:, common], last_R)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
-from zeta.generation.checks import check_int, check_numbers, check_tensor, stops_of
-from zeta.generation.choosing import Choice, Greedy, Uniforms, draw
+from zeta.generation.checks import check_choice, check_int, check_tensor, has_no_token, stops_of
+from zeta.generation.choosing import Choice, Greedy
+from zeta.generation.drawing import Uniforms, draw
 from zeta.generation.prompts import Model, Prompt, step
 from zeta.generation.speculation import Draft, Speculation, check_draft
 
@@ -78,7 +79,8 @@ def stream(
         A `Step` for each new token. Stop listening, and nothing more is computed.
 
     Raises:
-        ValueError: An argument has the wrong shape or range, or the model returns NaN.
+        ValueError: An argument has the wrong shape or range, or the model returns logits of which
+            no token can be chosen: NaN, or -inf for all.
         TypeError: An argument has the wrong type or dtype.
     """
     check_int("max_new_tokens", max_new_tokens, 1)
@@ -106,9 +108,9 @@ def stream(
         token_R = choosing(logits_RV, rows_R)
         stopped_R = torch.isin(token_R, stops)
         # All that the host must know, in one look at the device.
-        facts = logits_RV.isnan().any(), stopped_R.any(), stopped_R.all()
-        has_nan, any_stopped, all_stopped = torch.stack(facts).tolist()
-        check_numbers(has_nan, number)
+        facts = has_no_token(logits_RV).any(), stopped_R.any(), stopped_R.all()
+        is_none, any_stopped, all_stopped = torch.stack(facts).tolist()
+        check_choice(is_none, logits_RV, number)
         yield Step(number, rows_R, token_R, stopped_R)
         if number + 1 == max_new_tokens or all_stopped:
             return
@@ -141,11 +143,11 @@ def _speculate(
 ) -> Iterator[Step]:
     """`stream` with a draft, once both models have read the prompt."""
     rows_R = torch.arange(len(logits_BV), device=stops.device)
-    uniforms = Uniforms(choice.seed, len(logits_BV))
+    uniforms = Uniforms(choice.seed)
     speculation = Speculation(model, caches, draft, choice.probabilities, uniforms)
     position_R = read.positions_BT[:, -1]
     recent = read.tokens_BT[:, -1:]
-    check_numbers(bool(logits_BV.isnan().any()), 0)
+    check_choice(bool(has_no_token(logits_BV).any()), logits_BV, 0)
     new = draw(choice.probabilities(logits_BV), uniforms(rows_R))[:, None]
     number = 0
     while True:
