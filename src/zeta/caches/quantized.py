@@ -16,7 +16,7 @@ from zeta.stored import Codes, StoredTensor, can_defer
 
 
 class QuantizedCache(GrowingCache):
-    """Every token in a half to an eighth of the memory, with an error that is bounded.
+    """Every token in about half the memory of bfloat16, or a quarter, with an error that is bounded.
 
     The features of one token in one head are rounded to multiples of a step, the ``2 ** bits - 1``
     th part of the way from their least to their greatest. So each feature is off by at most
