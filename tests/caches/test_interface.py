@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.caches.histories import HEAD_DIM, VALUE_DIM, same
-from tests.caches.kinds import KINDS
+from tests.caches.kinds import KINDS, new_pool
 from zeta.caches import (
     Cache,
     CacheFullError,
@@ -270,14 +270,59 @@ def test_arguments_of_constructors_are_checked() -> None:
         QuantizedCache(2)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: StaticCache(7.5), "max_length must be an integer; got float"),
+        (lambda: StaticCache("8"), "max_length must be an integer; got str"),
+        (lambda: RollingCache(2.5), "window must be an integer; got float"),
+        (lambda: RollingCache(3, 1.0), "sinks must be an integer; got float"),
+        (lambda: QuantizedCache(8.0), "bits must be an integer; got float"),
+        (lambda: new_pool(2.5, 2), "num_pages must be an integer; got float"),
+        (lambda: new_pool(2, "2"), "page_size must be an integer; got str"),
+        (lambda: new_pool(2, 2, value_dim=3.5), "value_dim must be an integer; got float"),
+    ],
+)
+def test_types_of_arguments_of_constructors_are_checked(
+    make: Callable[[], object], words: str
+) -> None:
+    with pytest.raises(TypeError, match=f"^{words}$"):
+        make()
+
+
+def cross() -> CrossCache:
+    cache = CrossCache()
+    cache.update(*tokens(3))
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (lambda c: c.reorder([1, 0]), "index must be a tensor; got list"),
+        (lambda c: c.select([1]), "rows must be a tensor; got list"),
+        (lambda c: c.crop(2.5), "length must be an integer; got float"),
+        (lambda c: c.crop("2"), "length must be an integer; got str"),
+    ],
+)
+@pytest.mark.parametrize("name", [*NAMES, "cross"])
+def test_types_of_arguments_are_checked(
+    name: str, act: Callable[[DecodingCache | CrossCache], object], words: str
+) -> None:
+    cache = cross() if name == "cross" else filled(name)
+    before = cache.state_dict()
+    with pytest.raises(TypeError, match=f"^{words}$"):
+        act(cache)
+    after = cache.state_dict()
+    assert same(before.get("tensors", before), after.get("tensors", after))
+
+
 @pytest.mark.parametrize("name", ["static", "paged"])
 def test_a_full_cache_says_so_and_goes_on_once_there_is_room(name: str) -> None:
     if name == "static":
         cache: DecodingCache = StaticCache(4)
         words = "max_length=4 holds 3 tokens and has no room for 2 more"
     else:
-        from tests.caches.kinds import new_pool
-
         cache = PagedCache(new_pool(4, 2))
         words = "2 more pages are needed, but the pool has 0 of its 4 left; free some"
     key, value = tokens(5)

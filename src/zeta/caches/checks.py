@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zeta import values
+
 KIND = "kind"
 """The key of a state dict that names the class of the cache."""
 
@@ -22,8 +24,10 @@ def reorder_index(index: Tensor, batch: int, device: torch.device) -> Tensor:
     """The argument of `DecodingCache.reorder`, checked, on the device of the cache.
 
     Raises:
+        TypeError: It is no tensor.
         ValueError: It is not ``(batch,)`` integers in ``[0, batch)``.
     """
+    values.check_tensor("index", index)
     if index.shape != (batch,):
         raise ValueError(
             f"index must have shape ({batch},), one a sequence; got {tuple(index.shape)}"
@@ -35,8 +39,10 @@ def select_index(rows: Tensor, batch: int, device: torch.device) -> Tensor:
     """The argument of `DecodingCache.select`, checked, as int64 on the device of the cache.
 
     Raises:
+        TypeError: It is no tensor.
         ValueError: It is empty, of another shape or out of range.
     """
+    values.check_tensor("rows", rows)
     if rows.dtype == torch.bool:
         if rows.shape != (batch,):
             raise ValueError(f"bool rows must have shape ({batch},); got {tuple(rows.shape)}")
@@ -58,7 +64,13 @@ def _row_numbers(name: str, rows: Tensor, batch: int, device: torch.device) -> T
 
 
 def check_crop(length: int, present: int) -> None:
-    """Raise ValueError unless the first ``length`` of the ``present`` tokens can be kept."""
+    """Check that the first ``length`` of the ``present`` tokens can be kept.
+
+    Raises:
+        TypeError: ``length`` is no integer.
+        ValueError: They cannot.
+    """
+    values.check_integer("length", length)
     if not 0 <= length <= present:
         raise ValueError(f"length must be in [0, {present}], the tokens in the cache; got {length}")
 

@@ -14,6 +14,7 @@ from zeta.caches.dictionary import KEY, PADDING, QUERIES, STATIC, VALUE
 from zeta.caches.forks import Forks
 from zeta.caches.interface import Cached
 from zeta.caches.padding import extend_padding
+from zeta.values import check_integer
 
 
 class CrossCache:
@@ -122,8 +123,10 @@ class CrossCache:
         """Keep the source; queries beyond the first ``length`` do not count any more.
 
         Raises:
-            ValueError: ``length`` is negative.
+            TypeError: ``length`` is no integer.
+            ValueError: It is negative.
         """
+        check_integer("length", length)
         if length < 0:
             raise ValueError(f"length must not be negative; got {length}")
         if QUERIES in self._state:

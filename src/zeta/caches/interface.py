@@ -115,6 +115,7 @@ class DecodingCache(Cache, Protocol):
             index: ``(B,)`` int64. One on the CPU is checked without waiting for the device.
 
         Raises:
+            TypeError: It is no tensor.
             ValueError: It is of another length, or out of range.
         """
         ...
@@ -127,6 +128,7 @@ class DecodingCache(Cache, Protocol):
             rows: ``(B',)`` int64, at least one; or ``(B,)`` bool, True for those that stay.
 
         Raises:
+            TypeError: It is no tensor.
             ValueError: It is empty, of another shape or out of range.
         """
         ...
@@ -135,6 +137,7 @@ class DecodingCache(Cache, Protocol):
         """Forget all tokens but the first ``length``.
 
         Raises:
+            TypeError: ``length`` is no integer.
             ValueError: There are fewer, or what would be left is not there any more.
         """
         ...

@@ -13,6 +13,7 @@ from torch import Tensor
 from zeta.caches.form import Form
 from zeta.caches.interface import CacheFullError
 from zeta.stored import Pages
+from zeta.values import check_size
 
 
 class PagePool:
@@ -32,7 +33,8 @@ class PagePool:
         device: Of keys and values.
 
     Raises:
-        ValueError: A size is below 1.
+        TypeError: A size is no integer.
+        ValueError: One is below 1.
     """
 
     def __init__(
@@ -47,12 +49,11 @@ class PagePool:
         device: torch.device | str = "cpu",
     ) -> None:
         value_dim = head_dim if value_dim is None else value_dim
-        sizes = (num_pages, page_size, num_kv_heads, head_dim, value_dim)
-        if min(sizes) < 1:
-            raise ValueError(
-                "num_pages, page_size, num_kv_heads, head_dim and value_dim must be positive; "
-                f"got {sizes}"
-            )
+        for name, size in (
+            ("num_pages", num_pages), ("page_size", page_size), ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim), ("value_dim", value_dim),
+        ):  # fmt: skip
+            check_size(name, size)
         self.num_pages = num_pages
         self.page_size = page_size
         # A token's heads lie side by side, so that pages become a sequence in one copy.

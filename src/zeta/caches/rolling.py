@@ -17,6 +17,7 @@ from zeta.caches.padding import extend_padding
 from zeta.caches.ring import Ring
 from zeta.caches.slots import Slots
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
+from zeta.values import check_integer
 
 _NAMES = STATE_NAMES | {"length", "window", "sinks"}
 
@@ -64,10 +65,13 @@ class RollingCache:
         sinks: First tokens that every later query sees.
 
     Raises:
+        TypeError: One is no integer.
         ValueError: ``window`` is below 1 or ``sinks`` below 0.
     """
 
     def __init__(self, window: int, sinks: int = 0) -> None:
+        check_integer("window", window)
+        check_integer("sinks", sinks)
         if window < 1 or sinks < 0:
             raise ValueError(
                 f"window must be at least 1 and sinks at least 0; got {window} and {sinks}"

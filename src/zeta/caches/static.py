@@ -16,6 +16,7 @@ from zeta.caches.padding import extend_padding
 from zeta.caches.recording import is_recorded
 from zeta.caches.slots import Slots, own
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
+from zeta.values import check_size
 
 
 class _Kept(NamedTuple):
@@ -47,12 +48,12 @@ class StaticCache:
         max_length: Tokens it can hold.
 
     Raises:
-        ValueError: ``max_length`` is below 1.
+        TypeError: ``max_length`` is no integer.
+        ValueError: It is below 1.
     """
 
     def __init__(self, max_length: int) -> None:
-        if max_length < 1:
-            raise ValueError(f"max_length must be positive; got {max_length}")
+        check_size("max_length", max_length)
         self.max_length = max_length
         self._slots: Slots | None = None
         self._padding_BC: Tensor | None = None

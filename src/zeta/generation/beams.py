@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
-from zeta.generation.checks import check_choice, check_int, check_number, stops_of
+from zeta.generation.checks import check_choice, check_int, stops_of
 from zeta.generation.choosing import relative
 from zeta.generation.prompts import Model, Prompt, step
+from zeta.values import check_number
 
 
 class Beams(NamedTuple):
@@ -67,7 +68,7 @@ def beam_search(
 
     Raises:
         ValueError, TypeError: As `stream`; also if ``num_beams`` is below 1 or ``length_penalty``
-            below 0 or infinite.
+            below 0, infinite or no number.
     """
     check_int("num_beams", num_beams, 1)
     check_int("max_new_tokens", max_new_tokens, 1)

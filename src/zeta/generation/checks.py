@@ -6,7 +6,7 @@ Shapes: B sequences, N tokens of a call, V vocabulary.
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import SupportsFloat, SupportsIndex
+from typing import SupportsIndex
 
 from torch import Tensor
 
@@ -24,12 +24,6 @@ def check_int(name: str, value: object, least: int | None = None) -> None:
         raise TypeError(f"{name} must be an int; got {value!r}")
     if least is not None and operator.index(value) < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
-
-
-def check_number(name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is a real number."""
-    if not isinstance(value, SupportsFloat):
-        raise TypeError(f"{name} must be a number; got {value!r}")
 
 
 def check_tensor(name: str, value: object) -> None:

@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zeta.generation.checks import check_int, check_number
+from zeta.generation.checks import check_int
 from zeta.generation.drawing import Uniforms, draw
+from zeta.values import check_number
 
 
 class Choice(Protocol):
