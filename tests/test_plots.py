@@ -23,6 +23,16 @@ def test_map_has_labels_and_values() -> None:
     assert axes.images[0].get_array().tolist() == weights.tolist()
 
 
+def test_labels_are_no_mathematics(tmp_path: Path) -> None:
+    labels = ["$x$", r"$\no$", r"\$5"]
+    figure = plots.attention_map(torch.ones(1, 3) / 3, ["$5$"], labels, title="")
+    plots.save(figure, tmp_path / "map.png")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == labels
+    for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+        assert not label.get_parse_math()
+
+
 def test_labels_must_fit() -> None:
     message = "weights must be (target, source) = (1, 2) like the labels; got (2, 2)"
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -58,6 +68,16 @@ def test_missing_matplotlib_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'zeta-attention\[demo\]'"):
         plots.attention_map(torch.ones(1, 1), ["a"], ["b"], title="")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_figure_is_saved_where_a_path_says(
+    kind: type[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    figure = plots.attention_map(torch.ones(1, 1), ["a"], ["b"], title="")
+    plots.save(figure, kind("map.png"))
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_failed_save_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

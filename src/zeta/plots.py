@@ -55,8 +55,9 @@ def attention_map(
                 colour = "white" if value > 0.55 else "black"
                 text = f"{100 * value:.0f}"
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(columns), labels=source_labels, fontsize=12)
-    axes.set_yticks(range(rows), labels=target_labels, fontsize=11)
+    # Tokens are no mathematics, dollars among them.
+    axes.set_xticks(range(columns), labels=source_labels, fontsize=12, parse_math=False)
+    axes.set_yticks(range(rows), labels=target_labels, fontsize=11, parse_math=False)
     axes.xaxis.tick_top()
     axes.xaxis.set_label_position("top")
     axes.set_xlabel(source_title)
@@ -131,7 +132,7 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: str | Path) -> None:
     """Write a figure as PNG, whole or not at all.
 
     Args:
@@ -141,6 +142,7 @@ def save(figure: "Figure", path: Path) -> None:
     Raises:
         OSError: It cannot be written.
     """
+    path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
