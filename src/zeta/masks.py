@@ -201,19 +201,19 @@ class Documents(Mask):
         return batch, 1, target, source
 
     def visible(self, tile: Tile) -> Tensor:
-        ids = self.ids[tile.batches]
-        query_id = document_at(ids, tile.query_position[:, 0, :, 0])
-        key_id = document_at(ids, tile.key_position[:, 0, 0, :])
+        query_id = self.at(tile.query_position[:, 0, :, 0], tile.batches)
+        key_id = self.at(tile.key_position[:, 0, 0, :], tile.batches)
         return query_id[:, None, :, None] == key_id[:, None, None, :]
 
-
-def document_at(ids_BL: Tensor, position: Tensor) -> Tensor:
-    """``ids[b, position[b, n]]`` in int64, of ``(1 or B, N)`` positions; before the first position
-    the least int64, which stands for none.
-    """
-    # In a narrower dtype the least could be the id of a document.
-    found_BN = ids_BL.to(torch.int64).gather(1, position.clamp(min=0).expand(ids_BL.shape[0], -1))
-    return torch.where(position >= 0, found_BN, torch.iinfo(torch.int64).min)
+    def at(self, position: Tensor, batches: slice | None = None) -> Tensor:
+        """The documents at ``(1 or batches, N)`` positions: ``(batches, N)`` int64, the least there
+        is for none, before the first position.
+        """
+        ids_BL = self.ids if batches is None else self.ids[batches]
+        # In a narrower dtype the least could be the id of a document.
+        ids_BL = ids_BL.to(torch.int64)
+        found_BN = ids_BL.gather(1, position.clamp(min=0).expand(ids_BL.shape[0], -1))
+        return torch.where(position >= 0, found_BN, torch.iinfo(torch.int64).min)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

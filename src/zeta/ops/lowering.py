@@ -229,12 +229,12 @@ def _documents(
     call: AttentionCall, conjuncts: tuple[masks.Mask, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The document of each query and of each key."""
-    documents = [mask.ids for mask in conjuncts if isinstance(mask, masks.Documents)]
+    documents = [mask for mask in conjuncts if isinstance(mask, masks.Documents)]
     if not documents:
         return None, None
     tile = call.tile()
     queries, keys = tile.query_position[:, 0, :, 0], tile.key_position[:, 0, 0, :]
-    found = [tuple(masks.document_at(ids, at) for at in (queries, keys)) for ids in documents]
+    found = [(mask.at(queries), mask.at(keys)) for mask in documents]
     rows, columns = found[0]
     if len(found) > 1:
         joined = functools.reduce(_paired, (torch.cat(both, 1) for both in found))
