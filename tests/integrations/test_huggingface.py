@@ -396,6 +396,27 @@ def test_a_model_that_computes_its_attention_itself_is_refused(name: str) -> Non
         torch.compile(model, backend="eager", fullgraph=True)(**given)
 
 
+OWN_TABLE: dict[str, Callable[[], Any]] = {
+    "FalconForCausalLM": lambda: transformers.FalconConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
+    ),
+    "GPTJForCausalLM": lambda: transformers.GPTJConfig(
+        vocab_size=61, n_embd=32, n_layer=1, n_head=4, rotary_dim=4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN_TABLE)
+def test_a_model_with_a_table_of_its_own_is_refused_by_transformers(name: str) -> None:
+    """As the page says; if it comes to run on Zeta, or to a clear refusal, the page is wrong."""
+    kind = getattr(transformers, name)
+    with pytest.raises(KeyError, match=r"^'zeta'$"):
+        kind._from_config(OWN_TABLE[name](), attn_implementation="zeta")
+    model = kind._from_config(OWN_TABLE[name](), attn_implementation="eager")
+    model.set_attn_implementation("zeta")
+    assert model.config._attn_implementation == "eager"
+
+
 def test_a_model_made_of_others_that_call_by_name_runs() -> None:
     text = transformers.GemmaConfig(**SIZES, **ENDS)
     vision = transformers.SiglipVisionConfig(
