@@ -35,12 +35,12 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 FASTER: dict[tuple[str, int], int] = {
-    ("keys_kernel", 64): 48,
+    ("keys_kernel", 64): 52,
     ("keys_kernel", 128): 160,
     ("queries_kernel", 128): 136,
-    ("forward_kernel", 128): 36,
-    ("inputs_kernel", 64): 1704,
-    ("inputs_kernel", 128): 1600,
+    ("forward_kernel", 128): 88,
+    ("inputs_kernel", 64): 1632,
+    ("inputs_kernel", 128): 900,
 }
 """Bytes a thread that kernels may spill on compute capability 9.0 in half precision, by the width
 of a head. Tiles that spill none, or 16 at most, were timed with an offset bias and took longer, by
