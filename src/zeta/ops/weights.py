@@ -84,9 +84,10 @@ class LazyWeights(StandIn):
     weights are computed or, if they require a gradient, as long as it lives. To keep weights of
     many calls, keep ``weights.detach()``, a plain tensor, or ``weights.rows(...)``.
 
-    If one of those tensors is changed in place before the weights are computed, using them is an
-    error. Only the learned parameters of a relative position bias may change, as by an optimizer's
-    step: the weights are those of the call.
+    If one of those tensors, of the mask or of positions is changed in place before the weights are
+    computed, using them is an error, and afterwards their gradient. Only the learned parameters of
+    a relative position bias may change, as by an optimizer's step: the weights are those of the
+    call.
 
     Operations that would change its own shape in place (``resize_``, ``unsqueeze_``) are refused.
     Code in C++ that takes its memory without asking torch's dispatcher needs ``weights.detach()``.
