@@ -205,6 +205,19 @@ def _dense(*shape: int, **sizes: int) -> Case:
     )
 
 
+def far_from_zero(value: float, **sizes: int) -> Case:
+    """Every third row has scores near ``value``, as by a mask that adds it: their log-sum-exp has
+    little or no place for the log of a number of keys.
+    """
+
+    def bias(made: Made) -> biases.Bias:
+        target = made["query"].shape[2]
+        rows = torch.where(torch.arange(target)[:, None] % 3 == 0, value, 0.0)
+        return biases.Bucketed(made["table"], max_distance=20) + biases.Dense(rows.float())
+
+    return Case(f"far from zero {value:.3g}", learned=TABLE, bias=bias, **sizes)
+
+
 TABLE = {"table": (32, 4)}
 T5 = {"learned": TABLE, "bias": lambda made: biases.Bucketed(made["table"], max_distance=20)}
 T5_CAUSAL = {

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from zeta.ops.backends.chunked import blocks
+from zeta.ops.backends.cpu import library
 
 
 @pytest.fixture
@@ -14,6 +15,16 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=library.INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native CPU kernel runs on each."""
+    native = library.load()
+    if request.param not in native.usable:
+        pytest.skip(f"no {request.param} here")
+    number = library.INSTRUCTION_SETS.index(request.param) + 1
+    monkeypatch.setattr(native, "instruction_set", number)
 
 
 @pytest.fixture

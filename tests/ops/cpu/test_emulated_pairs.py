@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.cases import CASES, Case, assert_within_bound, reasons, widened
+from tests.ops.cases import CASES, Case, assert_within_bound, far_from_zero, reasons, widened
 from zeta import attention, set_float32_precision
 from zeta.ops.backends.cpu import library
 
@@ -24,7 +24,8 @@ pytestmark = [
 TAKEN = [case for case in CASES if not reasons(case, "cpu")]
 # Rows of a key head that share its keys, past those that are decoded; several tiles of each side.
 TILED = Case("tiled", target=150, source=170, head_dim=40, value_dim=72, key_heads=2, batch=1)
-
+# Two blocks of keys.
+FAR = far_from_zero(-1e9, target=30, source=290, key_heads=2, batch=1)
 
 UNITS = [
     *(("AVX-512 BF16", dtype) for dtype in (torch.float32, torch.bfloat16)),
@@ -49,7 +50,7 @@ def _id(value: object) -> str:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("case", [*TAKEN, TILED], ids=_id)
+@pytest.mark.parametrize("case", [*TAKEN, TILED, FAR], ids=_id)
 def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
     made = case.tensors(dtype)
     actual = case.run(made, "cpu")
@@ -58,9 +59,11 @@ def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("reduce", [None, "mean"])
-@pytest.mark.parametrize("name", ["plain", "t5 causal long", "padding with an empty sequence"])
+@pytest.mark.parametrize(
+    "name", ["plain", "t5 causal long", "padding with an empty sequence", FAR.name]
+)
 def test_weights_and_gradients(name: str, dtype: torch.dtype, reduce: str | None) -> None:
-    (case,) = (case for case in TAKEN if case.name == name)
+    (case,) = (case for case in [*TAKEN, FAR] if case.name == name)
     made = case.tensors(dtype)
     actual = case.run_weights(made, "cpu", reduce)
     low = case.run_weights(made, "reference", reduce)

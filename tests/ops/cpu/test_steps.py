@@ -17,15 +17,6 @@ WIDTHS = [(16, 16), (40, 24), (64, 64), (72, 200), (128, 96), (256, 256), (5, 3)
 """Features of keys, and of values."""
 
 
-@pytest.fixture(params=library.INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    native = library.load()
-    if request.param not in native.usable:
-        pytest.skip(f"no {request.param} here")
-    number = library.INSTRUCTION_SETS.index(request.param) + 1
-    monkeypatch.setattr(native, "instruction_set", number)
-
-
 def results(
     operands: tuple[Tensor, ...], mask: masks.Mask | None, backend: str
 ) -> dict[str, Tensor]:

@@ -1,11 +1,12 @@
 """Sums that several tasks share are made in one order, whatever the number of threads."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from tests.ops.cases import T5, Case, assert_within_bound, widened
+from tests.ops.cases import T5, Case, assert_within_bound, far_from_zero, widened
 from zeta import attention, biases, masks
 from zeta.ops.backends.cpu import library
 
@@ -81,6 +82,56 @@ def test_long_sums_are_exact(dtype: torch.dtype) -> None:
     made = case.tensors(dtype)
     low, oracle = case.run(made, "reference"), case.run(widened(made), "reference")
     assert_within_bound(case.run(made, "cpu"), low, oracle)
+
+
+LOWEST = torch.finfo(torch.float32).min
+FAR = [
+    far_from_zero(value, key_heads=2, target=target, source=source, head_dim=16, batch=1)
+    for value, target, source in (
+        (LOWEST, 5, 60), (-1e9, 5, 60), (LOWEST, 5, 300), (-1e9, 5, 300), (1e5, 5, 300),
+        (-1e4, 5, 300), (-1e9, 110, 550),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("case", FAR, ids=lambda case: f"{case.name} {case.target} {case.source}")
+def test_rows_far_from_zero_are_normalised(
+    case: Case, dropout_p: float, dtype: torch.dtype
+) -> None:
+    case = dataclasses.replace(case, dropout_p=dropout_p)
+    made = case.tensors(dtype)
+    low, oracle = case.run(made, "reference"), case.run(widened(made), "reference")
+    assert_within_bound(case.run(made, "cpu"), low, oracle)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduce", [None, "mean"])
+@pytest.mark.parametrize("case", FAR, ids=lambda case: f"{case.name} {case.target} {case.source}")
+def test_weights_of_rows_far_from_zero(case: Case, reduce: str | None, dtype: torch.dtype) -> None:
+    made = case.tensors(dtype)
+    actual = case.run_weights(made, "cpu", reduce)
+    low = case.run_weights(made, "reference", reduce)
+    assert_within_bound(actual, low, case.run_weights(widened(made), "reference", reduce))
+    sums = actual["weights"].double().sum(-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("source", [40, 300])
+@pytest.mark.parametrize("magnitude", [1e4, 1e6])
+def test_scores_of_few_digits_have_gradients(magnitude: float, source: int) -> None:
+    # Products are rounded to more than a weight can take, and otherwise forward than backward.
+    query, key = (torch.randn(1, 2, length, 64) * magnitude for length in (9, source))
+    value = torch.randn(1, 2, source, 64)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    actual = torch.autograd.grad(attention(*leaves, backend="cpu").sum(), leaves)
+    expected = torch.autograd.grad(attention(*leaves, backend="reference").sum(), leaves)
+    for got, wanted, unit in zip(actual, expected, (magnitude, magnitude, 1.0), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * unit)
 
 
 def test_a_step_over_a_long_cache_is_exact() -> None:

@@ -3,7 +3,7 @@
 // A task is a block of keys of one key head, with all the query heads that read it: it alone makes
 // its part of the keys' and values' gradients. What several tasks add to is added in turns.
 
-// Before the tasks: deltas, and zeros where they add to.
+// Before the tasks: sums of rows, and zeros where they add to.
 template <class Operands>
 inline int64_t prepare_backward(const ZetaCall &call, const BackwardSizes &sizes,
                                 const BackwardShared &shared, const OffsetTable &offsets) {
@@ -12,10 +12,11 @@ inline int64_t prepare_backward(const ZetaCall &call, const BackwardSizes &sizes
     if (call.grad_dense.data) DenseGradient{call, nullptr}.clear();
     Pieces count(nullptr);
     if (sizes.key_blocks == 1) {
-        make_lse_deltas(call, shared.deltas_BHT);
+        for (int64_t row = 0; row < call.batch * call.heads * call.target; ++row)
+            shared.sums_BHT[row] = begin_sums(call, row, 0);
         return ZETA_DONE;
     }
-    if (call.grad_weights) WeightDeltas<Operands>::plan(count, call);
+    EarlyPass<Operands>::plan(count, call);
     int64_t answer = ZETA_DONE;
     const int64_t tasks = call.batch * call.heads * sizes.query_blocks;
     run_on_threads(tasks, call.num_threads, [&](Tasks &tasks) {
@@ -26,16 +27,14 @@ inline int64_t prepare_backward(const ZetaCall &call, const BackwardSizes &sizes
         }
         [[maybe_unused]] const typename Operands::Session session;
         Pieces pieces(scratch.data());
-        const WeightDeltas<Operands> weights =
-            call.grad_weights ? WeightDeltas<Operands>::plan(pieces, call)
-                              : WeightDeltas<Operands>{};
+        const auto pass = EarlyPass<Operands>::plan(pieces, call);
         for (int64_t task; (task = tasks.take()) >= 0;) {
             const int64_t first = task % sizes.query_blocks * BLOCK_QUERIES;
             const int64_t batch = task / sizes.query_blocks / call.heads;
             const int64_t head = task / sizes.query_blocks % call.heads;
             const Sight sight(call, batch);
             const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
-            make_deltas(scores, weights, first, shared.deltas_BHT);
+            make_sums(scores, pass, first, shared.sums_BHT);
             HeadRows sums = shared.query_sums(call, batch, head);
             for (int64_t row = first; row < smaller(first + BLOCK_QUERIES, call.target); ++row)
                 memset(sums.at(row), 0, call.head_dim * sizeof(float));

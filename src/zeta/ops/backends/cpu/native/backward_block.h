@@ -17,7 +17,7 @@ struct BackwardSizes {
 
 // What the tasks of a call share.
 struct BackwardShared {
-    float *deltas_BHT;
+    RowSums *sums_BHT;
     float *grad_queries;  // float32 sums where the gradient itself is not float32
     int64_t *done;
     float *offsets;
@@ -25,7 +25,7 @@ struct BackwardShared {
     static BackwardShared plan(Pieces &pieces, const ZetaCall &call, const BackwardSizes &sizes) {
         BackwardShared found;
         const int64_t rows = call.batch * call.heads * call.target;
-        found.deltas_BHT = pieces.take<float>(rows);
+        found.sums_BHT = pieces.take<RowSums>(rows);
         found.done = pieces.take<int64_t>(sizes.tasks(call));
         const bool is_wide = call.dtype == ZETA_FLOAT32 || sizes.key_blocks == 1;
         found.grad_queries = is_wide ? nullptr : pieces.take<float>(rows * call.head_dim);

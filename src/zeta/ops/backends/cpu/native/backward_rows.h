@@ -1,17 +1,17 @@
 // A row of the scores' gradient, from a row of products.
 
-// What is known of a row of scores: its lse, and the sum of weight x gradient less the gradient of
-// lse. A row that lies in its tile as a whole finds both anew: as exact as they can be, where those
-// from outside are rounded; `delta` is then less the gradient of lse alone.
-struct RowSums {
-    float lse, delta;
-    bool is_whole;
-};
+template <RowKind KIND>
+inline float largest_score(const ScoreRow &row, const float *products) {
+    Floats highest = splat(-INFINITY), unused = zeros();
+    for (int64_t key = 0; key < row.tile.padded; key += LANES)
+        highest = max(highest, row.finish<KIND>(load(products + key), key, unused));
+    return largest(highest);
+}
 
 // From products to weights and gradients of scores: `weights` holds q . k and becomes what the
 // values were multiplied with, `grads` holds the gradient of that and becomes the gradient of
-// q . k, `biased` gets that of the biases.
-template <RowKind KIND, bool DROPS, bool IS_WHOLE>
+// q . k, `biased` gets that of the biases. TWICE: the row has a norm, or finds it first.
+template <RowKind KIND, bool DROPS, bool TWICE>
 inline void backward_row(const ScoreRow &row, RowSums sums, float *weights, float *grads,
                          float *biased) {
     const ZetaCall &call = row.scores.call;
@@ -20,8 +20,11 @@ inline void backward_row(const ScoreRow &row, RowSums sums, float *weights, floa
         splat_int(static_cast<int32_t>(DROPS ? row_hash(row.scores.sequence, row.position) : 0));
     const Ints threshold = splat_int(static_cast<int32_t>(call.dropout_threshold));
     const Floats factor = splat(static_cast<float>(1 / (1 - call.dropout_p)));
-    const Floats lse = splat(sums.lse);
-    alignas(64) float slopes[IS_WHOLE && HAS_SLOPE ? MOST_KEYS : LANES];
+    const bool is_whole = sums.norm == 0;
+    const Floats base = splat(TWICE && is_whole && is_far(sums.base)
+                                  ? largest_score<KIND>(row, weights)
+                                  : sums.base);
+    alignas(64) float slopes[TWICE && HAS_SLOPE ? MOST_KEYS : LANES];
     // A dropped weight is passed on with a minus sign.
     const auto finish = [&](int64_t key, Floats weight, Floats grad, Floats slope, Floats delta) {
         const Floats kept = DROPS ? max(weight, zeros()) * factor : weight;
@@ -35,17 +38,17 @@ inline void backward_row(const ScoreRow &row, RowSums sums, float *weights, floa
     for (int64_t key = 0; key < row.tile.padded; key += LANES) {
         Floats slope = splat(1.0f), score = load(weights + key), grad = load(grads + key);
         score = row.template finish<KIND>(score, key, slope);
-        Floats weight = exp(score - lse);
-        if (IS_WHOLE) total = total + weight;
+        Floats weight = exp(score - base);
+        if (TWICE) total = total + weight;
         if (DROPS) {
             const Mask drop = dropped(hash, load_ints(row.tile.hashes + key), threshold);
             grad = unless(drop, grad * factor);
-            if (IS_WHOLE) product = fma(weight, grad, product);
+            if (TWICE) product = fma(weight, grad, product);
             weight = select(drop, splat(-0.0f) - weight, weight);
-        } else if (IS_WHOLE) {
+        } else if (TWICE) {
             product = fma(weight, grad, product);
         }
-        if (!IS_WHOLE) {
+        if (!TWICE) {
             finish(key, weight, grad, slope, splat(sums.delta));
             continue;
         }
@@ -53,9 +56,9 @@ inline void backward_row(const ScoreRow &row, RowSums sums, float *weights, floa
         store(grads + key, grad);
         if (HAS_SLOPE) store(slopes + key, slope);
     }
-    if (!IS_WHOLE) return;
-    const float norm = 1 / sum(total);
-    const Floats delta = splat(sum(product) * norm + sums.delta);
+    if (!TWICE) return;
+    const float norm = is_whole ? 1 / sum(total) : sums.norm;
+    const Floats delta = splat(is_whole ? sum(product) * norm + sums.delta : sums.delta);
     for (int64_t key = 0; key < row.tile.padded; key += LANES)
         finish(key, load(weights + key) * splat(norm), load(grads + key),
                HAS_SLOPE ? load(slopes + key) : splat(1.0f), delta);
@@ -65,16 +68,16 @@ template <RowKind KIND>
 inline void backward_row_of(const ScoreRow &row, RowSums sums, float *weights, float *grads,
                             float *biased) {
     const bool drops = row.scores.call.dropout_p > 0;
-    const auto pass = sums.is_whole ? drops ? backward_row<KIND, true, true>
-                                            : backward_row<KIND, false, true>
-                      : drops       ? backward_row<KIND, true, false>
-                                    : backward_row<KIND, false, false>;
+    const auto pass = sums.norm == 1 ? drops ? backward_row<KIND, true, false>
+                                             : backward_row<KIND, false, false>
+                      : drops        ? backward_row<KIND, true, true>
+                                     : backward_row<KIND, false, true>;
     pass(row, sums, weights, grads, biased);
 }
 
 inline void backward_row(const ScoreRow &row, RowSums sums, float *weights, float *grads,
                          float *biased) {
-    if (row.is_hidden || sums.lse == INFINITY) {
+    if (row.is_hidden || sums.base == INFINITY) {
         clear(weights, row.tile.padded);
         clear(grads, row.tile.padded);
         clear(biased, row.tile.padded);

@@ -107,10 +107,8 @@ struct BackwardTask {
         for (int64_t row = 0; row < queries.count; ++row) {
             const ScoreRow score_row(scores, *block.tile, queries.first + row);
             const int64_t start = row * block.tile_stride;
-            const RowSums sums{row_lse(call, row0 + row), shared.deltas_BHT[row0 + row],
-                               sizes.key_blocks == 1};
-            backward_row(score_row, sums, block.weight_tile + start, block.grad_tile + start,
-                         block.grad_biased + start);
+            backward_row(score_row, shared.sums_BHT[row0 + row], block.weight_tile + start,
+                         block.grad_tile + start, block.grad_biased + start);
             if (call.grad_offsets_HR)
                 band.add(block.grad_biased + start, block.tile->first - score_row.position,
                          block.tile->padded);

@@ -97,17 +97,6 @@ inline void for_runs(const Existing &existing, int64_t page_size, int64_t first,
     }
 }
 
-inline float exponential(float x) {
-    float lanes[LANES];
-    store(lanes, exp(splat(x)));
-    return lanes[0];
-}
-
-inline void scale_row(float *row, int64_t width, float factor) {
-    for (int64_t column = 0; column < width; column += LANES)
-        store(row + column, load(row + column) * splat(factor));
-}
-
 // The factors of int8 keys or values, from the first key of a tile; null where there are none.
 inline const float *tile_factors(const ZetaCall &call, const float *factors, int64_t batch,
                                  int64_t key_head, int64_t first) {

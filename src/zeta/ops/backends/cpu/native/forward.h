@@ -39,6 +39,17 @@ struct PackedHead {
     }
 };
 
+inline float exponential(float x) {
+    float lanes[LANES];
+    store(lanes, exp(splat(x)));
+    return lanes[0];
+}
+
+inline void scale_row(float *row, int64_t width, float factor) {
+    for (int64_t column = 0; column < width; column += LANES)
+        store(row + column, load(row + column) * splat(factor));
+}
+
 // A block of queries under way.
 template <class Operands>
 struct ForwardBlock {
@@ -65,13 +76,10 @@ struct ForwardBlock {
     }
 
     void rescale(int64_t row, float highest, int64_t width) const {
-        float lanes[LANES];
-        store(lanes, exp(splat(maxima[row] - highest)));
+        const float factor = exponential(maxima[row] - highest);
         maxima[row] = highest;
-        totals[row] *= lanes[0];
-        float *to = sums + row * sum_stride;
-        for (int64_t column = 0; column < width; column += LANES)
-            store(to + column, load(to + column) * splat(lanes[0]));
+        totals[row] *= factor;
+        scale_row(sums + row * sum_stride, width, factor);
     }
 };
 

@@ -17,7 +17,7 @@
 #include "turns.h"
 #include "band.h"
 #include "dense_gradient.h"
-#include "deltas.h"
+#include "row_sums.h"
 #include "backward_block.h"
 #include "backward_rows.h"
 #include "backward_task.h"
