@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -271,3 +272,80 @@ def test_a_mode_sees_the_operator(mask: masks.Mask | None, requires_grad: bool) 
         found = attention(query, query, query, mask=mask, backend="cpu")
     assert any(name.startswith("zeta::") for name in watcher.names), watcher.names
     torch.testing.assert_close(found, attention(query, query, query, mask=mask, backend="cpu"))
+
+
+def _apart(*shape: int) -> Tensor:
+    """Its features two numbers apart."""
+    return torch.randn(*shape, 2)[..., 0]
+
+
+LAYOUTS: dict[str, Callable[..., Tensor]] = {  # of B, heads, length, features
+    "one after the other": torch.randn,
+    "heads inside": lambda b, h, n, d: torch.randn(b, n, h, d).transpose(1, 2),
+    "of a longer one": lambda b, h, n, d: torch.randn(b, h, 2 * n, d)[:, :, :n],
+    "features apart": _apart,
+    "heads inside, features apart": lambda b, h, n, d: _apart(b, n, h, d).transpose(1, 2),
+    "length inside": lambda b, h, n, d: torch.randn(b, h, d, n).mT,
+    "batch inside": lambda b, h, n, d: torch.randn(h, n, d, b).permute(3, 0, 1, 2),
+    "repeated": lambda b, h, n, d: torch.randn(1, 1, n, 1).expand(b, h, n, d),
+}
+
+
+def _of_all_operators(made: list[Tensor], kernel: str) -> list[Tensor]:
+    """What each makes; ``kernel`` ends the names of those that have two."""
+    query, key, value, offsets, dense = made
+    fixed = ([], 0.25, False, 0, 0.0, False, 0.0, False)
+    call = {
+        name: getattr(torch.ops.zeta, f"cpu_{name}") for name in ("weights", "weights_backward")
+    }
+    for name in ("attention", "attention_backward"):
+        call[name] = getattr(torch.ops.zeta, f"cpu_{name}_{kernel}")
+    out, lse = call["attention"](query, key, value, offsets, dense, *fixed)
+    saved = (query, key, value, out, lse, offsets, dense)
+    found = [out, lse, *call["attention_backward"](out, lse, *saved, *fixed, True, True)]
+    found += call["attention_backward"](out, None, *saved, *fixed, True, False)
+    for mean in (False, True):
+        weights, lse = call["weights"](query, key, offsets, dense, mean, *fixed)
+        given = (weights, query, key, lse, offsets, dense)
+        found += [weights, lse, *call["weights_backward"](*given, *fixed, True, True)]
+    return found
+
+
+def _steps(tensor: Tensor) -> list[int]:
+    """Its strides, but for those of single numbers, which lead nowhere."""
+    return [step for step, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+@pytest.mark.parametrize("target", [1, 9])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_lie_as_compilers_are_told(layout: str, target: int) -> None:
+    lay = LAYOUTS[layout]
+    made = [
+        lay(2, 4, target, 16), lay(2, 2, 9, 16), lay(2, 2, 9, 24), torch.randn(4, 23),
+        torch.randn(1, 9, 9, 4).permute(0, 3, 1, 2)[:, :, :target],
+    ]  # fmt: skip
+    with FakeTensorMode() as mode:
+        told = _of_all_operators([mode.from_tensor(tensor) for tensor in made], "kernel")
+    for kernel in ("kernel", "python"):
+        for real, fake in zip(_of_all_operators(made, kernel), told, strict=True):
+            assert (real.shape, real.dtype) == (fake.shape, fake.dtype)
+            assert _steps(real) == _steps(fake)
+
+
+@pytest.mark.slow
+# Inductor still defines methods of `torch.jit`.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+def test_inductor_takes_features_that_lie_apart() -> None:
+    made = [LAYOUTS["heads inside, features apart"](2, 4, 9, 16) for _ in range(3)]
+    leaves = [tensor.requires_grad_() for tensor in made]
+
+    def both(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        weights = attention_weights(query, key, backend="cpu")
+        return [attention(query, key, value, backend="cpu"), weights]
+
+    compiled = torch.compile(both, fullgraph=True)(*leaves)
+    named = dict(zip(("query", "key", "value"), leaves, strict=True))
+    for got, wanted in zip(
+        gradients(compiled, named), gradients(both(*leaves), named), strict=True
+    ):
+        torch.testing.assert_close(got, wanted)

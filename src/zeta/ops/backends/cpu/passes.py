@@ -122,7 +122,7 @@ def backward(
     grad_lse = None if grad_lse is None else written_out(grad_lse).float().contiguous()
     incoming_lse = 0 if grad_lse is None else address(grad_lse)
     _GRAD_OUT.write(record, address(grad_out), *grad_out.stride()[:3], incoming_lse)
-    return _gradients(record, (query, key, value), offsets, dense, fixed, needed)
+    return _gradients(record, inputs[:3], offsets, dense, fixed, needed)
 
 
 def weights(
@@ -190,13 +190,14 @@ def weights_backward(
     needed: tuple[bool, bool],
 ) -> Gradients:
     """Gradients of `weights`."""
+    operands = query, key
     query, key, grad_weights = rows(query), rows(key), rows(grad_weights).contiguous()
     lse = lse.contiguous()
     record = describe(query, key, None, fixed)
     _MEAN.write(record, grad_weights.dim() == 3)
     _GRAD_WEIGHTS.write(record, address(grad_weights))
     _LSE.write(record, address(lse))
-    return _gradients(record, (query, key), offsets, dense, fixed, needed)
+    return _gradients(record, operands, offsets, dense, fixed, needed)
 
 
 def _gradients(
@@ -207,7 +208,11 @@ def _gradients(
     fixed: Fixed,
     needed: tuple[bool, bool],
 ) -> Gradients:
-    """Run the backward pass of a record that has what arrives; the caller keeps those tensors."""
+    """Run the backward pass of a record that has what arrives; the caller keeps those tensors.
+
+    Args:
+        operands: As they were given, not as `rows`: gradients lie as compilers are told.
+    """
     kept = describe_scores(record, offsets, dense, fixed)
     found: list[Tensor | None] = []
     places: list[int] = []
