@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
+from torch import Tensor
 from torch.autograd import Function
 
 from zeta.ops.transforms import TWICE
@@ -74,6 +75,7 @@ class Operator(Generic[ResultT]):
                 return self._gradient(ctx, *gradients)
 
         def run(*args: Any) -> Any:
+            args = tuple(map(_resolved, args))
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 return Differentiable.apply(*args)  # type: ignore[no-untyped-call]
             return self._kernel(*args)
@@ -82,6 +84,13 @@ class Operator(Generic[ResultT]):
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise RuntimeError(f"zeta::{self._name} has no gradient; {TWICE}")
+
+
+def _resolved(argument: Any) -> Any:
+    """A list of tensors, none negated on paper alone, as torch's dispatcher gives single ones."""
+    if not isinstance(argument, list | tuple):
+        return argument
+    return [one.resolve_neg() if isinstance(one, Tensor) else one for one in argument]
 
 
 def _define(name: str, schema: str, function: Callable[..., Any]) -> None:

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.two_tensor import TwoTensor
 
 import zeta
-from zeta import biases
+from zeta import biases, masks
 from zeta.nn import MultiheadAttention
 from zeta.nn.projections import project
 from zeta.ops.backends.cpu import library
@@ -44,6 +44,40 @@ def test_negated_numbers(backend: str) -> None:
     for place in range(3):
         for made, one in ((operands(), torch._neg_view(query)), (narrow, negated((1, 2, 6, 1)))):
             assert_right(backend, *made[:place], one, *made[place + 1 :])
+
+
+NEGATED: dict[str, tuple[Tensor, Callable[[Tensor], dict[str, object]]]] = {
+    "padding": (torch.tensor([3, 5]), lambda lengths: {"mask": masks.Padding(lengths)}),
+    "prefix": (torch.tensor([3, 5]), lambda lengths: {"mask": masks.PrefixLM(lengths)}),
+    "documents": (
+        torch.tensor([0, 0, 0, 1, 1, -1]).expand(2, 6),
+        lambda ids: {"mask": masks.Documents(ids)},
+    ),
+    "slopes": (torch.tensor([0.5, 0.25]), lambda slopes: {"bias": biases.Alibi(slopes)}),
+    "dense": (torch.ones(6, 6).triu(), lambda scores: {"bias": biases.Dense(scores)}),
+    "positions": (
+        torch.arange(6),
+        lambda at: {"mask": masks.Causal(), "query_positions": at, "key_positions": at},
+    ),
+    "seed": (torch.tensor(5), lambda seed: {"dropout_p": 0.5, "seed": seed}),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", NEGATED)
+def test_negated_numbers_of_masks_and_biases(name: str, compiled: bool, backend: str) -> None:
+    numbers, options = NEGATED[name]
+    made = operands((2, 2, 6, 8))
+
+    def attend(numbers: Tensor) -> Tensor:
+        found = zeta.attention(*made, backend=backend, **options(numbers))  # type: ignore[arg-type]
+        return found
+
+    torch._dynamo.reset()
+    on_paper = torch._neg_view(-numbers)
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    torch.testing.assert_close(run(on_paper), attend(numbers))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -58,8 +58,8 @@ def attend(
     is_high = native.has_tiles and float32_precision(precision) == "high"
     learned, dense = plain.offsets, plain.dense
     if not _is_short(plain):
-        floating = plain.table, plain.slopes_H, dense
-        if any(tensor is not None and tensor.is_neg() for tensor in floating):
+        signed = plain.padding_B, plain.table, plain.slopes_H, dense
+        if any(tensor is not None and tensor.is_neg() for tensor in signed):
             return None
         if learned is not None:
             plain = plain._replace(offsets=learned.detach().float().contiguous())
