@@ -174,6 +174,25 @@ def test_what_is_hidden_may_be_nan() -> None:
         assert_read_in_place(query, cached, **options(mask, "none", cached))
 
 
+@native
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("kind", ["pages", "codes"])
+def test_a_default_dtype_or_device_changes_nothing(kind: str, first: int) -> None:
+    cached = filled(kind, torch.float32)
+    cached = cached.update(*cases.new_tokens(1, torch.float32))
+    query = torch.randn(BATCH, HEADS, 1, HEAD_DIM)
+    key, value = cached.key[:, :, first:], cached.value[:, :, first:]
+    expected = zeta.attention(query, key, value)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = zeta.attention(query, key, value)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    with torch.device("meta"):
+        assert torch.equal(zeta.attention(query, key, value), expected)
+
+
 class Late(biases.Bias):
     """A bias that no kernel knows."""
 

@@ -81,8 +81,9 @@ def _after_others(lowered: Lowered, call: AttentionCall, before: int) -> Lowered
     queries, keys = lowered.query_positions, lowered.key_positions
     if queries is None or keys is None:
         first = call.source - call.target
-        queries = torch.arange(first, call.source, dtype=torch.int32)[None]
-        keys = torch.arange(call.source, dtype=torch.int32)[None]
+        device = call.query.device
+        queries = torch.arange(first, call.source, dtype=torch.int32, device=device)[None]
+        keys = torch.arange(call.source, dtype=torch.int32, device=device)[None]
     return lowered._replace(
         query_positions=queries,
         key_positions=F.pad(keys, (before, 0), value=-1),
@@ -100,8 +101,8 @@ def _padded(tensor: Tensor | None, before: int) -> Tensor | None:
 def _over_codes(call: AttentionCall, store: Codes) -> tuple[Tensor, Tensor]:
     """A product with ``step * (codes + middle)`` is one with codes and digits, times the step."""
     digits = store.key.shape[3] - call.head_dim
-    powers = torch.tensor([256.0**place for place in range(digits)])
     wide = call.query.float()
+    powers = wide.new_tensor([256.0**place for place in range(digits)])
     query = torch.cat((wide, wide.sum(-1, keepdim=True) * powers), dim=-1)
     lowered = lower(call)
     fixed = _fixed(lowered)
