@@ -71,7 +71,6 @@ REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
     "either": lambda q, k, v: (q, k, v, Causal() | keep(bits(2, 1, 1, 37))),
     "a mask of the user's": lambda q, k, v: (q, k, v, _Later()),
     "a huge window": lambda q, k, v: (q, k, v, SlidingWindow(2**31)),
-    "a window that is no int": lambda q, k, v: (q, k, v, SlidingWindow(2.5)),  # type: ignore[arg-type]
     "a window twice": lambda q, k, v: (q, k, v, SlidingWindow(3) & SlidingWindow(4)),
     "padding twice": lambda q, k, v: (q, k, v, Padding(_lengths(3)) & Padding(_lengths(4))),
     "a tensor twice": lambda q, k, v: (q, k, v, keep(bits(2, 1, 1, 37)) & keep(bits(1, 37))),
