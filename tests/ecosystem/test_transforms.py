@@ -76,3 +76,20 @@ def test_second_derivatives_by_forward_over_reverse() -> None:
         expected = (higher - lower).squeeze() / (2 * step)
         torch.testing.assert_close(found[row], expected, rtol=1e-5, atol=1e-7)
     assert found.abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_one_in_reverse_mode_alone_says_what_a_module_has() -> None:
+    layer, x = Layer(causal=True), tokens(1, 4)
+
+    def total(x: Tensor) -> Tensor:
+        out: Tensor = layer(x)
+        return out.square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(total(leaf), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"a module has them by torch\.func\.hessian"):
+        first.sum().backward()
+    found = hessian(total)(x)
+    layer.double()
+    torch.testing.assert_close(found.double(), hessian(total)(x.double()), rtol=1e-4, atol=1e-5)
