@@ -1,9 +1,12 @@
 """Every backend on one grid: outputs and all gradients against the reference in float64."""
 
+import dataclasses
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from tests.ops.cases import CASES, Case, assert_within_bound, reasons, widened
+from tests.ops.cases import CASES, Case, Made, assert_within_bound, reasons, widened
 from zeta import BackendUnsupported, attention, masks
 from zeta.ops.attention import run_with_weights
 from zeta.ops.call import AttentionCall
@@ -86,16 +89,69 @@ def test_nan_that_no_query_sees_stays_out_of_an_output_with_weights() -> None:
     assert weights[:, :, :150].isfinite().all()
 
 
-@pytest.mark.parametrize("backend", EXACT)
-def test_nan_in_keys_that_no_query_sees_does_not_leak(backend: str) -> None:
-    case = Case("padding", mask=lambda: masks.Padding(torch.tensor([7, 3])) & masks.Causal())
+def _ids(source: int) -> torch.Tensor:
+    return torch.arange(source).div(source // 4 + 1, rounding_mode="floor").expand(2, -1)
+
+
+def _pairs(*shape: int) -> masks.Mask:
+    """Some of them; a key in the middle and the last one are for nobody."""
+    kept = torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) < 0.8
+    kept[..., shape[-1] // 3] = kept[..., -1] = False
+    return masks.keep(kept)
+
+
+UNSEEN: dict[str, Callable[[int, int], masks.Mask]] = {  # of the lengths of queries and keys
+    "padding": lambda _, source: masks.Padding(torch.tensor([source, source // 2])),
+    "documents": lambda _, source: masks.Documents(_ids(source)),
+    "documents, causal": lambda _, source: masks.Documents(_ids(source)) & masks.Causal(),
+    "pairs": _pairs,
+    "pairs of each head": lambda target, source: _pairs(1, 4, target, source),
+    "keys of each head": lambda _, source: _pairs(1, 4, 1, source),
+    "keys and pairs": lambda target, source: (
+        masks.keep(torch.ones(target, source, dtype=torch.bool)) & _pairs(2, 1, 1, source)
+    ),
+    "later positions": lambda *_: masks.Causal(),
+}
+LENGTHS = [(1, 9), (3, 9), (30, 290), (110, 290)]
+
+
+@pytest.mark.parametrize("backend", [*EXACT, "cpu"])
+@pytest.mark.parametrize(("target", "source"), LENGTHS)
+@pytest.mark.parametrize("name", UNSEEN)
+def test_nan_in_keys_that_no_query_sees_does_not_leak(
+    name: str, target: int, source: int, backend: str
+) -> None:
+    case = Case(
+        name, target=target, source=source, key_heads=2, mask=lambda: UNSEEN[name](target, source)
+    )
+    if name == "later positions":
+        at = list(range(source))
+        places = [position + source * (position % 5 == 2) for position in at]
+        case = dataclasses.replace(case, query_positions=[at[-target:]], key_positions=[places])
+    if reasons(case, backend):
+        pytest.skip(str(reasons(case, backend)))
     clean, planted = case.tensors(torch.float32), case.tensors(torch.float32)
+    call = AttentionCall.checked(
+        clean["query"], clean["key"], clean["value"], **case.arguments(clean)
+    )
+    visible = call.visible(call.tile())
+    assert visible is not None
+    unseen = ~visible.expand(2, 4, target, source).any(2).unflatten(1, (2, 2)).any(2)
+    assert unseen.any()
     with torch.no_grad():
-        for name in ("key", "value"):
-            planted[name][1, :, 3:] = float("nan")
-    expected, actual = case.run(clean, backend), case.run(planted, backend)
-    for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], msg=name)
+        planted["key"][unseen] = planted["value"][unseen] = float("nan")
+
+    def all_of(made: Made) -> dict[str, torch.Tensor]:
+        found = {
+            "": case.run(made, backend),
+            "of weights": case.run_weights(made, backend, None),
+            "of both": case.run_both(made, backend, None),
+        }
+        return {f"{part} {kind}": tensor for kind in found for part, tensor in found[kind].items()}
+
+    expected = all_of(clean)
+    for part, tensor in all_of(planted).items():
+        torch.testing.assert_close(tensor, expected[part], msg=part)
 
 
 @pytest.mark.parametrize("backend", [*EXACT, "sdpa"])

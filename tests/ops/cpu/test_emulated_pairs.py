@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.ops.cases import CASES, Case, assert_within_bound, far_from_zero, reasons, widened
-from zeta import attention, set_float32_precision
+from zeta import attention, masks, set_float32_precision
 from zeta.ops.backends.cpu import library
 
 PATH = Path(__file__).parents[3] / "build" / "emulated" / "libzeta_cpu.so"
@@ -71,6 +71,20 @@ def test_weights_and_gradients(name: str, dtype: torch.dtype, reduce: str | None
     both, low = case.run_both(made, "cpu", reduce), case.run_both(made, "reference", reduce)
     assert_within_bound(both, low, case.run_both(widened(made), "reference", reduce))
     assert torch.equal(both["weights"], actual["weights"])
+
+
+def test_nan_in_keys_that_no_query_sees_does_not_leak(dtype: torch.dtype) -> None:
+    # The queries are of the last document alone.
+    ids = torch.tensor([[0] * 21 + [1] * 69]).expand(2, -1)
+    case = Case("last", target=60, source=90, key_heads=2, mask=lambda: masks.Documents(ids))
+    clean, planted = case.tensors(dtype), case.tensors(dtype)
+    with torch.no_grad():
+        planted["key"][:, :, :21] = planted["value"][:, :, :21] = float("nan")
+    expected, actual = case.run(clean, "cpu"), case.run(planted, "cpu")
+    expected |= case.run_both(clean, "cpu", None)
+    actual |= case.run_both(planted, "cpu", None)
+    for name, tensor in actual.items():
+        torch.testing.assert_close(tensor, expected[name], msg=name)
 
 
 @pytest.mark.parametrize("dtype", [("AMX", torch.float32)], indirect=True, ids=["AMX"])

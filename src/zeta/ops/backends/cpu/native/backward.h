@@ -5,7 +5,7 @@
 
 // Before the tasks: sums of rows, and zeros where they add to.
 template <class Operands>
-inline int64_t prepare_backward(const ZetaCall &call, const BackwardSizes &sizes,
+inline int64_t prepare_backward(const ZetaCall &call, Unseen &unseen, const BackwardSizes &sizes,
                                 const BackwardShared &shared, const OffsetTable &offsets) {
     memset(shared.done, 0, sizes.tasks(call) * sizeof(int64_t));
     if (call.grad_offsets_HR) clear(call.grad_offsets_HR, call.heads * (2 * call.reach + 1));
@@ -32,7 +32,7 @@ inline int64_t prepare_backward(const ZetaCall &call, const BackwardSizes &sizes
             const int64_t first = task % sizes.query_blocks * BLOCK_QUERIES;
             const int64_t batch = task / sizes.query_blocks / call.heads;
             const int64_t head = task / sizes.query_blocks % call.heads;
-            const Sight sight(call, batch);
+            const Sight sight(call, unseen, batch);
             const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
             make_sums(scores, pass, first, shared.sums_BHT);
             HeadRows sums = shared.query_sums(call, batch, head);
@@ -59,7 +59,7 @@ inline void finish_queries(const ZetaCall &call, const BackwardShared &shared) {
 }
 
 template <class Operands>
-inline int64_t backward_by(const ZetaCall &call) {
+inline int64_t backward_by(const ZetaCall &call, Unseen &unseen) {
     const BackwardSizes sizes(call);
     Pieces shared_count(nullptr);
     BackwardShared::plan(shared_count, call, sizes);
@@ -69,7 +69,7 @@ inline int64_t backward_by(const ZetaCall &call) {
     const BackwardShared shared = BackwardShared::plan(shared_pieces, call, sizes);
     OffsetTable offsets{};
     if (call.offsets_HR) offsets = make_offsets(call, shared.offsets);
-    int64_t answer = prepare_backward<Operands>(call, sizes, shared, offsets);
+    int64_t answer = prepare_backward<Operands>(call, unseen, sizes, shared, offsets);
     if (answer != ZETA_DONE) return answer;
     Pieces count(nullptr);
     BackwardBlock<Operands>::plan(count, call);
@@ -83,7 +83,7 @@ inline int64_t backward_by(const ZetaCall &call) {
         Pieces pieces(scratch.data());
         BackwardBlock<Operands> block = BackwardBlock<Operands>::plan(pieces, call);
         for (int64_t task; (task = tasks.take()) >= 0;)
-            BackwardTask<Operands>(call, sizes, shared, offsets, block, task).run(offsets);
+            BackwardTask<Operands>(call, unseen, sizes, shared, offsets, block, task).run(offsets);
     });
     if (answer == ZETA_DONE && shared.grad_queries) finish_queries(call, shared);
     return answer;
@@ -91,5 +91,8 @@ inline int64_t backward_by(const ZetaCall &call) {
 
 template <class Operands>
 inline int64_t backward_with(const ZetaCall &call) {
-    return are_few(call) ? backward_by<FewOperands>(call) : backward_by<Operands>(call);
+    return run_without_unseen(call, [&](Unseen &unseen) {
+        return are_few(call) ? backward_by<FewOperands>(call, unseen)
+                             : backward_by<Operands>(call, unseen);
+    });
 }

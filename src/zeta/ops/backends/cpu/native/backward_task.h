@@ -12,8 +12,9 @@ struct BackwardTask {
     const DenseGradient dense;
     Band band;
 
-    BackwardTask(const ZetaCall &call, const BackwardSizes &sizes, const BackwardShared &shared,
-                 const OffsetTable &offsets, BackwardBlock<Operands> &block, int64_t number)
+    BackwardTask(const ZetaCall &call, Unseen &unseen, const BackwardSizes &sizes,
+                 const BackwardShared &shared, const OffsetTable &offsets,
+                 BackwardBlock<Operands> &block, int64_t number)
         : call(call),
           sizes(sizes),
           shared(shared),
@@ -25,7 +26,7 @@ struct BackwardTask {
           key_block(number % sizes.key_blocks),
           first_key(key_block * BLOCK_KEYS),
           num_keys(smaller(BLOCK_KEYS, call.source - first_key)),
-          sight(call, batch),
+          sight(call, unseen, batch),
           dense{call, block.key_sums},
           band{block.band, offsets, 0, 0} {}
 
@@ -49,14 +50,12 @@ struct BackwardTask {
 
   private:
     void pack() const {
-        const HeadRows key = head_rows(call.key, call.dtype, batch, key_head);
-        const Existing &existing = sight.existing;
-        block.keys_across.pack(key, existing, first_key, num_keys, 0);
-        block.keys.pack(key, existing, first_key, num_keys, 0);
+        const KeyRows key = keys_of(sight, key_head);
+        block.keys_across.pack(key, first_key, num_keys, 0);
+        block.keys.pack(key, first_key, num_keys, 0);
         clear(block.grad_keys, block.sum_rows(num_keys, call.head_dim) * block.key_stride);
         if (call.grad_weights) return;
-        const HeadRows value = head_rows(call.value, call.dtype, batch, key_head);
-        block.values_across.pack(value, existing, first_key, num_keys, 0);
+        block.values_across.pack(values_of(sight, key_head), first_key, num_keys, 0);
         clear(block.grad_values, block.sum_rows(num_keys, call.value_dim) * block.value_stride);
     }
 
@@ -122,6 +121,8 @@ struct BackwardTask {
                            block.key_stride, place());
         Operands::make_outputs(block.grad_scores, count, block.keys, place(), keys,
                                block.grad_queries, block.query_stride, false);
+        // Whatever is wrong with a key or a value has come to the gradients of queries.
+        sight.unseen.look_at(block.grad_queries, count, call.head_dim, block.query_stride);
         if (call.grad_weights) return;
         block.weights.take(block.weight_tile, block.tile_stride, count, keys);
         Operands::add_sums(block.weights, keys, block.grad_out, count, block.grad_values,

@@ -78,18 +78,19 @@ struct HeadCache {
     }
 };
 
-// Calls `body(first, count)` for runs of keys that exist and lie in one page.
+// Calls `body(first, count)` for runs of keys that there are and that lie in one page.
 template <class Body>
-inline void for_runs(const Existing &existing, int64_t page_size, int64_t first, int64_t end,
-                     const Body &body) {
-    const bool all_exist = !existing.positions && !existing.keep;
+inline void for_runs(const Sight &sight, int64_t key_head, int64_t page_size, int64_t first,
+                     int64_t end, const Body &body) {
+    const bool has_all = !sight.existing.positions && !sight.existing.keep &&
+                         !sight.unseen.are_left_out;
     while (first < end) {
         int64_t last = smaller(end, page_size == INT64_MAX
                                         ? end : round_down(first, page_size) + page_size);
-        if (!all_exist) {
-            while (first < last && !existing.has(first)) ++first;
+        if (!has_all) {
+            while (first < last && !sight.has(first, key_head)) ++first;
             int64_t stop = first;
-            while (stop < last && existing.has(stop)) ++stop;
+            while (stop < last && sight.has(stop, key_head)) ++stop;
             last = stop;
         }
         if (last > first) body(first, last - first);
@@ -134,15 +135,16 @@ struct DecodePart {
     const Sight sight;
     const HeadCache<K> keys, values;
 
-    DecodePart(const ZetaCall &call, const DecodePlan &plan, const DecodeBlock &block,
-               const OffsetTable &offsets, int64_t batch, int64_t key_head)
+    DecodePart(const ZetaCall &call, Unseen &unseen, const DecodePlan &plan,
+               const DecodeBlock &block, const OffsetTable &offsets, int64_t batch,
+               int64_t key_head)
         : call(call),
           plan(plan),
           block(block),
           offsets(offsets),
           batch(batch),
           key_head(key_head),
-          sight(call, batch),
+          sight(call, unseen, batch),
           keys(call, call.key, batch, key_head),
           values(call, call.value, batch, key_head) {}
 
@@ -159,6 +161,7 @@ struct DecodePart {
             block.tile->set(sight, key, smaller(MOST_KEYS, end - key));
             if (queries.sees(sight, *block.tile)) add_tile();
         }
+        sight.unseen.look_at(block.sums, plan.rows, plan.sum_stride, plan.sum_stride);
     }
 
     Number *query(int64_t row) const {
@@ -183,7 +186,7 @@ struct DecodePart {
         KeyTile &tile = *block.tile;
         if (call.dropout_p > 0) tile.set_hashes(sight, column_salt(call.seed));
         const auto for_tile = [&](const auto &body) {
-            for_runs(sight.existing, keys.page_size, tile.first, tile.first + tile.count, body);
+            for_runs(sight, key_head, keys.page_size, tile.first, tile.first + tile.count, body);
         };
         for_tile([&](int64_t first, int64_t count) {
             Products::score(query(0), plan.query_stride * NUMBERS, plan.rows,
@@ -302,8 +305,9 @@ struct DecodeShared {
 };
 
 template <class Q, class K>
-inline void decode_task(const ZetaCall &call, const DecodePlan &plan, const DecodeBlock &block,
-                        const DecodeShared &shared, const OffsetTable &offsets, int64_t task) {
+inline void decode_task(const ZetaCall &call, Unseen &unseen, const DecodePlan &plan,
+                        const DecodeBlock &block, const DecodeShared &shared,
+                        const OffsetTable &offsets, int64_t task) {
     const int64_t head = task / plan.parts, part = task % plan.parts;
     DecodeBlock mine = block;
     if (plan.parts > 1) {
@@ -313,7 +317,7 @@ inline void decode_task(const ZetaCall &call, const DecodePlan &plan, const Deco
         mine.totals = kept.totals;
     }
     const int64_t batch = head / call.key_heads, key_head = head % call.key_heads;
-    const DecodePart<Q, K> work(call, plan, mine, offsets, batch, key_head);
+    const DecodePart<Q, K> work(call, unseen, plan, mine, offsets, batch, key_head);
     work.run(part);
     if (plan.parts == 1) return work.finish();
     // Whoever is last puts the parts together.
@@ -321,11 +325,11 @@ inline void decode_task(const ZetaCall &call, const DecodePlan &plan, const Deco
     DecodeBlock parts[WANTED_TASKS];
     for (int64_t other = 0; other < plan.parts; ++other) parts[other] = shared.part_of(head, other);
     merge_parts(plan, parts, block);
-    DecodePart<Q, K>(call, plan, block, offsets, batch, key_head).finish();
+    DecodePart<Q, K>(call, unseen, plan, block, offsets, batch, key_head).finish();
 }
 
 template <class Q, class K>
-inline int64_t decode_in(const ZetaCall &call) {
+inline int64_t decode_in(const ZetaCall &call, Unseen &unseen) {
     const DecodePlan plan(call);
     Pieces block_count(nullptr), shared_count(nullptr);
     DecodeBlock::plan(block_count, plan);
@@ -352,14 +356,17 @@ inline int64_t decode_in(const ZetaCall &call) {
         Pieces pieces(scratch.data());
         const DecodeBlock block = DecodeBlock::plan(pieces, plan);
         for (int64_t task; (task = tasks.take()) >= 0;)
-            decode_task<Q, K>(call, plan, block, shared, offsets, task);
+            decode_task<Q, K>(call, unseen, plan, block, shared, offsets, task);
     });
     return answer;
 }
 
 template <class Q>
 inline int64_t decode_of(const ZetaCall &call) {
-    return call.key_factor_BGS ? decode_in<Q, int8_t>(call) : decode_in<Q, Q>(call);
+    return run_without_unseen(call, [&](Unseen &unseen) {
+        return call.key_factor_BGS ? decode_in<Q, int8_t>(call, unseen)
+                                   : decode_in<Q, Q>(call, unseen);
+    });
 }
 
 inline int64_t decode(const ZetaCall *call) {

@@ -23,12 +23,11 @@ struct FewOperands : FmaOperands {
             return {pieces.take<float>(FEW * stride), width, stride};
         }
 
-        void pack(const HeadRows &rows, const Existing &existing, int64_t first, int64_t count,
-                  int64_t place) const {
+        void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t place) const {
             for (int64_t key = 0; key < count; ++key) {
                 float *to = data + (place + key) * stride;
-                if (existing.has(first + key))
-                    copy_row(rows.at(first + key), rows.dtype, width, splat(1), to);
+                if (rows.has(first + key))
+                    copy_row(rows.rows.at(first + key), rows.rows.dtype, width, splat(1), to);
                 else
                     clear(to, width);
             }

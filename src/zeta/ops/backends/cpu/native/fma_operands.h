@@ -39,9 +39,8 @@ struct FmaOperands {
         }
 
         // Keys from `first` on, to the place `place`, a multiple of STEP.
-        void pack(const HeadRows &rows, const Existing &existing, int64_t first, int64_t count,
-                  int64_t place) const {
-            copy_transposed(rows, existing, first, count, width, data + place * width);
+        void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t place) const {
+            copy_transposed(rows, first, count, data + place * width);
         }
     };
 
@@ -54,10 +53,8 @@ struct FmaOperands {
             return {pieces.take<float>(rows * round_up(width, PANEL)), width, rows * PANEL};
         }
 
-        void pack(const HeadRows &rows, const Existing &existing, int64_t first, int64_t count,
-                  int64_t place) const {
-            copy_panels(rows, existing, first, round_up(count, PANEL), width, data + place * PANEL,
-                        panel);
+        void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t place) const {
+            copy_panels(rows, first, round_up(count, PANEL), data + place * PANEL, panel);
         }
     };
 

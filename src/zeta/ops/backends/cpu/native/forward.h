@@ -30,12 +30,9 @@ struct PackedHead {
                 Operands::Values::plan(pieces, call.source, call.value_dim)};
     }
 
-    void pack(const ZetaCall &call, const Sight &sight, int64_t batch, int64_t key_head,
-              int64_t first, int64_t count) const {
-        const HeadRows key = head_rows(call.key, call.dtype, batch, key_head);
-        const HeadRows value = head_rows(call.value, call.dtype, batch, key_head);
-        keys.pack(key, sight.existing, first, count, first);
-        values.pack(value, sight.existing, first, count, first);
+    void pack(const Sight &sight, int64_t key_head, int64_t first, int64_t count) const {
+        keys.pack(keys_of(sight, key_head), first, count, first);
+        values.pack(values_of(sight, key_head), first, count, first);
     }
 };
 
@@ -184,13 +181,15 @@ inline void forward_block(ForwardBlock<Operands> &block, const Scores &scores,
         if (call.dropout_p > 0) block.tile->set_hashes(scores.sight, salt);
         forward_tile(block, queries, scores, packed);
     }
+    scores.sight.unseen.look_at(block.sums, queries.count, call.value_dim, block.sum_stride);
     store_block(block, queries, scores);
 }
 
 // A task is a key head and all that look at it, or one of `parts` of their queries; it packs for
 // itself.
 template <class Operands>
-inline int64_t forward_by_heads(const ZetaCall &call, const OffsetTable &offsets, int64_t parts) {
+inline int64_t forward_by_heads(const ZetaCall &call, Unseen &unseen, const OffsetTable &offsets,
+                                int64_t parts) {
     const int64_t group = call.heads / call.key_heads, block_size = queries_of_block(call);
     const int64_t of_part =
         parts == 1 ? call.target : round_up((call.target + parts - 1) / parts, 4);
@@ -213,8 +212,8 @@ inline int64_t forward_by_heads(const ZetaCall &call, const OffsetTable &offsets
             const int64_t batch = task / parts / call.key_heads;
             const int64_t begin = task % parts * of_part;
             const int64_t end = smaller(begin + of_part, call.target);
-            const Sight sight(call, batch);
-            packed.pack(call, sight, batch, key_head, 0, call.source);
+            const Sight sight(call, unseen, batch);
+            packed.pack(sight, key_head, 0, call.source);
             for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
                 const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
                 for (int64_t first = begin; first < end; first += block_size)
@@ -227,7 +226,8 @@ inline int64_t forward_by_heads(const ZetaCall &call, const OffsetTable &offsets
 
 // Few key heads: all are packed first, by all threads; then a task is a block of queries.
 template <class Operands>
-inline int64_t forward_by_blocks(const ZetaCall &call, const OffsetTable &offsets) {
+inline int64_t forward_by_blocks(const ZetaCall &call, Unseen &unseen,
+                                 const OffsetTable &offsets) {
     const int64_t heads = call.batch * call.key_heads;
     Pieces count(nullptr);
     for (int64_t head = 0; head < heads; ++head) PackedHead<Operands>::plan(count, call);
@@ -241,8 +241,8 @@ inline int64_t forward_by_blocks(const ZetaCall &call, const OffsetTable &offset
     const int64_t parts = (call.source + TILE_KEYS - 1) / TILE_KEYS;
     run(heads * parts, call.num_threads, [&](int64_t task) {
         const int64_t head = task / parts, first = task % parts * TILE_KEYS;
-        const Sight sight(call, head / call.key_heads);
-        packed_head(head).pack(call, sight, head / call.key_heads, head % call.key_heads, first,
+        const Sight sight(call, unseen, head / call.key_heads);
+        packed_head(head).pack(sight, head % call.key_heads, first,
                                smaller(TILE_KEYS, call.source - first));
     });
     const int64_t queries = queries_of_block(call);
@@ -262,7 +262,7 @@ inline int64_t forward_by_blocks(const ZetaCall &call, const OffsetTable &offset
         ForwardBlock<Operands> block = ForwardBlock<Operands>::plan(pieces, call);
         for (int64_t task; (task = tasks.take()) >= 0;) {
             const int64_t head = task / blocks % call.heads, batch = task / blocks / call.heads;
-            const Sight sight(call, batch);
+            const Sight sight(call, unseen, batch);
             const Scores scores = scores_of<Operands>(call, sight, offsets, batch, head);
             // The last blocks first: under a causal mask they are the longest.
             const int64_t first = (blocks - 1 - task % blocks) * queries;
@@ -283,9 +283,11 @@ inline int64_t forward_with(const ZetaCall &call) {
     }
     const bool has_threads = call.num_threads > 1;
     const bool has_more_tasks = call.target > queries_of_block(call) || call.heads > call.key_heads;
-    if (has_threads && has_more_tasks && call.batch * call.key_heads < 4 * call.num_threads)
-        return forward_by_blocks<Operands>(call, offsets);
     const bool is_shared = has_threads && call.batch * call.heads == 1 &&
                            call.target >= SHARED_QUERIES && call.source <= TILE_KEYS;
-    return forward_by_heads<Operands>(call, offsets, is_shared ? 2 : 1);
+    return run_without_unseen(call, [&](Unseen &unseen) {
+        if (has_threads && has_more_tasks && call.batch * call.key_heads < 4 * call.num_threads)
+            return forward_by_blocks<Operands>(call, unseen, offsets);
+        return forward_by_heads<Operands>(call, unseen, offsets, is_shared ? 2 : 1);
+    });
 }

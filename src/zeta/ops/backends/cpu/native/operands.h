@@ -47,50 +47,57 @@ inline void copy_rows(const HeadRows &rows, int64_t first, int64_t count, int64_
         copy_row(rows.at(first + row), rows.dtype, width, splat(factor), to + row * stride);
 }
 
-// Which keys there are at all. What lies at the others is never read as a number: it may be NaN.
-struct Existing {
-    int64_t first, length;        // before and from there on, nobody sees any
-    const int32_t *positions;     // none where negative
-    int64_t padding;              // of the positions
-    const uint8_t *keep;          // a mask that is the same for all queries and heads
-    int64_t keep_stride;
+// Keys or values of one head.
+struct KeyRows {
+    HeadRows rows;
+    int64_t width;
+    const Sight &sight;
+    int64_t key_head;
 
-    bool has(int64_t key) const {
-        if (key < first || key >= length) return false;
-        if (positions && (positions[key] < 0 || positions[key] >= padding)) return false;
-        return !keep || keep[key * keep_stride];
+    bool has(int64_t key) const { return sight.has(key, key_head); }
+
+    Floats load(int64_t key, int64_t column) const {
+        return load_dtype(rows.at(key), rows.dtype, column, width - column);
     }
 };
 
+inline KeyRows keys_of(const Sight &sight, int64_t key_head) {
+    const ZetaCall &call = sight.call;
+    return {head_rows(call.key, call.dtype, sight.batch, key_head), call.head_dim, sight, key_head};
+}
+
+inline KeyRows values_of(const Sight &sight, int64_t key_head) {
+    const ZetaCall &call = sight.call;
+    return {head_rows(call.value, call.dtype, sight.batch, key_head), call.value_dim, sight,
+            key_head};
+}
+
 // Rows of keys or values as columns of B: the panel p of PANEL features at to + p * panel, row i of
-// it at i * PANEL. Rows that do not exist are zero.
-inline void copy_panels(const HeadRows &rows, const Existing &existing, int64_t first,
-                        int64_t count, int64_t width, float *to, int64_t panel) {
+// it at i * PANEL. Rows that are not there are zero.
+inline void copy_panels(const KeyRows &rows, int64_t first, int64_t count, float *to,
+                        int64_t panel) {
     for (int64_t row = 0; row < count; ++row) {
-        const bool exists = existing.has(first + row);
-        for (int64_t column = 0; column < width; column += LANES) {
+        const bool is_there = rows.has(first + row);
+        for (int64_t column = 0; column < rows.width; column += LANES) {
             float *place = to + column / PANEL * panel + row * PANEL + column % PANEL;
-            store(place, exists ? load_dtype(rows.at(first + row), rows.dtype, column,
-                                             width - column)
-                                : zeros());
+            store(place, is_there ? rows.load(first + row, column) : zeros());
         }
     }
 }
 
 // Rows of keys or values as rows of B's transpose: the panel p of PANEL keys at
 // to + p * PANEL * width, feature d of it at d * PANEL. `count` is filled up to a whole panel.
-inline void copy_transposed(const HeadRows &rows, const Existing &existing, int64_t first,
-                            int64_t count, int64_t width, float *to) {
+inline void copy_transposed(const KeyRows &rows, int64_t first, int64_t count, float *to) {
+    const int64_t width = rows.width;
     for (int64_t row = 0; row < round_up(count, PANEL); row += LANES) {
         float *panel = to + row / PANEL * PANEL * width + row % PANEL;
+        bool is_there[LANES];
+        for (int lane = 0; lane < LANES; ++lane)
+            is_there[lane] = row + lane < count && rows.has(first + row + lane);
         for (int64_t column = 0; column < width; column += LANES) {
             Floats square[LANES];
-            for (int lane = 0; lane < LANES; ++lane) {
-                const int64_t key = first + row + lane;
-                square[lane] = row + lane < count && existing.has(key)
-                                   ? load_dtype(rows.at(key), rows.dtype, column, width - column)
-                                   : zeros();
-            }
+            for (int lane = 0; lane < LANES; ++lane)
+                square[lane] = is_there[lane] ? rows.load(first + row + lane, column) : zeros();
             transpose(square);
             const int64_t features = smaller(LANES, width - column);
             for (int64_t d = 0; d < features; ++d) store(panel + (column + d) * PANEL, square[d]);

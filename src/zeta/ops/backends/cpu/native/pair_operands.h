@@ -72,18 +72,16 @@ struct PairOperands {
             return {pieces.take<uint32_t>(PARTS * part), width, panel, part};
         }
 
-        void pack(const HeadRows &rows, const Existing &existing, int64_t first, int64_t count,
-                  int64_t place) const {
-            for (int64_t row = 0; row < round_up(count, 16); row += LANES)
+        void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t place) const {
+            for (int64_t row = 0; row < round_up(count, 16); row += LANES) {
+                bool is_there[LANES];
+                for (int lane = 0; lane < LANES; ++lane)
+                    is_there[lane] = row + lane < count && rows.has(first + row + lane);
                 for (int64_t column = 0; column < round_up(width, TILE_DEPTH); column += LANES) {
                     Floats square[LANES];
-                    for (int lane = 0; lane < LANES; ++lane) {
-                        const int64_t key = first + row + lane;
-                        square[lane] = row + lane < count && existing.has(key)
-                                           ? load_dtype(rows.at(key), rows.dtype, column,
-                                                        width - column)
-                                           : zeros();
-                    }
+                    for (int lane = 0; lane < LANES; ++lane)
+                        square[lane] =
+                            is_there[lane] ? rows.load(first + row + lane, column) : zeros();
                     transpose(square);
                     uint32_t *to = data + (place + row) / 16 * panel + (place + row) % 16 +
                                    column / 2 * 16;
@@ -93,6 +91,7 @@ struct PairOperands {
                                 store_bits(to + which * part + lane / 2 * 16, bits);
                             });
                 }
+            }
         }
     };
 
@@ -106,22 +105,20 @@ struct PairOperands {
             return {pieces.take<uint32_t>(PARTS * part), width, panel, part};
         }
 
-        void pack(const HeadRows &rows, const Existing &existing, int64_t first, int64_t count,
-                  int64_t place) const {
-            const auto read = [&](int64_t row, int64_t column) {
-                return row < count && existing.has(first + row)
-                           ? load_dtype(rows.at(first + row), rows.dtype, column, width - column)
-                           : zeros();
-            };
-            for (int64_t row = 0; row < round_up(count, TILE_DEPTH); row += 2)
+        void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t place) const {
+            const auto is_there = [&](int64_t row) { return row < count && rows.has(first + row); };
+            for (int64_t row = 0; row < round_up(count, TILE_DEPTH); row += 2) {
+                const bool even = is_there(row), odd = is_there(row + 1);
                 for (int64_t column = 0; column < round_up(width, 16); column += LANES) {
                     uint32_t *to =
                         data + column / 16 * panel + (place + row) / 2 * 16 + column % 16;
-                    for_pairs<0, PARTS>(read(row, column), read(row + 1, column),
+                    for_pairs<0, PARTS>(even ? rows.load(first + row, column) : zeros(),
+                                        odd ? rows.load(first + row + 1, column) : zeros(),
                                         [&](int which, Ints bits) {
                                             store_bits(to + which * part, bits);
                                         });
                 }
+            }
         }
     };
 

@@ -115,13 +115,13 @@ struct EarlyPass {
         const ZetaCall &call = of.call;
         const HeadRows query = head_rows(call.query, call.dtype, of.batch, of.head);
         const int64_t key_head = of.head / (call.heads / call.key_heads);
-        const HeadRows key = head_rows(call.key, call.dtype, of.batch, key_head);
+        const KeyRows key = keys_of(of.sight, key_head);
         queries.copy(query, block.first, block.count, static_cast<float>(call.scale));
         for (int64_t first = round_down(block.keys.low, Operands::STEP); first < block.keys.high;
              first += TILE_KEYS) {
             tile->set(of.sight, first, smaller(TILE_KEYS, block.keys.high - first));
             if (!block.sees(of.sight, *tile)) continue;
-            keys.pack(key, of.sight.existing, first, tile->count, 0);
+            keys.pack(key, first, tile->count, 0);
             Operands::make_scores(queries, block.count, keys, 0, tile->count, scores, stride);
             for (int64_t row = 0; row < block.count; ++row)
                 body(row, ScoreRow(of, *tile, block.first + row), scores + row * stride);

@@ -3,10 +3,68 @@
 
 struct Range {
     int64_t low, high;  // low .. high - 1
+
+    bool has(int64_t x) const { return low <= x && x < high; }
 };
+
+// Which keys there are at all. What lies at the others is never read as a number: it may be NaN.
+struct Existing {
+    int64_t first, length;        // before and from there on, nobody sees any
+    const int32_t *positions;     // none where negative
+    int64_t padding;              // of the positions
+    const uint8_t *keep;          // a mask that is the same for all queries and heads
+    int64_t keep_stride;
+
+    bool has(int64_t key) const {
+        if (key < first || key >= length) return false;
+        if (positions && (positions[key] < 0 || positions[key] >= padding)) return false;
+        return !keep || keep[key * keep_stride];
+    }
+};
+
+// Keys that exist, and that no query sees all the same.
+//
+// At first they are not told from others: their weights are 0, whatever they are. But 0 x NaN is NaN. So
+// where the masks of a call may hide keys from all, and its sums are not finite, its pass is run again,
+// and such keys are left out.
+struct Unseen {
+    const bool may_be;
+    bool are_left_out = false;
+    bool were_met = false;  // perhaps
+
+    explicit Unseen(const ZetaCall &call)
+        : may_be(call.document_columns.data ||
+                 (call.keep.data && (call.keep.row || call.keep.head)) ||
+                 (call.key_positions.data && (call.causal || call.window || call.prefix_B))) {}
+
+    // Looks at rows of sums that keys or values have gone into.
+    void look_at(const float *sums, int64_t count, int64_t width, int64_t stride) {
+        if (!may_be) return;
+        Mask found = first_lanes(0);
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t column = 0; column < width; column += LANES) {
+                const Floats size = abs(load(sums + row * stride + column));
+                found = either(found, not_less(size, splat(INFINITY)));
+            }
+        if (any(found)) __atomic_store_n(&were_met, true, __ATOMIC_RELAXED);
+    }
+};
+
+// Runs `pass(unseen)`, once or twice.
+template <class Pass>
+inline int64_t run_without_unseen(const ZetaCall &call, const Pass &pass) {
+    Unseen unseen(call);
+    const int64_t answer = pass(unseen);
+    if (answer != ZETA_DONE || !unseen.were_met) return answer;
+    unseen.are_left_out = true;
+    return pass(unseen);
+}
 
 // What one sequence of the batch hides.
 struct Sight {
+    const ZetaCall &call;
+    Unseen &unseen;
+    int64_t batch;
     bool is_causal;
     int64_t window, prefix, padding;  // 0, -1 and the length of the keys where there is none
     int64_t target, source;
@@ -14,8 +72,11 @@ struct Sight {
     const int64_t *document_rows, *document_columns;  // both or none
     Existing existing;
 
-    Sight(const ZetaCall &call, int64_t batch)
-        : is_causal(call.causal),
+    Sight(const ZetaCall &call, Unseen &unseen, int64_t batch)
+        : call(call),
+          unseen(unseen),
+          batch(batch),
+          is_causal(call.causal),
           window(call.window),
           prefix(call.prefix_B ? larger(0, call.prefix_B[batch]) : -1),
           padding(INT32_MAX),
@@ -34,6 +95,12 @@ struct Sight {
             existing.keep_stride = call.keep.column;
         }
     }
+
+    // Whether a key may be multiplied for the heads that share it.
+    bool has(int64_t key, int64_t key_head) const {
+        return existing.has(key) && (!unseen.are_left_out || is_seen(key, key_head));
+    }
+
 
     int64_t position(int64_t query) const {
         return query_positions ? query_positions[query] : query + source - target;
@@ -59,6 +126,25 @@ struct Sight {
     }
 
   private:
+    bool is_seen(int64_t key, int64_t key_head) const {
+        const int64_t group = call.heads / call.key_heads, first = key_head * group;
+        const int64_t heads = call.keep.data && call.keep.head ? group : 1;
+        for (int64_t head = first; head < first + heads; ++head)
+            for (int64_t query = 0; query < target; ++query)
+                if (sees(head, query, key)) return true;
+        return false;
+    }
+
+    bool sees(int64_t head, int64_t query, int64_t key) const {
+        if (!of_position(position(query)).has(key_positions ? key_positions[key] : key))
+            return false;
+        if (document_columns && document_rows[query] != document_columns[key]) return false;
+        const ZetaPlane &keep = call.keep;
+        return !keep.data ||
+               static_cast<const uint8_t *>(keep.data)[batch * keep.batch + head * keep.head +
+                                                       query * keep.row + key * keep.column];
+    }
+
     template <class T>
     static const T *of(const ZetaLabels &labels, int64_t batch) {
         return labels.data ? static_cast<const T *>(labels.data) + batch * labels.batch : nullptr;

@@ -138,18 +138,18 @@ struct PackedHeads {
         return plan(pieces, call, of_weights);
     }
 
-    void pack(const ZetaCall &call, const WeightsPlan &plan, int64_t num_threads) const {
+    void pack(const ZetaCall &call, Unseen &unseen, const WeightsPlan &plan,
+              int64_t num_threads) const {
         run(call.batch * call.key_heads * plan.num_tiles, num_threads, [&](int64_t task) {
             const int64_t first = task % plan.num_tiles * MOST_KEYS, rest = task / plan.num_tiles;
             const int64_t batch = rest / call.key_heads, key_head = rest % call.key_heads;
-            const Sight sight(call, batch);
+            const Sight sight(call, unseen, batch);
             const int64_t count = smaller(MOST_KEYS, call.source - first);
             const PackedHead<Operands> to = head(call, plan, batch, key_head);
             if (call.out.data)
-                to.pack(call, sight, batch, key_head, first, count);
+                to.pack(sight, key_head, first, count);
             else
-                to.keys.pack(head_rows(call.key, call.dtype, batch, key_head), sight.existing,
-                             first, count, first);
+                to.keys.pack(keys_of(sight, key_head), first, count, first);
         });
     }
 };
@@ -169,6 +169,7 @@ inline void add_up_values(WeightsBlock<Operands> &block, const WeightsPlan &plan
         Operands::make_outputs(block.weights, queries.count, values, first, count, block.sums,
                                block.sum_stride, true);
     });
+    scores.sight.unseen.look_at(block.sums, queries.count, call.value_dim, block.sum_stride);
     HeadRows out = head_rows(call.out, call.dtype, scores.batch, scores.head);
     for (int64_t row = 0; row < queries.count; ++row)
         store_sums(call, block.sums + row * block.sum_stride, factors[row],
@@ -211,13 +212,13 @@ inline void weigh_block(WeightsBlock<Operands> &block, const WeightsPlan &plan,
 }
 
 template <class T, class Operands>
-inline void weights_task(const ZetaCall &call, const WeightsPlan &plan,
+inline void weights_task(const ZetaCall &call, Unseen &unseen, const WeightsPlan &plan,
                          WeightsBlock<Operands> &block, const PackedHeads<Operands> &packed,
                          const OffsetTable &offsets, int64_t task) {
     const int64_t heads = call.mean_weights ? call.heads : 1;
     const int64_t first = task % plan.blocks * plan.rows, rest = task / plan.blocks * heads;
     const int64_t batch = rest / call.heads, group = call.heads / call.key_heads;
-    const Sight sight(call, batch);
+    const Sight sight(call, unseen, batch);
     const QueryBlock queries(sight, first, smaller(plan.rows, call.target - first));
     if (call.mean_weights) clear(block.means, queries.count * plan.stride);
     for (int64_t head = rest % call.heads; head < rest % call.heads + heads; ++head) {
@@ -231,7 +232,7 @@ inline void weights_task(const ZetaCall &call, const WeightsPlan &plan,
 }
 
 template <class T, class Operands>
-inline int64_t weights_in(const ZetaCall &call) {
+inline int64_t weights_in(const ZetaCall &call, Unseen &unseen) {
     const WeightsPlan plan(call);
     PackedHeads<Operands> packed{nullptr, PackedHeads<Operands>::bytes_of_head(call, plan)};
     const int64_t packed_bytes = call.batch * call.key_heads * packed.head_bytes;
@@ -247,7 +248,7 @@ inline int64_t weights_in(const ZetaCall &call) {
     WeightsBlock<Operands>::plan(count, call, plan);
     const bool is_small = call.batch * call.heads * call.target * call.source < ALONE_SCORES;
     const int64_t num_threads = is_small ? 1 : call.num_threads;
-    packed.pack(call, plan, num_threads);
+    packed.pack(call, unseen, plan, num_threads);
     int64_t answer = ZETA_DONE;
     const int64_t planes = call.batch * (call.mean_weights ? 1 : call.heads);
     run_on_threads(planes * plan.blocks, num_threads, [&](Tasks &tasks) {
@@ -260,16 +261,18 @@ inline int64_t weights_in(const ZetaCall &call) {
         Pieces pieces(scratch.data());
         auto block = WeightsBlock<Operands>::plan(pieces, call, plan);
         for (int64_t task; (task = tasks.take()) >= 0;)
-            weights_task<T>(call, plan, block, packed, offsets, task);
+            weights_task<T>(call, unseen, plan, block, packed, offsets, task);
     });
     return answer;
 }
 
 template <class Operands>
 inline int64_t weights_with(const ZetaCall &call) {
-    switch (call.dtype) {
-        case ZETA_BFLOAT16: return weights_in<BFloat16, Operands>(call);
-        case ZETA_FLOAT16: return weights_in<Float16, Operands>(call);
-        default: return weights_in<float, Operands>(call);
-    }
+    return run_without_unseen(call, [&](Unseen &unseen) {
+        switch (call.dtype) {
+            case ZETA_BFLOAT16: return weights_in<BFloat16, Operands>(call, unseen);
+            case ZETA_FLOAT16: return weights_in<Float16, Operands>(call, unseen);
+            default: return weights_in<float, Operands>(call, unseen);
+        }
+    });
 }
