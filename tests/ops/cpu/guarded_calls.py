@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tests.ops.cases import CASES, Case, reasons
+from tests.ops.cases import CASES, Case, far_from_zero, reasons
 from tests.ops.cpu.caches import CACHES, Cache
 from tests.ops.cpu.guards import Guards, guarded
 from tests.ops.cpu.layers import PROJECTIONS, Projection
@@ -64,6 +64,7 @@ ODD = [
         mask=lambda: masks.Causal() & masks.Padding(torch.tensor([517])),
         dropout_p=0.2,
     ),
+    far_from_zero(-1e9, batch=1, key_heads=2, target=5, source=301, head_dim=17, value_dim=5),
 ]
 
 
