@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import numbers
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -119,11 +120,17 @@ def _describe(item: object, tensors: list[Tensor]) -> str:
         return f'{{"kind": "{kind}", "fields": {{{", ".join(fields)}}}}}'
     if isinstance(item, bool):
         return "true" if item else "false"
-    if isinstance(item, _INTEGERS):
-        return repr(int(item))
     if isinstance(item, _NUMBERS):
-        return repr(float(item))
+        return spelled(item)
     raise TypeError(f"a mask or bias cannot hold a {type(item).__name__}")
+
+
+def spelled(number: Any) -> str:
+    """A number as text, under torch.compile too, which is then bound to it."""
+    # What the compiler has as a symbol takes its value in `index` and in `hex`.
+    if isinstance(number, _INTEGERS):
+        return repr(operator.index(number))
+    return repr(float.fromhex(float(number).hex()))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -157,7 +157,7 @@ def lower(call: AttentionCall) -> Lowered:
         seed=call.seed,
         scale=float(call.scale),
         causal=bool(windows) or any(isinstance(mask, masks.Causal) for mask in conjuncts),
-        window=min(windows, default=0),
+        window=min(windows) if windows else 0,
         softcap=cap.limit if isinstance(cap, biases.Softcap) else 0.0,
         softcap_first=bool(caps) and caps[0] == 0,
         dropout_p=call.dropout_p,

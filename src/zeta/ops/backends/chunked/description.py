@@ -15,6 +15,7 @@ from zeta.ops.call import AttentionCall
 from zeta.ops.offsets import offset_vector
 from zeta.ops.substitution import with_tensors
 from zeta.ops.transforms import reasons_of_opaque
+from zeta.values import spelled
 
 _FAR = 2**40
 _LONGEST_VECTOR = 2**24
@@ -155,7 +156,7 @@ class Plan:
 
     def pack(self) -> tuple[list[Tensor], str]:
         """Tensors and a text; the numbers ``scale`` and ``dropout_p`` are left out."""
-        words = ",".join(f"{kind}:{number}" for kind, number in self.words)
+        words = ",".join(f"{kind}:{spelled(number)}" for kind, number in self.words)
         spec = "" if self.mask is None else self.mask.flatten()[0]
         return self.tensors(), "|".join((words, ",".join(self._present()), spec))
 

@@ -101,7 +101,6 @@ struct Sight {
         return existing.has(key) && (!unseen.are_left_out || is_seen(key, key_head));
     }
 
-
     int64_t position(int64_t query) const {
         return query_positions ? query_positions[query] : query + source - target;
     }
