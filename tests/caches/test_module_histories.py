@@ -94,6 +94,15 @@ class ModuleHistory(History):
         )
         return out
 
+    def attend(self, query: Tensor, tokens: Tensor, rel_pos: Any) -> Tensor:
+        """The output of the last tokens; keys and values of all go to the cache."""
+        state = self.cache.state if isinstance(self.cache, PlainDict) else self.cache
+        split = {"split_position": SPLIT} if self.attention.multiway else {}
+        out, _ = self.attention(
+            query, tokens, tokens, state, rel_pos=rel_pos, is_causal=True, **split
+        )
+        return out
+
     def update(self, added: int) -> None:
         batch = len(self.ledger) or self.setting.batch
         x, padding = self.normal(batch, added, EMBED), self.new_padding(batch, added)
@@ -159,6 +168,28 @@ def test_any_history_of_a_module_equals_its_full_forward(kind: str, num_historie
                 history.perform(operation)
 
     run()
+
+
+@pytest.mark.parametrize("bias", ["none", "t5"])
+@pytest.mark.parametrize("seed", [2, 3], ids=["one way", "multiway"])
+@pytest.mark.parametrize("rotation", ["none", "rope", "xpos"])
+@pytest.mark.parametrize("kind", MODULE_KINDS)
+def test_queries_may_be_the_last_of_the_tokens(
+    kind: str, rotation: str, seed: int, bias: str
+) -> None:
+    setting = Setting(2, 4, 2, "causal", bias, rotation, "none", seed)
+    whole, last = (ModuleHistory(setting, **options(kind, setting)) for _ in range(2))
+    with torch.no_grad():
+        for count, of_them in ((5, 2), (4, 1), (6, 6), (3, 2)):
+            x = torch.randn(2, count, EMBED, dtype=torch.float64)
+            found = [
+                history.attend(x[:, -queries:], x, history.rel_pos)
+                for history, queries in ((whole, count), (last, of_them))
+            ]
+            torch.testing.assert_close(found[1], found[0][:, -of_them:])
+        if kind != "dict" and (rotation != "none" or seed == 3):
+            with pytest.raises(ValueError, match="3 queries and 2 keys"):
+                last.attend(x, x[:, :2], None)
 
 
 def test_a_wrong_module_is_found() -> None:

@@ -223,6 +223,30 @@ def test_a_slice_may_become_the_whole(attend: Call) -> None:
         torch.testing.assert_close(compiled(x), run(x), rtol=1e-5, atol=1e-5)
 
 
+NUMBERS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "window": lambda number: {"mask": masks.SlidingWindow(number)},
+    "window and more": lambda number: {"mask": masks.SlidingWindow(number) & masks.Padding(LENGTHS)},
+    "softcap": lambda number: {"bias": biases.Softcap(number + 0.25)},
+    "scale": lambda number: {"scale": number / 4},
+    "dropout_p": lambda number: {"dropout_p": number / 8, "seed": torch.tensor(7)},
+    "seed": lambda number: {"dropout_p": 0.5, "seed": number},
+}
+LENGTHS = torch.tensor([5, 9])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chunked", "reference"])
+@pytest.mark.parametrize("arguments", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_may_be_unknown(arguments: Callable[[int], dict[str, Any]], backend: str) -> None:
+    def run(x: Tensor, number: int) -> Tensor:
+        return attending_op(x[:, None], backend=backend, **arguments(number))
+
+    compiled = torch.compile(run, backend="eager", fullgraph=True, dynamic=True)
+    found = [compiled(tokens(), number) for number in (2, 3, 5)]
+    for number, out in zip((2, 3, 5), found, strict=True):
+        torch.testing.assert_close(out, run(tokens(), number))
+    assert not torch.allclose(found[0], found[2])
+
+
 @pytest.mark.slow
 def test_new_lengths_of_masks_and_biases_do_not_compile_each() -> None:
     bias = RelativePositionBias(n_heads=4)

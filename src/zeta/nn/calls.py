@@ -73,6 +73,10 @@ def attention_call(
     if mask is None and bias is None and not dropout_p and cached.positions is None:
         # The plain call. What `checked` asks, the projections have made certain.
         return AttentionCall(query_BHTD, cached.key, cached.value, scale=scale)
+    query_positions = cached.query_positions
+    if query_positions is not None:
+        # The queries may be the last of the tokens that came.
+        query_positions = query_positions[..., -target:]
     return AttentionCall.checked(
         query_BHTD,
         cached.key,
@@ -81,7 +85,7 @@ def attention_call(
         bias=bias,
         dropout_p=dropout_p,
         scale=scale,
-        query_positions=cached.query_positions,
+        query_positions=query_positions,
         key_positions=cached.positions,
     )
 

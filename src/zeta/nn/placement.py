@@ -53,8 +53,8 @@ class Placement(NamedTuple):
 
     Attributes:
         first: Position of the first source token: the number of those in the cache.
-        positions: ``(T,)`` or ``(1 or B, T)``, given by the caller or the cache; None: tokens
-            follow ``first``.
+        positions: ``(T,)`` or ``(1 or B, T)``, given by the caller, or ``(1 or B, N)``, by the
+            cache; None: tokens follow ``first``.
         given: Whether the caller gave them.
         query_route: None without multiway.
         key_route: None without multiway.
@@ -91,11 +91,14 @@ class Placement(NamedTuple):
 
         Raises:
             TypeError: ``positions`` are not integers.
-            ValueError: Their shape is wrong, they are not as many as ``keys``, or the module has no
-                use for an argument.
+            ValueError: Their shape is wrong, they are not as many as ``keys``, the module has no
+                use for an argument, or there are more queries than keys beside a cache.
         """
         # Not asked with `isinstance(cache, Cache)`: a protocol takes microseconds to say no.
         given = positions is not None
+        target = query.shape[1]
+        # Keys of another shape are refused later.
+        source = target if keys is None or keys.dim() != 3 else keys.shape[1]
         follows = None if isinstance(cache, CrossCache) or not (rotates or multiway) else cache
         if positions is not None:
             if not (rotates or multiway):
@@ -105,7 +108,12 @@ class Placement(NamedTuple):
             positions = _checked_positions(positions, query, keys)
         elif keys is not None and follows is not None and not isinstance(follows, DictCache):
             # Sequences may differ in length, or the device alone may know it.
-            positions = follows.next_positions(query.shape[1], query.device)
+            if target > source:
+                raise ValueError(
+                    "in a self-attention with a cache queries must be the last of the tokens; "
+                    f"got {target} queries and {source} keys"
+                )
+            positions = follows.next_positions(source, query.device)
         placed = positions is not None and keys is not None
         first = 0 if follows is None or placed else follows.length
         if not multiway:
@@ -113,8 +121,10 @@ class Placement(NamedTuple):
                 raise ValueError("split_position was given, but the module has no args.multiway")
             return cls(first, positions, given, None, None)
         query_split, key_split = split if isinstance(split, tuple) else (split, split)
-        query_at: Positions = first if positions is None else positions
         key_at: Positions = first if positions is None or keys is None else positions
+        query_at: Positions = first if positions is None else positions
+        if keys is not None:
+            query_at = _last(key_at, source, target)
         if positions is None and isinstance(cache, CrossCache):
             query_at = cache.next_queries(query)
         routes = Route(query_split, query_at), Route(key_split, key_at)
@@ -147,13 +157,23 @@ class Placement(NamedTuple):
         key_at: Positions = self.first
         query_at: Positions = self.first + key.shape[2] - query.shape[2]
         if self.positions is not None:
-            query_at = self.positions
             key_at = self.positions if keys_too else self.first
+            query_at = self.positions
+            if keys_too:
+                query_at = _last(key_at, key.shape[2], query.shape[2])
         if query_at is key_at or (self.positions is None and query.shape[2] == key.shape[2]):
             turned = rotation.pair(query, key, key_at)
         else:
             turned = rotation.queries(query, query_at), rotation.keys(key, key_at)
         return Rotated(*turned, None, None)
+
+
+def _last(positions: Positions, num_keys: int, num_queries: int) -> Positions:
+    """The positions of the queries, which are the last tokens of a self-attention."""
+    if num_keys == num_queries:
+        return positions
+    earlier = num_keys - num_queries
+    return positions[..., earlier:] if isinstance(positions, Tensor) else positions + earlier
 
 
 def _checked_positions(positions: Tensor, query: Tensor, keys: Tensor | None) -> Tensor:
