@@ -225,7 +225,9 @@ def test_a_slice_may_become_the_whole(attend: Call) -> None:
 
 NUMBERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "window": lambda number: {"mask": masks.SlidingWindow(number)},
-    "window and more": lambda number: {"mask": masks.SlidingWindow(number) & masks.Padding(LENGTHS)},
+    "window and more": lambda number: {
+        "mask": masks.SlidingWindow(number) & masks.Padding(LENGTHS)
+    },
     "softcap": lambda number: {"bias": biases.Softcap(number + 0.25)},
     "scale": lambda number: {"scale": number / 4},
     "dropout_p": lambda number: {"dropout_p": number / 8, "seed": torch.tensor(7)},
