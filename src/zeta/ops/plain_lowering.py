@@ -110,14 +110,14 @@ def _take_bias(bias: biases.Bias | None, longest: int, found: dict[str, Any]) ->
             found["dense"] = term.tensor
         elif type(term) is biases.Alibi and "slopes_H" not in found and not is_learned(term):
             found["slopes_H"] = term.slopes
-        elif type(term) is biases.Bucketed and not found.keys() & {"offsets", "table"}:
+        elif type(term) is biases.Bucketed and "offsets" not in found and "table" not in found:
             if not has_kept_buckets(term):
                 return False
             reach = max(1, term.reach(longest))
             if is_learned(term):
                 found["offsets"] = offset_vector(term, reach)
             else:
-                found |= {"table": term.table, "buckets_R": kept_buckets(term, reach)}
+                found["table"], found["buckets_R"] = term.table, kept_buckets(term, reach)
         else:
             return False
     return True
