@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import zeta
+from tests.caches.histories import same
 from tests.caches.test_interface import tokens
 from zeta import masks
 from zeta.bench import peak_bytes
@@ -124,6 +125,37 @@ def test_addresses_stay_whatever_happens() -> None:
     assert cache._slots.key.data_ptr() == address
     with pytest.raises(ValueError, match="has its memory already"):
         cache.allocate(2, 2, 6)
+
+
+@pytest.mark.parametrize("change", ["crop", "reorder"])
+def test_forks_that_were_backed_up_together_are_apart_after_a_rollback(change: str) -> None:
+    cache = StaticCache(8)
+    cache.update(*tokens(3))
+    before = cache.state_dict()
+    cache.fork()
+    cache.update(*tokens(2))
+    cache.fork()
+    cache.select(torch.tensor([0]))
+    cache.rollback()
+    if change == "crop":
+        cache.crop(1)
+    else:
+        cache.reorder(torch.tensor([1, 0]))
+    cache.update(*tokens(1))
+    cache.rollback()
+    assert same(cache.state_dict(), before)
+
+
+def test_cropped_to_nothing_it_takes_another_batch_whatever_padding_was_there() -> None:
+    cache, fresh = StaticCache(8), StaticCache(8)
+    cache.update(*tokens(3), torch.tensor([[True, False, False], [False, False, False]]))
+    cache.crop(0)
+    new, padding = tokens(4, batch=3), torch.zeros(3, 4, dtype=torch.float64)
+    padding[1, 0] = -torch.inf
+    for held in (cache, fresh):
+        held.update(*new)
+        held.update(*(x[:, :, :2] for x in new), padding[:, :2])
+    assert same(cache.state_dict(), fresh.state_dict())
 
 
 def test_it_holds_its_memory_and_no_more() -> None:

@@ -98,6 +98,7 @@ class StaticCache:
 
     def _allocate(self, form: Form) -> Slots:
         self._slots = slots = Slots.empty(form, self.max_length)
+        self._padding_BC = self._origin_B = None
         self._count = own(torch.zeros((), dtype=torch.int64, device=form.device))
         if form.device.type == "cuda" and not torch.compiler.is_compiling():
             # Otherwise a compiled step would copy the cache into memory of its own graph.
@@ -153,7 +154,7 @@ class StaticCache:
                 f"a StaticCache of max_length={self.max_length} holds {first} tokens and has no "
                 f"room for {added} more"
             )
-        known = None if self._padding_BC is None else self._padding_BC[:, :first]
+        known = None if self._padding_BC is None or not first else self._padding_BC[:, :first]
         padding = extend_padding(
             known, key_padding_mask, batch=form.batch, length=total, added=added
         )
@@ -288,7 +289,12 @@ class StaticCache:
         kept = self._forks.close("rollback")
         self._padding_BC, self._origin_B = kept.padding, kept.origin
         if self._slots is not None and kept.slots is not None:
-            self._slots = self._slots.restore(kept.slots)
+            self._slots = slots = self._slots.restore(kept.slots)
+            # A copy that forks share may be the memory now, which is written to.
+            self._forks.states = [
+                outer._replace(slots=None) if outer.slots is slots else outer
+                for outer in self._forks.states
+            ]
         self._shorten(0 if kept.num_tokens is None else int(kept.num_tokens))
 
     def reset(self) -> None:
