@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import masking_utils
 
 import zeta
 from tests.integrations.huggingface_families import (
@@ -22,7 +23,7 @@ from tests.integrations.huggingface_families import (
 )
 from tests.ops.cases import assert_within_bound
 from zeta.integrations import huggingface
-from zeta.integrations.huggingface.functions import attention
+from zeta.integrations.huggingface.functions import attention, mask
 from zeta.integrations.huggingface.standin import MaskStandIn
 
 GENERATING = [family for family in FAMILIES.values() if family.generates]
@@ -380,7 +381,12 @@ OWN_ATTENTION: dict[str, Callable[[], Any]] = {
     "RoFormerForMaskedLM": lambda: transformers.RoFormerConfig(
         vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
     ),
-}
+    # It calls some of its attention by name.
+    "BigBirdPegasusForConditionalGeneration": lambda: transformers.BigBirdPegasusConfig(
+        vocab_size=61, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OWN_ATTENTION)
@@ -394,6 +400,27 @@ def test_a_model_that_computes_its_attention_itself_is_refused(name: str) -> Non
         model(**given)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="computes its attention itself"):
         torch.compile(model, backend="eager", fullgraph=True)(**given)
+
+
+def test_informer_is_refused_with_its_own_attention_alone() -> None:
+    words = "cannot run the model of InformerConfig: it computes its attention itself"
+    with pytest.raises(ValueError, match=words):
+        mask(1, 4, 4, config=transformers.InformerConfig(prediction_length=4))
+    own = transformers.InformerConfig(prediction_length=4, attention_type="full")
+    assert mask(1, 4, 4, config=own) is not None
+
+
+def test_a_mask_that_hides_something_cannot_be_added_to_scores() -> None:
+    scores = torch.randn(1, 2, 4, 4)
+    hides = mask(1, 4, 4)
+    assert hides is not None
+    with pytest.raises(ValueError, match="adds its mask to scores that it has computed itself"):
+        scores + hides
+    with pytest.raises(ValueError, match="adds its mask to scores that it has computed itself"):
+        scores.add_(hides)
+    everything = mask(1, 4, 4, mask_function=masking_utils.bidirectional_mask_function)
+    assert everything is not None
+    torch.testing.assert_close(everything + scores, scores + 1.0)
 
 
 OWN_TABLE: dict[str, Callable[[], Any]] = {

@@ -16,11 +16,21 @@ def check_calls_by_name(config: Any) -> None:
         ValueError: It is of such a model.
     """
     kind = type(config)
-    if not _calls_by_name(kind.__module__):
+    if _is_mixed(config) or not _calls_by_name(kind.__module__):
         raise ValueError(
             f"attn_implementation='zeta' cannot run the model of {kind.__name__}: it computes its "
             "attention itself instead of calling it by name; use attn_implementation='eager'"
         )
+
+
+def _is_mixed(config: Any) -> bool:
+    """Whether a model that calls some of its attention by name adds the same mask to other scores:
+    the encoder of BigBird-Pegasus, and Informer, unless it is to go without what it is named for.
+    """
+    name = type(config).__name__
+    return name == "BigBirdPegasusConfig" or (
+        name == "InformerConfig" and config.attention_type == "prob"
+    )
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so it is in torch

@@ -25,10 +25,14 @@ class Pattern:
     keys: int | None = None
 
 
+_SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
+
+
 class MaskStandIn(StandIn):
     """A bool mask ``(B, 1, T, S)``, True: seen, of which there is only its `Pattern`.
 
-    Models only hand it on. One that computes with it gets the dense tensor, made on first use.
+    Models only hand it on. One that computes with it gets the dense tensor, made on first use; but
+    one that adds it to floating-point numbers takes it for another kind of mask.
     """
 
     pattern: Pattern
@@ -64,4 +68,22 @@ class MaskStandIn(StandIn):
             source: MaskStandIn = args[0]
             sizes: Any = tuple(source.shape)
             return cls.of(source.pattern, sizes, source.device, source._value)
+        if func in _SUMS and any(map(_adds_up_wrong, (args[1], args[0]), args)):
+            raise ValueError(
+                "attn_implementation='zeta' cannot run this model: it adds its mask to scores that "
+                "it has computed itself; use attn_implementation='eager'"
+            )
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _adds_up_wrong(scores: object, mask: object) -> bool:
+    """Whether a sum would be larger by 1 where it should be what it was, and not -inf elsewhere.
+
+    A mask that hides nothing makes all scores larger alike, which a softmax does not see.
+    """
+    return (
+        isinstance(mask, MaskStandIn)
+        and not (mask.pattern.mask is None and mask.pattern.keys is None)
+        and isinstance(scores, Tensor)
+        and scores.is_floating_point()
+    )
