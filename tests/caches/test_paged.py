@@ -1,7 +1,9 @@
 """`PagedCache` and `PagePool`: shared pages, and every one of them given back."""
 
+import gc
 import random
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -149,6 +151,28 @@ def test_threads_share_a_pool() -> None:
         thread.join()
     assert not wrong
     assert pool.num_free == 400
+
+
+def test_a_cache_may_become_garbage_while_pages_are_counted() -> None:
+    pool = new_pool(8, 4)
+    garbage: list[object] = []
+    cache = PagedCache(pool)
+    cache.update(*tokens(3))
+    garbage += cache, garbage
+    mine = pool.take(2)
+
+    def pages() -> Iterator[int]:
+        """Collects between two pages, as Python may at any time."""
+        for page in mine:
+            yield page
+            gc.collect()
+
+    del cache, garbage
+    thread = threading.Thread(target=lambda: pool.give_back(pages()), daemon=True)
+    thread.start()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+    assert pool.num_free == 8
 
 
 def test_bytes_are_those_of_the_pages_in_use() -> None:

@@ -67,14 +67,15 @@ class PagePool:
         self._now = 0
         self._given_up = [0] * num_pages
         self._free = list(range(num_pages - 1, -1, -1))
-        self._lock = threading.Lock()
+        # A cache that becomes garbage while pages are counted gives its own back in that thread.
+        self._lock = threading.RLock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     @property
     def num_free(self) -> int:
