@@ -410,6 +410,18 @@ def test_informer_is_refused_with_its_own_attention_alone() -> None:
     assert mask(1, 4, 4, config=own) is not None
 
 
+def test_a_mask_made_for_other_lengths_is_broadcast_or_does_not_fit() -> None:
+    query, key = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 7, 4)
+    made = functools.partial(mask, 2, mask_function=masking_utils.bidirectional_mask_function)
+    one = made(1, 1, attention_mask=torch.tensor([[True], [False]]))
+    out, _ = attention(nn.Identity(), query, key, key, one)
+    plain = zeta.attention(query, key, key).transpose(1, 2)
+    torch.testing.assert_close(out, torch.stack((plain[0], torch.zeros_like(plain[1]))))
+    other = made(3, 5, attention_mask=torch.ones(2, 5, dtype=torch.bool).tril())
+    with pytest.raises(ValueError, match=r"must broadcast to .*7\); got \(2, 1, 3, 5\)"):
+        attention(nn.Identity(), query, key, key, other)
+
+
 def test_a_mask_that_hides_something_cannot_be_added_to_scores() -> None:
     scores = torch.randn(1, 2, 4, 4)
     hides = mask(1, 4, 4)

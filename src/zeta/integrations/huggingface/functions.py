@@ -210,7 +210,10 @@ def _pattern(
 ) -> Pattern:
     """What the queries see, of whatever a model hands on as its mask."""
     if isinstance(attention_mask, MaskStandIn):
-        return attention_mask.pattern
+        if attention_mask.shape[2:] == (query.shape[2], key.shape[2]):
+            return attention_mask.pattern
+        # Made for other lengths: as a tensor it is broadcast, or does not fit.
+        attention_mask = attention_mask.clone()
     if attention_mask is not None:
         if attention_mask.dim() != 4:
             raise ValueError(
