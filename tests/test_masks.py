@@ -151,6 +151,11 @@ def test_a_query_before_the_first_key_is_of_no_document(dtype: torch.dtype) -> N
     ("make", "error", "words"),
     [
         (lambda: masks.SlidingWindow(0), ValueError, "size must be at least 1.*got 0"),
+        (
+            lambda: masks.SlidingWindow(2**63),
+            ValueError,
+            r"size must be below 2\*\*63; got 9223372036854775808",
+        ),
         (lambda: masks.keep(torch.zeros(2, 2)), TypeError, "must be a bool tensor.*float32"),
         (lambda: masks.drop(torch.zeros(2, 2)), TypeError, "must be a bool tensor.*float32"),
         (lambda: masks.keep([True]), TypeError, "must be a bool tensor.*list"),
@@ -181,6 +186,11 @@ def test_a_query_before_the_first_key_is_of_no_document(dtype: torch.dtype) -> N
             ValueError,
             r"shape \(2, 4 or more\); got \(2, 3\)",
         ),
+        (
+            lambda: masks.Documents(torch.zeros(2, 3, dtype=torch.int64)).dense(2, 1, 4, 3),
+            ValueError,
+            r"shape \(2, 4 or more\); got \(2, 3\)",
+        ),
         (lambda: masks.SlidingWindow(2.5), TypeError, "size must be an integer; got float"),
         (lambda: masks.SlidingWindow("2"), TypeError, "size must be an integer; got str"),
         (
@@ -189,6 +199,12 @@ def test_a_query_before_the_first_key_is_of_no_document(dtype: torch.dtype) -> N
             "size must be an integer; got a torch.int64 tensor",
         ),
         (lambda: masks.Padding([1, 2]), TypeError, "lengths must be an integer tensor; got list"),
+        (
+            lambda: masks.Causal() & torch.ones(2, 2, dtype=torch.bool),
+            TypeError,
+            "unsupported operand .*'Causal' and 'Tensor'",
+        ),
+        (lambda: masks.Causal() | None, TypeError, "unsupported operand .*'Causal' and 'NoneType'"),
     ],
 )
 def test_bad_masks_are_refused(

@@ -113,7 +113,7 @@ class SlidingWindow(Mask):
 
     Raises:
         TypeError: If ``size`` is no integer.
-        ValueError: If it is below 1.
+        ValueError: If it is below 1, or no int64 has it.
     """
 
     size: int
@@ -122,6 +122,8 @@ class SlidingWindow(Mask):
         check_integer("size", self.size)
         if self.size < 1:
             raise ValueError(f"size must be at least 1, the query itself; got {self.size}")
+        if self.size >= 2**63:
+            raise ValueError(f"size must be below 2**63; got {self.size}")
 
     def visible(self, tile: Tile) -> Tensor:
         distance = tile.query_position - tile.key_position
