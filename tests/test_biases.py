@@ -27,6 +27,14 @@ def test_alibi_falls_with_the_distance() -> None:
     assert torch.equal(dense[0, 1], expected / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_slopes_are_multiplied_in_float32_or_wider(dtype: torch.dtype) -> None:
+    slopes = torch.tensor([1.0, 0.3], dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    found = biases.Alibi(slopes).at(torch.tensor([-4097, 3]))
+    assert torch.equal(found, torch.tensor([[-4097], [-3]], dtype=wide) * slopes.to(wide))
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("max_distance", [20, 128])
 @pytest.mark.parametrize("length", [5, 40, 300])
@@ -133,6 +141,11 @@ def test_shape_is_the_shape_of_the_values() -> None:
             "max_distance must be an integer; got float",
         ),
         (lambda: biases.Softcap("3"), TypeError, "limit must be a number; got str"),
+        (
+            lambda: biases.Softcap(3.0) + torch.ones(2, 2),
+            TypeError,
+            "unsupported operand .*'Softcap' and 'Tensor'",
+        ),
         (
             lambda: biases.Softcap(torch.tensor(3.0, requires_grad=True)),
             TypeError,

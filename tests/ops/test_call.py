@@ -27,6 +27,8 @@ def tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
             r"query must be \(batch, heads, length, head_dim\); got \(4, 5, 8\)",
         ),
         ({"key": (1, 4, 7, 8)}, "one batch size; got 2, 1 and 2"),
+        ({"value": (1, 4, 7, 8)}, "one batch size; got 2, 2 and 1"),
+        ({"value": (2, 2, 7, 8)}, r"same heads and length; got \(2, 4, 7, 8\) and \(2, 2, 7, 8\)"),
         ({"value": (2, 4, 6, 8)}, r"same heads and length; got \(2, 4, 7, 8\) and \(2, 4, 6, 8\)"),
         ({"query": (2, 4, 5, 9)}, "same head_dim; got 9 and 8"),
         (
@@ -35,6 +37,11 @@ def tensors(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
         ),
         ({"query": (2, 4, 0, 8)}, "no dimension may be empty"),
         ({"key": (2, 4, 0, 8), "value": (2, 4, 0, 8)}, "no dimension may be empty"),
+        ({"value": (2, 4, 7, 0)}, "no dimension may be empty"),
+        (
+            {"key": (2, 0, 7, 8), "value": (2, 0, 7, 8)},
+            "multiple of the key's; got 4 and 0",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit(shapes: dict[str, tuple[int, ...]], words: str) -> None:

@@ -219,3 +219,13 @@ def test_nan_keys_are_unseen_by_earlier_queries() -> None:
     )
     torch.testing.assert_close(out[:, :, :89], clean[:, :, :89])
     assert out[:, :, 89:].isnan().all()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"query_positions": torch.arange(3)}], ids=list)
+def test_nan_in_what_every_query_sees_stays(arguments: dict[str, torch.Tensor]) -> None:
+    query, key, value = (torch.randn(2, 2, length, 8) for length in (3, 5, 5))
+    value[0, 1, 2, 3] = float("inf")
+    value[1, 0, 4, 5] = float("nan")
+    call = AttentionCall.checked(query, key, value, **arguments)
+    found, expected = (backend.run(call)[0] for backend in (chunked, reference))
+    torch.testing.assert_close(found, expected, equal_nan=True)

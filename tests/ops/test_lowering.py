@@ -108,6 +108,13 @@ def test_documents_of_documents_have_any_ids_and_lengths(compiled: bool) -> None
     torch.testing.assert_close(run(query), expected)
 
 
+def test_documents_that_differ_in_both_ids_are_two() -> None:
+    mask = masks.Documents(torch.tensor([[0, 1, 1]])) & masks.Documents(torch.tensor([[1, 0, 0]]))
+    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 2, 3, 8)
+    found = attention(query, key, key, mask=mask, backend="cpu")
+    torch.testing.assert_close(found, attention(query, key[:, :, 1:], key[:, :, 1:]))
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_dense_biases_that_half_precision_cannot_add(dtype: torch.dtype, compiled: bool) -> None:

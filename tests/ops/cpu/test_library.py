@@ -181,6 +181,21 @@ def test_what_it_cannot_do_has_a_reason() -> None:
     assert cpu.unsupported(_call(mask=masks.Causal() | masks.SlidingWindow(2))) == [
         "it cannot apply the mask AnyOf"
     ]
+    t5, cap = biases.Bucketed(torch.randn(32, 2, requires_grad=True)), biases.Softcap(3.0)
+    assert cpu.unsupported(_call(bias=cap + t5 + biases.Softcap(2.0))) == [
+        "it applies one soft cap; got 2"
+    ]
+    assert cpu.unsupported(_call(bias=t5 + cap + biases.Dense(torch.zeros(3, 3)))) == [
+        "its soft cap comes before or after everything that is added"
+    ]
+    assert cpu.unsupported(_call(bias=t5, query_positions=torch.arange(3))) == [
+        "it finds no gradient of an offset bias under explicit positions"
+    ]
+    endless = biases.Bucketed(torch.randn(32, 2), max_distance=2**21)
+    assert cpu.unsupported(_call(bias=endless)) == []
+    assert cpu.unsupported(_call(bias=endless, key_positions=torch.arange(3))) == [
+        "it needs an offset bias that ends within a bounded distance"
+    ]
     far = torch.tensor([0, 1, 2**30])
     assert cpu.unsupported(_call(query_positions=far, key_positions=-far)) == [
         "its positions go up to 1073741823; got 1073741824",

@@ -18,7 +18,7 @@ from tests.ops.cpu.plain_calls import Subclass, bits, operands, table_of
 from zeta.biases import Alibi, Bucketed, Dense, Softcap
 from zeta.masks import Causal, Documents, Padding, PrefixLM, SlidingWindow, keep
 from zeta.ops import plain
-from zeta.ops.backends.cpu import library
+from zeta.ops.backends.cpu import library, operators
 from zeta.ops.call import AttentionCall
 from zeta.ops.plain_lowering import Plain
 from zeta.ops.precision import Precision
@@ -45,7 +45,7 @@ def _lengths(most: int) -> Tensor:
     return torch.tensor([most, 1])
 
 
-REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
+OPERANDS: dict[str, Callable[..., tuple[object, ...]]] = {
     "a subclass": lambda q, k, v: (q.as_subclass(Subclass), k, v),
     "a parameter": lambda q, k, v: (nn.Parameter(q), k, v),
     "a value that is none": lambda q, k, v: (q, k, None),
@@ -62,9 +62,14 @@ REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
     "no features": lambda q, k, v: (q[..., :0], k[..., :0], v[..., :0]),
     "another dtype": lambda q, k, v: (q, k.half(), v),
     "float64": lambda q, k, v: (q.double(), k.double(), v.double()),
+    "values of another dtype": lambda q, k, v: (q, k, v.half()),
     "another device": lambda q, k, v: (q, k.to("meta"), v),
-    "features that are not dense": lambda q, k, v: (q, k.mT.contiguous().mT, v),
+    "values elsewhere": lambda q, k, v: (q, k, v.to("meta")),
     "wide heads": lambda q, k, v: tuple(torch.randn(1, 1, 2, 257) for _ in range(3)),
+}
+REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
+    **OPERANDS,
+    "features that are not dense": lambda q, k, v: (q, k.mT.contiguous().mT, v),
     "no mask": lambda q, k, v: (q, k, v, "causal"),
     "a prefix": lambda q, k, v: (q, k, v, PrefixLM(torch.tensor([1, 2]))),
     "documents": lambda q, k, v: (q, k, v, Documents(torch.zeros(2, 37, dtype=torch.int64))),
@@ -109,6 +114,21 @@ REFUSED: dict[str, Callable[..., tuple[object, ...]]] = {
 def test_it_leaves_alone_what_is_not_plainly_right(name: str) -> None:
     arguments = REFUSED[name](*operands("a step"))
     assert plain.attend(*(*arguments, None, None, None)[:6]) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_the_short_way_of_compiled_code_leaves_alone_the_same(name: str) -> None:
+    arguments = OPERANDS[name](*operands("a step"))
+    assert operators.attend(*arguments, None, False) is None  # type: ignore[arg-type]
+
+
+def test_the_short_way_of_compiled_code_casts_nothing() -> None:
+    made = operands("a step")
+    found = operators.attend(*made, None, True)
+    assert found is not None
+    assert torch.equal(found, zeta.attention(*made, mask=Causal(), backend="cpu"))
+    with torch.autocast("cpu"):
+        assert operators.attend(*made, None, True) is None
 
 
 def test_it_leaves_alone_what_is_watched() -> None:

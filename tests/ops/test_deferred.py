@@ -1,0 +1,44 @@
+"""What lazy weights copy of a call that is changed before they are computed."""
+
+import pytest
+import torch
+
+from tests.ops.lazy import Counted
+from zeta import biases
+from zeta.ops.attention import run_weights
+from zeta.ops.call import AttentionCall
+from zeta.ops.deferred import MAX_COPIED
+from zeta.ops.weights import lazy_weights
+
+
+def call_with(bias: torch.Tensor) -> AttentionCall:
+    query, key = torch.randn(1, 1, bias.shape[-2], 4), torch.randn(1, 1, bias.shape[-1], 4)
+    return AttentionCall.checked(query, key, key, bias=biases.Dense(bias), result="weights")
+
+
+def test_a_small_learned_bias_is_copied() -> None:
+    bias = torch.randn(1, 1, 1, MAX_COPIED).requires_grad_()
+    call = call_with(bias)
+    weights, expected = lazy_weights(call, Counted()), run_weights(call, "reference").detach()
+    with torch.no_grad():
+        bias.mul_(2)
+        assert torch.equal(weights, expected)
+
+
+def test_a_large_one_is_not() -> None:
+    bias = torch.randn(1, 1, 1, MAX_COPIED + 1).requires_grad_()
+    weights = lazy_weights(call_with(bias), Counted())
+    with torch.no_grad():
+        bias.mul_(2)
+        with pytest.raises(RuntimeError, match=r"a bias, .* has been changed in place since"):
+            weights.sum()
+
+
+def test_what_was_computed_from_a_parameter_is_not() -> None:
+    learned = torch.randn(1, 1, 1, 5).requires_grad_()
+    bias = learned * 2
+    weights = lazy_weights(call_with(bias), Counted())
+    with torch.no_grad():
+        bias.mul_(2)
+        with pytest.raises(RuntimeError, match=r"a bias, .* has been changed in place since"):
+            weights.sum()
