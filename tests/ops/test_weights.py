@@ -5,6 +5,7 @@ import gc
 import weakref
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ PARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean of heads": lambda w: w.mean(0),
     "mean of heads kept": lambda w: w.mean(0, keepdim=True),
     "mean of heads by name": lambda w: w.mean(dim=-4),
+    "mean of heads by NumPy's names": lambda w: w.mean(axis=0, keepdims=True),
+    "mean of heads by NumPy's number": lambda w: w.mean(np.int64(0)),
     "mean of heads and rows": lambda w: w.mean((0, 2)),
     "mean of all": lambda w: w.mean(),
     "largest": lambda w: w.topk(1, -1).values,
@@ -157,6 +160,7 @@ def test_parts_in_the_other_layouts() -> None:
     torch.testing.assert_close(weights.heads(1), plain[:, 1])
     torch.testing.assert_close(weights.heads([2, 0]), plain[:, [2, 0]])
     torch.testing.assert_close(weights.rows(1), plain[..., 1, :])
+    torch.testing.assert_close(weights.rows(-4), plain[..., 0, :])
     torch.testing.assert_close(weights.mean(1), plain.mean(1))
     averaged = small.lazy(result="mean_weights")
     torch.testing.assert_close(averaged.rows(1), plain.mean(1)[:, 1])
@@ -166,6 +170,8 @@ def test_parts_in_the_other_layouts() -> None:
     # Not over the heads: as of any tensor.
     torch.testing.assert_close(weights.mean(0), plain.mean(0))
     torch.testing.assert_close(averaged.mean(0), plain.mean(1).mean(0))
+    in_float32 = plain.mean(1, dtype=torch.float32)
+    assert torch.equal(small.lazy(heads_first=False).mean(1, dtype=torch.float32), in_float32)
     with pytest.raises(ValueError, match="averaged over the heads"):
         averaged.heads(0)
 

@@ -4,8 +4,9 @@ Shape suffixes: B batch, H heads, T target length, S source length.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -167,8 +168,11 @@ class LazyWeights(StandIn):
         ``(B, T, S)``. Without arguments it is the mean of all numbers, a scalar, as for every
         tensor: code that works on any tensor must not find another shape here.
         """
-        dims = range(self.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
-        dims = sorted(d % self.dim() for d in dims if -self.dim() <= d < self.dim())
+        # Torch takes NumPy's names too.
+        dim, keepdim = others.pop("axis", dim), others.pop("keepdims", keepdim)
+        given = (dim,) if isinstance(dim, SupportsIndex) else dim
+        every = range(self.dim()) if given is None else map(operator.index, given)
+        dims = sorted(d % self.dim() for d in every if -self.dim() <= d < self.dim())
         lazily = self._heads_dim in dims and dtype in (None, self.dtype) and not others
         averaged = self._ask(_averaged) if lazily else None
         if averaged is None:
