@@ -279,3 +279,18 @@ def test_a_long_generation_of_a_module_needs_little_more_than_its_cache(num_kv_h
         peak = peak_bytes(generate, device="cpu")
     assert nbytes == 2 * num_kv_heads * 4096 * 64 * 4
     assert nbytes <= peak <= 1.1 * nbytes, f"{peak / nbytes:.3f} times its cache"
+
+
+def test_padding_may_become_a_number_to_add() -> None:
+    key, value = tokens(6)
+    hidden = torch.tensor([[True, False, False], [False] * 3])
+    added = torch.tensor([[0.0, -1.5, 0.0], [-torch.inf, 0.0, 0.0]])
+    static, dynamic = StaticCache(8), DynamicCache()
+    for new, part in ((hidden, slice(0, 3)), (added, slice(3, 6))):
+        made = [
+            cache.update(key[:, :, part], value[:, :, part], new) for cache in (static, dynamic)
+        ]
+        assert made[0].padding is not None
+        assert made[1].padding is not None
+        assert torch.equal(made[0].padding, made[1].padding)
+    assert torch.equal(static.state_dict()["padding"], dynamic.state_dict()["padding"])

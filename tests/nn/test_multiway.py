@@ -241,6 +241,20 @@ def test_cross_attention_decodes_past_the_split() -> None:
     torch.testing.assert_close(torch.cat(outs, 1), expected, **EXACT)
 
 
+def test_cross_attention_goes_by_the_positions_that_are_given() -> None:
+    module = attention(self_attention=False, encoder_decoder_attention=True, subln=False).eval()
+    query, source = tokens(), tokens(9)
+    positions = torch.arange(T) + torch.tensor([[0], [-2], [1]])
+    state: dict[str, Any] = {}
+    outs = []
+    for part, at in zip(query.split([2, 1, 3], dim=1), positions.split([2, 1, 3], 1), strict=True):
+        keys = (source, source) if not outs else (None, None)
+        outs.append(module(part, *keys, state, split_position=(3, -1), positions=at)[0])
+    ways = (positions >= 3).long()
+    expected = module(query, source, source, split_position=(ways, -1))[0]
+    torch.testing.assert_close(torch.cat(outs, 1), expected, **EXACT)
+
+
 def test_positions_say_where_the_split_is() -> None:
     """Two sequences, the second shifted to the right by padding, split at the same token."""
     module, x = attention(), tokens()[:2]

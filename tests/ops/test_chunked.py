@@ -22,6 +22,7 @@ MASKS: dict[str, Callable[[int, int], masks.Mask | None]] = {
     ),
     "prefix": lambda target, source: masks.PrefixLM(torch.tensor([150, 1])),
     "dense": lambda target, source: masks.keep(torch.rand(2, 1, target, source) < 0.7),
+    "dense of each head": lambda target, source: masks.keep(torch.rand(4, target, source) < 0.7),
     "either": lambda target, source: masks.SlidingWindow(9) | masks.Padding(torch.tensor([40, 0])),
 }
 

@@ -94,12 +94,18 @@ def test_compiled_calls_give_the_same() -> None:
 
 def test_autocast_leaves_the_inside_alone() -> None:
     made = make(dtype=torch.bfloat16)
-    operands = (made["query"], made["key"], made["value"])
-    expected, expected_lse = chunked.run(AttentionCall.checked(*operands))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    operands = made["query"], made["key"], made["value"]
+    leaves = {name: made[name] for name in ("query", "key", "value")}
+
+    def results() -> Results:
         out, lse = chunked.run(AttentionCall.checked(*operands))
-    assert torch.equal(out, expected)
-    assert torch.equal(lse, expected_lse)
+        weights = chunked.weights(AttentionCall.checked(*operands, result="weights"))
+        found = {"out": out, "lse": lse, "weights": weights}
+        return found | gradients(list(found.values()), leaves)
+
+    expected = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(results(), expected, 0.0)
 
 
 def _loss(query: Tensor) -> Tensor:

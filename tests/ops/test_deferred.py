@@ -42,3 +42,12 @@ def test_what_was_computed_from_a_parameter_is_not() -> None:
         bias.mul_(2)
         with pytest.raises(RuntimeError, match=r"a bias, .* has been changed in place since"):
             weights.sum()
+
+
+def test_weights_lie_as_announced_however_they_were_computed() -> None:
+    call = call_with(torch.randn(1, 1, 3, 5))
+    expected = run_weights(call, "reference")
+    weights = lazy_weights(call, lambda call: run_weights(call).mT.contiguous().mT)
+    assert weights.stride() == expected.stride()
+    assert weights.detach().stride() == expected.stride()
+    torch.testing.assert_close(weights.view(-1), expected.view(-1))

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.compile.captured import Captured
 from zeta import BackendUnsupported, attention, attention_weights, attention_with_lse, biases, masks
+from zeta.ops.attention import run_with_weights
 from zeta.ops.backends import cpu
 from zeta.ops.backends.cpu import functions, operators
 from zeta.ops.call import AttentionCall
@@ -224,6 +225,55 @@ def test_a_checkpoint_gives_back_what_it_saved_once() -> None:
             for part in (again, both(*operands)[place])
         )
         assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_output_and_weights_of_one_call_have_their_gradients(mean: bool) -> None:
+    made = make()
+    operands = made["query"], made["key"], made["value"]
+    arguments = options(made)
+    backend = arguments.pop("backend")
+    found = run_with_weights(AttentionCall.checked(*operands, **arguments), mean=mean)
+    arguments["backend"] = backend
+    weights = attention_weights(*operands[:2], reduce="mean" if mean else None, **arguments)
+    expected = [attention(*operands, **arguments), weights]
+    torch.testing.assert_close(list(found), expected)
+    torch.testing.assert_close(gradients(list(found), made), gradients(expected, made))
+
+
+class _NoGradient(torch.autograd.Function):
+    """Of which nothing arrives at what it was computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.clone() for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        return (None,) * len(gradients)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_where_no_gradient_arrives_none_leaves(compiled: bool) -> None:
+    made = make()
+    run = torch.compile(several, fullgraph=True, backend="aot_eager") if compiled else several
+    found = _NoGradient.apply(*run(*made.values()))
+    loss = sum(tensor.sum() for tensor in found)
+    assert isinstance(loss, Tensor)
+    given = torch.autograd.grad(loss, list(made.values()), allow_unused=True)
+    assert not any(gradient is not None and gradient.any() for gradient in given)
+
+
+def test_what_was_saved_may_come_back_with_other_strides() -> None:
+    # So many keys that the log-sum-exp is not found anew.
+    made = make(60, 600)
+    wanted = gradients(several(*made.values()), made)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda saved: saved.mT.contiguous().mT if saved.dim() > 1 else saved, lambda saved: saved
+    ):
+        found = several(*made.values())
+    for one, other in zip(gradients(found, made), wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_eager_calls_run_no_operator() -> None:

@@ -12,7 +12,9 @@ import zeta
 from zeta import biases, masks
 from zeta.nn import MultiheadAttention
 from zeta.nn.projections import project
+from zeta.ops.attention import run_with_weights
 from zeta.ops.backends.cpu import library
+from zeta.ops.call import AttentionCall
 
 pytestmark = pytest.mark.skipif(library.obstacle() is not None, reason=str(library.obstacle()))
 BACKENDS = ("auto", "cpu")
@@ -139,6 +141,10 @@ def test_a_class_of_its_own_beside_plain_tensors(place: int, backend: str) -> No
     found = zeta.attention(*made, backend=backend)  # type: ignore[misc]
     assert type(found) is TwoTensor
     torch.testing.assert_close(found.a, expected)
+    call = AttentionCall.checked(*made)  # type: ignore[misc]
+    out, weights = run_with_weights(call, mean=False, backend=backend)
+    torch.testing.assert_close(out.a, expected)  # type: ignore[attr-defined]
+    assert type(weights) is (Tensor if place == 2 else TwoTensor)
 
 
 def test_projections_of_such_tensors_are_torchs() -> None:
