@@ -1,4 +1,4 @@
-"""Which GPU kernels serve a call: those for Hopper, or the portable ones."""
+"""Which GPU kernels serve a call, those for Hopper or portable ones; and what they are given."""
 
 import pytest
 import torch
@@ -8,16 +8,20 @@ pytest.importorskip("triton")
 
 from zeta import biases, masks
 from zeta.ops.backends.triton import arguments, hopper
+from zeta.ops.backends.triton.kernels.operands import Score
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower
 
 
-def _takes(query: Tensor, value: Tensor | None = None, **extras: object) -> bool:
-    call = AttentionCall.checked(query, query, query if value is None else value, **extras)
+def _score(call: AttentionCall) -> Score:
     lowered = lower(call)
     fixed = arguments.Fixed(*lowered.fixed())
-    score = arguments.score_operand(query, query, lowered.offsets, lowered.dense, fixed)
-    return hopper.takes(score, call.query, call.key, call.value)
+    return arguments.score_operand(call.query, call.key, lowered.offsets, lowered.dense, fixed)
+
+
+def _takes(query: Tensor, value: Tensor | None = None, **extras: object) -> bool:
+    call = AttentionCall.checked(query, query, query if value is None else value, **extras)
+    return hopper.takes(_score(call), call.query, call.key, call.value)
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -68,3 +72,18 @@ def test_other_devices_and_other_versions(monkeypatch: pytest.MonkeyPatch) -> No
     assert _takes(query)
     monkeypatch.setattr(hopper.triton, "__version__", "3.60.0")
     assert not _takes(query)
+
+
+def test_windows_too_long_for_32_bits_are_none() -> None:
+    query, key = _random(1, 1, 9, 16), _random(1, 1, 5, 16)
+
+    def window(size: int, positions: Tensor | None) -> object:
+        mask = masks.SlidingWindow(size)
+        return _score(
+            AttentionCall.checked(query, key, key, mask=mask, query_positions=positions)
+        ).window
+
+    sizes = (5, 2**30 - 1, 2**30, 2**31 - 1, 2**63 - 1)
+    for positions in (None, torch.arange(9)):
+        found = [window(size, positions) for size in sizes]
+        assert found == [5, 2**30 - 1, None, None, None]

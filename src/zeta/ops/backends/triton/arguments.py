@@ -29,6 +29,7 @@ from zeta.ops.backends.triton.kernels.operands import (
 from zeta.ops.backends.triton.kernels.spreading import spread_kernel
 from zeta.ops.buffers import written_out
 from zeta.ops.dropout import threshold
+from zeta.ops.lowering import LAST_POSITION
 
 LOG2E = 1.4426950408889634
 SPREAD_SCORES = 1 << 20
@@ -111,7 +112,8 @@ def score_operand(
         slope=fixed.scale,
         folds=tl.constexpr(fixed.scale > 0),
         causal=tl.constexpr(fixed.causal),
-        window=fixed.window or None,
+        # Longer ones hide nothing, for keys that are seen have no negative position.
+        window=fixed.window if 0 < fixed.window <= LAST_POSITION else None,
         prefix=prefix,
         padding=padding,
         documents=_labels(document_rows, document_columns),
