@@ -87,3 +87,10 @@ def test_windows_too_long_for_32_bits_are_none() -> None:
     for positions in (None, torch.arange(9)):
         found = [window(size, positions) for size in sizes]
         assert found == [5, 2**30 - 1, None, None, None]
+
+
+def test_rows_too_far_apart_for_a_kernel_are_brought_together() -> None:
+    near = torch.empty(200, 1 << 16, 4, 64, device="meta").permute(1, 2, 0, 3)
+    assert arguments.given_rows(near).row == 1 << 24
+    far = torch.empty(200, (1 << 16) + 1, 4, 64, device="meta").permute(1, 2, 0, 3)
+    assert arguments.given_rows(far).row == 64

@@ -37,6 +37,8 @@ SPREAD_SCORES = 1 << 20
 read as a vector, in a tile where few elements are next to each other, it takes longer.
 """
 HASH_BLOCK = 1024
+FARTHEST_ROW = 1 << 24
+"""Elements from a row to the next at most: inside of a tile kernels count them in 32 bits."""
 LEAST_SCALE = 2.0**-60
 """Products begin with an offset bias over the scale, which is not to overflow."""
 
@@ -68,6 +70,11 @@ def power_of_two(number: int) -> int:
 
 def rows_operand(tensor: Tensor) -> Rows:
     return Rows(tensor, tensor.stride(0), tensor.stride(1), tensor.stride(2))
+
+
+def given_rows(tensor: Tensor) -> Rows:
+    """Of what is read only: a copy where a kernel could not count from row to row."""
+    return rows_operand(tensor.contiguous() if tensor.stride(2) > FARTHEST_ROW else tensor)
 
 
 def plane_operand(tensor: Tensor) -> Plane:

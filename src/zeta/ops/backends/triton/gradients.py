@@ -15,6 +15,7 @@ from zeta.ops.backends.triton.arguments import (
     begun,
     can_begin,
     cdiv,
+    given_rows,
     is_exact,
     launch,
     plane_operand,
@@ -66,8 +67,8 @@ class Backward:
 
     def operands(self) -> tuple[Rows, Rows, Rows, Rows, Plane | None, Tensor, Tensor]:
         return (
-            rows_operand(self.query), rows_operand(self.key), rows_operand(self.value),
-            rows_operand(self.dout),
+            given_rows(self.query), given_rows(self.key), given_rows(self.value),
+            given_rows(self.dout),
             None if self.dweights is None else plane_operand(self.dweights), self.statistics,
             self.delta,
         )  # fmt: skip
@@ -107,7 +108,7 @@ def of_output(
     width = value.shape[-1]
     launch(
         delta_kernel, (cdiv(sizes.queries, DELTA_ROWS) * sizes.batch * sizes.heads,),
-        rows_operand(out), rows_operand(dout), dlse, delta, sizes, given.keep,
+        given_rows(out), given_rows(dout), dlse, delta, sizes, given.keep,
         VALUE_WIDTH=width, BLOCK_E=power_of_two(width), BLOCK_M=DELTA_ROWS,
     )  # fmt: skip
     return given

@@ -10,6 +10,7 @@ from zeta.ops.backends.triton import hopper
 from zeta.ops.backends.triton.arguments import (
     Fixed,
     cdiv,
+    given_rows,
     launch,
     power_of_two,
     rows_operand,
@@ -51,15 +52,16 @@ def forward(
     statistics = lse.new_empty(statistics_shape(query))
     score = score_operand(query, key, offsets, dense, fixed)
     results = (rows_operand(out), lse, statistics)
-    inputs = (rows_operand(query), rows_operand(key), rows_operand(value))
-    if wanted and sizes.queries * sizes.group <= SPLIT_ROWS and sizes.keys >= SPLIT_KEYS:
-        _split(query, value.shape[-1], (*inputs, None), results, score, sizes, fixed)
-        return out, lse, statistics
-    if wanted and hopper.takes(score, query, key, value):
+    few = sizes.queries * sizes.group <= SPLIT_ROWS and sizes.keys >= SPLIT_KEYS
+    if wanted and not few and hopper.takes(score, query, key, value):
         # Gluon is imported only where it serves.
         from zeta.ops.backends.triton.hopper import passes as on_hopper
 
         on_hopper.forward(query, key, value, results, score, sizes)
+        return out, lse, statistics
+    inputs = (given_rows(query), given_rows(key), given_rows(value))
+    if wanted and few:
+        _split(query, value.shape[-1], (*inputs, None), results, score, sizes, fixed)
         return out, lse, statistics
     constants = shape_of_tiles(
         "forward", query, fixed.causal, query.shape[-1], value.shape[-1],
@@ -98,7 +100,7 @@ def over_pages(
     lse = query.new_empty((sizes.batch, sizes.heads, sizes.queries), dtype=torch.float32)
     results = (rows_operand(out), lse, lse.new_empty(statistics_shape(query)))
     score = score_operand(query, key, offsets, dense, fixed)
-    inputs = (rows_operand(query), rows_operand(pages[0]), rows_operand(pages[1]), table)
+    inputs = (given_rows(query), rows_operand(pages[0]), rows_operand(pages[1]), table)
     _split(query, width, inputs, results, score, sizes, fixed)
     return out, lse
 
@@ -157,7 +159,7 @@ def weights(
     score = score_operand(query, key, offsets, dense, fixed)
     launch(
         weights_kernel, (num_tiles * sizes.batch * (1 if mean else sizes.heads),),
-        rows_operand(query), rows_operand(key), statistics, out,
+        given_rows(query), given_rows(key), statistics, out,
         spread(score, sizes, constants["BLOCK_M"], constants["BLOCK_N"]), sizes, MEAN=mean,
         **constants,
     )  # fmt: skip
