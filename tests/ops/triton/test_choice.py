@@ -1,5 +1,6 @@
 """Which GPU kernels serve a call, those for Hopper or portable ones; and what they are given."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -72,6 +73,23 @@ def test_other_devices_and_other_versions(monkeypatch: pytest.MonkeyPatch) -> No
     assert _takes(query)
     monkeypatch.setattr(hopper.triton, "__version__", "3.60.0")
     assert not _takes(query)
+
+
+def test_numbers_of_numpy_reach_kernels_as_pythons() -> None:
+    """Triton takes no others, but its interpreter does."""
+    query = _random(1, 1, 20, 16)
+    call = AttentionCall.checked(
+        query, query, query, mask=masks.SlidingWindow(np.int64(5)),
+        bias=biases.Softcap(np.float32(3.0)), dropout_p=np.float32(0.5), scale=np.float32(2.0),
+        seed=1,
+    )  # fmt: skip
+    score = _score(call)
+    assert type(score.window) is int
+    assert score.dropout is not None
+    assert score.softcap is not None
+    numbers = (score.scale, score.slope, score.dropout.keep, *score.softcap[:2])
+    assert all(type(number) is float for number in numbers)
+    assert type(score.dropout.threshold) is int
 
 
 def test_windows_too_long_for_32_bits_are_none() -> None:

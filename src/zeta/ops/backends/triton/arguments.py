@@ -57,6 +57,11 @@ class Fixed:
     hashes: tuple[Tensor, Tensor] | None = None
     """Both halves of the dropout's hash, where they are made already."""
 
+    def __post_init__(self) -> None:
+        # Triton takes Python's numbers, and none of numpy's.
+        self.window, self.softcap = int(self.window), float(self.softcap)
+        self.dropout_p = float(self.dropout_p)
+
 
 def cdiv(number: int, divisor: int) -> int:
     # Triton's own, which can be compiled too, takes several microseconds.
