@@ -109,3 +109,21 @@ def test_a_broadcast_gradient_is_served(runner: Runner) -> None:
     assert runner.num_launches == 3
     for each, expected in zip(found, right, strict=True):
         torch.testing.assert_close(each, expected)
+
+
+def test_a_gradient_that_begins_anywhere_is_served(runner: Runner) -> None:
+    """The copy engine reads from multiples of 16 bytes."""
+    query, key, value = torch.randn(3, 1, 2, 100, 64, dtype=torch.float16).unbind()
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    out = attention(*leaves, backend="triton")
+    dout = torch.randn(out.numel() + 1, dtype=out.dtype)[1:].view(out.shape)
+    found = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    right = torch.autograd.grad(out, leaves, dout.clone(), retain_graph=True)
+    for each, expected in zip(found, right, strict=True):
+        assert torch.equal(each, expected)
+    # Of one batch entry, the stride means nothing, and may be 0.
+    dout = torch.randn(out.shape, dtype=out.dtype).expand(3, *out.shape[1:])[:1]
+    found = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    right = torch.autograd.grad(out, leaves, dout.clone(memory_format=torch.contiguous_format))
+    for each, expected in zip(found, right, strict=True):
+        assert torch.equal(each, expected)

@@ -4,6 +4,7 @@ In Gluon, an experimental part of Triton that changes from one version to the ne
 version than those of `VERSIONS`, and on other devices, the portable kernels serve.
 """
 
+import torch
 import triton
 from torch import Tensor
 
@@ -35,7 +36,10 @@ def takes(score: Score, query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 def fetchable(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of it, as the copy engine can read it."""
-    return tensor if _can_be_fetched(tensor) else tensor.contiguous()
+    if _can_be_fetched(tensor):
+        return tensor
+    # Not `contiguous`, which keeps what is dense but begins elsewhere.
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _can_be_fetched(tensor: Tensor) -> bool:
