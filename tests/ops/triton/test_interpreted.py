@@ -108,6 +108,11 @@ def test_small_calls(case: Case, dtype: torch.dtype) -> None:
     _check(case, dtype)
 
 
+@pytest.mark.parametrize("limit", [5.0, 50.0, 1e4])
+def test_soft_caps_far_above_the_scores_are_exact_in_float32(limit: float) -> None:
+    _check(Case("softcap", bias=lambda made: biases.Softcap(limit)), torch.float32)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TILED, ids=_id)
 def test_calls_of_several_tiles(case: Case) -> None:
