@@ -151,6 +151,25 @@ def test_biases_written_out_for_the_tiles_that_their_band_cuts(
     assert written
 
 
+def test_only_the_first_axis_of_a_grid_grows_with_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes no more than 65535 programs on the others."""
+    grids = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *operands: Any, **constants: Any) -> None:
+        grids.append(grid)
+        arguments.launch(kernel, grid, *operands, **constants)
+
+    monkeypatch.setattr(gradients, "launch", launch)
+    slopes, query = torch.ones(2, requires_grad=True), torch.randn(1, 2, 150, 16)
+    for length in (50, 150):
+        x = query[:, :, :length]
+        out = attention(x, x, x, bias=biases.Alibi(slopes), backend="triton")
+        torch.autograd.grad(out.sum(), slopes)
+    half = len(grids) // 2
+    assert grids[:half] != grids[half:]
+    assert [grid[1:] for grid in grids[:half]] == [grid[1:] for grid in grids[half:]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reduce", [None, "mean"])
 @pytest.mark.parametrize(

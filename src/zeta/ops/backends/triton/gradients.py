@@ -244,7 +244,7 @@ def offsets_gradient(given: Backward, far: tuple[Tensor | None, Tensor | None]) 
     )  # fmt: skip
     gradient = given.delta.new_empty((sizes.heads, 2 * reach + 1))
     launch(
-        diagonals_kernel, (sizes.heads, cdiv(2 * reach + 1, DIAGONAL_BLOCK)), tiles,
+        diagonals_kernel, (cdiv(2 * reach + 1, DIAGONAL_BLOCK), sizes.heads), tiles,
         gradient, reach, num_diagonals, num_splits, given.keep, BLOCK_M=rows_, BLOCK_N=columns,
         BLOCK=DIAGONAL_BLOCK,
     )  # fmt: skip

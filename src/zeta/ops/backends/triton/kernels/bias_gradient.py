@@ -100,16 +100,17 @@ def diagonals_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The near offsets' sums: dvector (H, 2 * reach + 1), of which the two ends are left alone."""
-    head = tl.program_id(0)
+    first_index = tl.program_id(0) * BLOCK
+    head = tl.program_id(1)
     width = 2 * reach + 1
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    index = first_index + tl.arange(0, BLOCK)
     local_M = tl.arange(0, BLOCK_M)[:, None]
     total = tl.zeros([BLOCK_M, BLOCK], dtype=tl.float32)
     for diagonal in range(num_diagonals):
         # A place (i, j) of the tile has offset j - i + diagonal * N + 1 - reach.
         column = index[None, :] - 1 - diagonal * BLOCK_N + local_M
         inside = (column >= 0) & (column < BLOCK_N)
-        first = tl.program_id(1) * BLOCK - 1 - diagonal * BLOCK_N
+        first = first_index - 1 - diagonal * BLOCK_N
         if (first + BLOCK - 1 + BLOCK_M - 1 >= 0) & (first < BLOCK_N):
             for split in tl.range(num_splits, loop_unroll_factor=2):
                 tile = (head * num_diagonals + diagonal) * num_splits + split
