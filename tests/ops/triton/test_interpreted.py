@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.ops.cases import CASES, T5, T5_CAUSAL, Case, assert_within_bound, widened
 from zeta import BackendUnsupported, attention, attention_weights, biases, explain, masks
@@ -250,6 +251,24 @@ def test_second_derivatives_of_weights_are_refused() -> None:
     (grad,) = torch.autograd.grad(weights.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match=r"second derivatives use backend='reference'"):
         grad.sum().backward()
+
+
+def test_transforms_of_torch_func_are_refused() -> None:
+    query = torch.randn(1, 2, 5, 16)
+
+    def total(query: Tensor) -> Tensor:
+        return attention(query, query, query, backend="triton").sum()
+
+    with pytest.raises(BackendUnsupported, match=r"torch\.func does not wrap"):
+        torch.func.grad(total)(query)
+
+
+def test_what_traces_sees_the_operator() -> None:
+    query = torch.randn(1, 2, 5, 16)
+    traced = make_fx(lambda query: attention(query, query, query, backend="triton"))(query)
+    assert "zeta.triton_attention" in traced.code
+    query = torch.randn(1, 2, 5, 16)
+    torch.testing.assert_close(traced(query), attention(query, query, query, backend="triton"))
 
 
 @pytest.mark.parametrize(

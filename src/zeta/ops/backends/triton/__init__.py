@@ -21,7 +21,7 @@ from zeta.ops.backends.triton.configs import SPLIT_ROWS
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
 from zeta.ops.reading import NO_STORE, reasons_of_tensors, store_of
-from zeta.ops.transforms import constant_in_graphs, reasons_of_opaque
+from zeta.ops.transforms import constant_in_graphs, has_dispatch_modes, reasons_of_opaque
 from zeta.stored import Pages
 
 NAME = "triton"
@@ -43,6 +43,8 @@ def unsupported(call: AttentionCall) -> list[str]:
         )
     if call.query.device.type == "cpu" and call.query.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter multiplies no bfloat16")
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        reasons.append("its kernels take tensors that torch.func does not wrap")
     return reasons + refusals(call) + reasons_of_opaque(call.tensors)
 
 
@@ -53,6 +55,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     lowered = lower(call)
     given = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
     eager = all(operators.is_eager(tensor) for tensor in given if tensor is not None)
+    eager = eager and not has_dispatch_modes()
     run_one = operators.EagerAttention.apply if eager else operators.attention
     out, lse, *_ = run_one(*given, *lowered.fixed())
     return out, lse
