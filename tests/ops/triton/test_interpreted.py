@@ -1,6 +1,7 @@
 """The kernels in Triton's interpreter, against the reference in float64: every feature, small."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -245,10 +246,20 @@ def test_operators_keep_the_contract_of_torch_library() -> None:
     )
 
 
-def test_second_derivatives_of_weights_are_refused() -> None:
+@pytest.mark.parametrize(
+    "attend",
+    [
+        lambda query: attention_weights(query, query, backend="triton"),
+        lambda query: attention(query, query, query, dropout_p=0.2, seed=1, backend="triton"),
+    ],
+    ids=["weights", "output"],
+)
+def test_second_derivatives_are_refused(attend: Callable[[Tensor], Tensor]) -> None:
     query = torch.randn(1, 1, 5, 16, requires_grad=True)
-    weights = attention_weights(query, query, backend="triton")
-    (grad,) = torch.autograd.grad(weights.square().sum(), query, create_graph=True)
+    loss = attend(query).square().sum()
+    (plain,) = torch.autograd.grad(loss, query, retain_graph=True)
+    (grad,) = torch.autograd.grad(loss, query, create_graph=True)
+    torch.testing.assert_close(grad, plain)
     with pytest.raises(RuntimeError, match=r"second derivatives use backend='reference'"):
         grad.sum().backward()
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zeta.ops.backends.triton import gradients, passes
 from zeta.ops.backends.triton.arguments import Fixed, hashes_of, statistics_shape
@@ -250,8 +249,10 @@ class EagerAttention(torch.autograd.Function):
         return output[:2]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():
+            # The operator, for it says so if somebody differentiates again.
+            return _attention_gradient(ctx, dout, dlse, None)
         query, key, value, out, statistics, offsets, dense, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[3:5]
         if dout is None:
