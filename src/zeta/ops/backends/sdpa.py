@@ -73,6 +73,11 @@ def _unfused_on_cuda(call: AttentionCall) -> list[str]:
         reasons.append("it runs unfused on CUDA in float64")
     elif call.query.dtype == torch.float32 and call.key_heads != call.heads:
         reasons.append("it runs unfused on CUDA with grouped heads in float32")
+    if call.query.dtype == torch.float32 and call.head_dim % 4:
+        reasons.append(
+            "it runs unfused on CUDA in float32 where head_dim is no multiple of 4; got "
+            f"{call.head_dim}"
+        )
     if call.head_dim > 256:
         reasons.append(f"it runs unfused on CUDA with head_dim {call.head_dim}, above 256")
     return reasons
