@@ -1,6 +1,7 @@
 """The kernels for Hopper in a model of one, against the reference in float64."""
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -98,6 +99,16 @@ def test_what_lies_in_padding_reaches_nothing(runner: Runner) -> None:
     key[1, :, 201:], value[1, :, 201:] = float("nan"), float("inf")
     for found, right in zip(run(query, key, value), expected, strict=True):
         assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_only_tile_of_keys_ends_in_padding(seed: int, runner: Runner) -> None:
+    """Its values are cleared while the first products, which mean nothing, may read them."""
+    runner.seed = seed
+    mask = functools.partial(masks.Padding, torch.tensor([70, 1]))
+    _check(
+        runner, Case("short", heads=1, key_heads=1, target=65, source=90, head_dim=64, mask=mask)
+    )
 
 
 def test_a_broadcast_gradient_is_served(runner: Runner) -> None:

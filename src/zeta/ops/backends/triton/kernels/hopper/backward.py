@@ -202,7 +202,7 @@ def consume(
         exists_N = key_exists(score, sizes, batch, column0, local)
         clear_rows(k_ND.slice(PART * 64, 64, 0), exists_N, KEYS)
         clear_rows(v_ND.slice(PART * 64, 64, 0), exists_N, KEYS)
-        wait_for_clear(cleared)
+        wait_for_clear(cleared, 0)
     for member in range(sizes.group):
         head = key_head * sizes.group + member
         left = far_bias(score, head, False)

@@ -18,9 +18,15 @@ def clear_rows(tile_ND, exists_N, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def wait_for_clear(cleared):
-    """Until both groups of warps have cleared their part, which they do once."""
+def wait_for_clear(cleared, phase):
+    """Until both groups of warps have cleared their part."""
     fence_async_shared()
+    meet(cleared, phase)
+
+
+@gluon.jit
+def meet(barrier, phase):
+    """Until both groups of warps are here."""
     gl.thread_barrier()
-    mbarrier.arrive(cleared, count=1)
-    mbarrier.wait(cleared, 0)
+    mbarrier.arrive(barrier, count=1)
+    mbarrier.wait(barrier, phase)

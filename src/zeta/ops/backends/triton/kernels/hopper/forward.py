@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from zeta.ops.backends.triton.kernels.forward import add_weights, store_statistics
-from zeta.ops.backends.triton.kernels.hopper.clearing import clear_rows, wait_for_clear
+from zeta.ops.backends.triton.kernels.hopper.clearing import clear_rows, meet, wait_for_clear
 from zeta.ops.backends.triton.kernels.ranges import column_parts, count_tiles, tile_start
 from zeta.ops.backends.triton.kernels.scores import (
     begin_products,
@@ -158,11 +158,14 @@ def attend(
             # There is one such tile at most; each group of warps clears half of its values.
             if column0 + BLOCK_N > gl.load(score.padding + batch):
                 mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+                if step == 0:
+                    # The products that mean nothing have read these values, in both groups.
+                    meet(cleared, 0)
                 half: gl.constexpr = BLOCK_N // 2
                 local = gl.arange(0, half, layout=gl.SliceLayout(1, OUTPUTS))
                 exists_N = key_exists(score, sizes, batch, column0 + PART * half, local)
                 clear_rows(v_SND.index(stage).slice(PART * half, half, 0), exists_N, OUTPUTS)
-                wait_for_clear(cleared)
+                wait_for_clear(cleared, gl.where(step == 0, 1, 0))
         gl.thread_barrier()
         mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.arrive(v_empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
