@@ -484,6 +484,36 @@ def test_an_optimizers_step_on_a_relative_bias_changes_nothing() -> None:
         weights.sum().backward()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parameters_may_be_freed_between_the_passes(frozen: bool) -> None:
+    """FSDP takes the memory of a layer's parameters, and fills it again for the backward pass, or
+    with other numbers after an optimizer's step; torch's count of versions does not see it.
+    """
+    small = Small()
+    small.table = torch.nn.Parameter(small.table.detach(), requires_grad=not frozen)
+    leaves = small.leaves[: 2 if frozen else 3]
+    expected = small.plain()
+    coefficients = torch.randn(expected.shape[:2] + expected.shape[3:], dtype=torch.float64)
+    wanted = torch.autograd.grad((expected[..., 1, :] * coefficients).sum(), leaves)
+    weights, others, numbers = small.lazy(), small.lazy(), small.table.detach().clone()
+
+    def fill(size: int, numbers: Tensor | None) -> None:
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(small.table):
+            small.table.untyped_storage().resize_(size)
+            if numbers is not None:
+                small.table.copy_(numbers)
+
+    size = small.table.untyped_storage().size()
+    fill(0, None)
+    row = weights.rows(1)
+    torch.testing.assert_close(weights.detach(), expected.detach())
+    fill(size, numbers)
+    found = torch.autograd.grad((row * coefficients).sum(), leaves)
+    torch.testing.assert_close(found, wanted)
+    fill(size, numbers + 1)
+    torch.testing.assert_close(others.detach(), expected.detach())
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing(use_reentrant: bool) -> None:
     small = Small()

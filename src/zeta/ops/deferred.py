@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from zeta.ops.call import AttentionCall, without_autocast
+from zeta.ops.parts import Indivisible
 from zeta.ops.substitution import with_tensors
 from zeta.ops.versions import versions_of, written_to
 
@@ -18,15 +20,16 @@ Compute = Callable[[AttentionCall], Tensor]
 """Makes the weights ``call.result`` asks for, differentiably: ``(B, H, T, S)`` or ``(B, T, S)``."""
 
 MAX_COPIED = 1 << 16
-"""Elements up to which a learned parameter of a bias is copied when the call is made."""
+"""Elements up to which a parameter of a bias is copied when the call is made."""
 
 
 class Deferred:
     """The weights of a call, to be computed when they are asked for, at most once.
 
     The tensors of the call are kept, not copied: one that is written to before the weights are
-    computed is noticed by its version counter, and an error. Only a small learned parameter of a
-    bias is copied, so that one may look at weights after an optimizer's step.
+    computed is noticed by its version counter, and an error. Only a small parameter of a
+    bias is copied, so that one may look at weights after an optimizer's step, or after FSDP has
+    freed it.
 
     Args:
         call: Its ``result`` is ``"weights"`` or ``"mean_weights"``; its ``value`` is not read.
@@ -75,8 +78,7 @@ class Deferred:
         if call.sinks is not None:
             parameters.append(call.sinks)
         for tensor in parameters:
-            learned = tensor.requires_grad and tensor.is_leaf
-            if learned and tensor.numel() <= MAX_COPIED:
+            if _is_parameter(tensor) and tensor.numel() <= MAX_COPIED:
                 self._copies[len(tensors)] = tensor.detach().clone()
             tensors.append(tensor)
         self.num_inputs = len(tensors)
@@ -134,7 +136,14 @@ class Deferred:
     def part(
         self, change: Callable[[AttentionCall], AttentionCall], *, differentiable: bool
     ) -> Tensor:
-        """The weights of a changed call, in the layout asked for."""
+        """The weights of a changed call, in the layout asked for.
+
+        Raises:
+            Indivisible: The call cannot be changed so, or has no parameter to be differentiated by
+                before its backward pass.
+        """
+        if differentiable and any(map(_is_freed, self.inputs)):
+            raise Indivisible("a parameter has no memory until the backward pass")
         call = change(self.unchanged(differentiable=differentiable))
         with without_autocast(call.query.device):
             weights = self.compute(call)
@@ -147,12 +156,15 @@ class Deferred:
             differentiable: Accept no copy in the place of a parameter.
         """
         assert self.call is not None
-        tensors, changed = list(self._tensors), written_to(self._tensors, self._versions)
-        for index in changed:
-            if index not in self._copies or differentiable:
+        copies = {} if differentiable else self._copies
+        for index in written_to(self._tensors, self._versions):
+            if index not in copies:
                 raise RuntimeError(self._complaint(index))
-            tensors[index] = self._copies[index]
-        return _with_tensors(self.call, tensors) if changed else self.call
+        if not copies:
+            return self.call
+        # Whatever their versions say: FSDP frees parameters, and fills them, without counting.
+        tensors = [copies.get(index, tensor) for index, tensor in enumerate(self._tensors)]
+        return _with_tensors(self.call, tensors)
 
     def _complaint(self, index: int) -> str:
         name = ("query", "key")[index] if index < 2 else "mask, a bias, sinks or positions"
@@ -198,6 +210,17 @@ class Deferred:
                 )
             )
         return [next(found) if need else None for need in needed]
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    return tensor.is_leaf and (tensor.requires_grad or isinstance(tensor, Parameter))
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether its memory was taken away, as FSDP does with parameters between the passes."""
+    if type(tensor) not in (Tensor, Parameter) or not tensor.numel():
+        return False
+    return tensor.untyped_storage().size() == 0
 
 
 def arrange(weights: Tensor, *, heads_first: bool, batched: bool) -> Tensor:
