@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tests.caches.histories import HEAD_DIM, VALUE_DIM, same
 from tests.caches.kinds import KINDS, new_pool
@@ -207,6 +208,8 @@ def test_forks_nest(name: str) -> None:
     assert same(before, cache.state_dict())
 
 
+# torch's forward mode uses it itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "dynamic"])
 def test_a_gradient_is_not_lost_in_silence(name: str) -> None:
     cache = KINDS[name].make(2)
@@ -214,6 +217,8 @@ def test_a_gradient_is_not_lost_in_silence(name: str) -> None:
     with pytest.raises(ValueError, match="keeps no gradient"):
         cache.update(key.requires_grad_(), value)
     assert cache.length == 0
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="keeps no forward-mode"):
+        cache.update(forward_ad.make_dual(key, key), value)
 
 
 def test_a_dynamic_cache_keeps_the_gradient() -> None:

@@ -10,7 +10,9 @@ from torch.autograd import forward_ad
 
 import zeta
 from zeta import biases, masks
-from zeta.nn import MultiheadAttention, RelativePositionBias
+from zeta.caches import DynamicCache
+from zeta.nn import MultiheadAttention, RelativePositionBias, XPos
+from zeta.nn.state import IncrementalState
 from zeta.ops.call import BackendUnsupported
 
 pytestmark = [
@@ -139,6 +141,29 @@ def test_gradients_of_each_sample_of_a_module() -> None:
         expected = torch.autograd.grad(loss(parameters, sample), list(parameters.values()))
         got = [found[name][index] for name in parameters]
         torch.testing.assert_close(got, list(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [dict, DynamicCache])
+@pytest.mark.parametrize("position", [None, XPos(4)], ids=["plain", "xpos"])
+def test_decoding_is_followed_by_transforms(
+    make: Callable[[], IncrementalState], position: XPos | None
+) -> None:
+    module = MultiheadAttention(None, 16, 4, self_attention=True, position=position)
+
+    def whole(x: Tensor) -> Tensor:
+        return module(x, x, x, is_causal=True)[0]
+
+    def decoded(x: Tensor) -> Tensor:
+        state = make()
+        return torch.cat([module(t, t, t, state, is_causal=True)[0] for t in x.split(2, 1)], 1)
+
+    x, tangent = torch.randn(2, 2, 5, 16).unbind()
+    with torch.no_grad():
+        for derivative in (
+            lambda function: torch.func.jvp(function, (x,), (tangent,))[1],
+            lambda function: torch.func.vmap(function)(torch.stack([x, tangent])),
+        ):
+            torch.testing.assert_close(derivative(decoded), derivative(whole), rtol=1e-4, atol=1e-5)
 
 
 def test_weights_inside_a_transform_are_plain() -> None:

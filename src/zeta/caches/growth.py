@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from zeta.caches.checks import is_transforming
+
 _LEAST_ROOM = 64
 _TAIL = "_zeta_tail"
 
@@ -41,10 +43,10 @@ def append(before: Tensor | None, new: Tensor) -> Tensor:
         new: ``(B, G, N, ...)`` of the same dtype and device.
 
     Returns:
-        ``(B, G, L, ...)``. It is differentiable if one of the two requires a gradient; then, and
-        under ``torch.compile``, it is a plain copy.
+        ``(B, G, L, ...)``. It is differentiable if one of the two requires a gradient; then, under
+        ``torch.compile`` and inside of transforms it is a plain copy.
     """
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and _require_grad(before, new)):
+    if _is_followed(before, new):
         return new if before is None else torch.cat((before, new), dim=2)
     length = 0 if before is None else before.shape[2]
     total = length + new.shape[2]
@@ -69,7 +71,7 @@ def is_copy(before: Tensor, grown: Tensor) -> bool:
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """``tensor.index_select(0, index)``, with room behind it."""
-    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and tensor.requires_grad):
+    if _is_followed(tensor):
         return tensor.index_select(0, index)
     length = tensor.shape[2]
     shown, tail = _with_room(tensor, length, len(index))
@@ -95,8 +97,13 @@ def nbytes(tensor: Tensor) -> int:
     return tensor.nbytes if tail is None else tail.buffer.nbytes
 
 
-def _require_grad(before: Tensor | None, new: Tensor) -> bool:
-    return new.requires_grad or (before is not None and before.requires_grad)
+def _is_followed(*tensors: Tensor | None) -> bool:
+    """Whether something follows what becomes of them, and must find no writing into a buffer."""
+    if torch.compiler.is_compiling() or is_transforming():
+        return True
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
+    )
 
 
 def _with_room(like: Tensor, length: int, batch: int | None = None) -> tuple[Tensor, _Tail]:
