@@ -143,6 +143,28 @@ def test_gradients_of_each_sample_of_a_module() -> None:
         torch.testing.assert_close(got, list(expected), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "function", [zeta.attention, lambda *four, **rest: zeta.attention_weights(*four[:2], **rest)]
+)
+def test_jacobians_in_reverse_mode(
+    function: Callable[..., Tensor], backend: str, dtype: torch.dtype
+) -> None:
+    if backend == "sdpa" and function is not zeta.attention:
+        pytest.skip("it has no weights")
+    bias = biases.Dense(torch.randn(3, 4, 6, 6, dtype=dtype))
+    query, key, value = (tensor.to(dtype) for tensor in operands())
+
+    def attend(key: Tensor) -> Tensor:
+        return function(query, key, value, bias=bias, backend=backend)[:, :, :2]
+
+    expected = torch.autograd.functional.jacobian(attend, key)
+    torch.testing.assert_close(torch.func.jacrev(attend)(key), expected)
+    batched = torch.autograd.functional.jacobian(attend, key, vectorize=True)
+    torch.testing.assert_close(batched, expected)
+
+
 @pytest.mark.parametrize("make", [dict, DynamicCache])
 @pytest.mark.parametrize("position", [None, XPos(4)], ids=["plain", "xpos"])
 def test_decoding_is_followed_by_transforms(

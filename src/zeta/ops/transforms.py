@@ -1,13 +1,15 @@
 """Which of torch's function transforms are going on, for what cannot live inside one."""
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 FunctionT = TypeVar("FunctionT", bound=Callable[[], object])
+
+Results: TypeAlias = tuple[Tensor | None, ...]
 
 NO_FORWARD_MODE = "it has no forward-mode derivative (torch.func.jvp)"
 
@@ -90,6 +92,49 @@ def reasons_of_opaque(tensors: Callable[[], Iterable[Tensor]]) -> list[str]:
             "torch.func.vmap cannot map over it; the mapped dimension can join the batch"
         )
     return reasons
+
+
+def one_by_one(
+    function: Callable[..., Results], size: int, arguments: Sequence[Any], dims: Sequence[Any]
+) -> Results:
+    """What a function gives for each entry of a mapped dimension, stacked along a new first one.
+
+    Args:
+        function: It may return None in places, then always in the same ones.
+        size: Of the mapped dimension.
+        arguments: Of the function.
+        dims: An integer where an argument is a tensor with the dimension, which it names.
+    """
+    pairs = list(zip(arguments, dims, strict=True))
+    found = []
+    for index in range(size):
+        parts = (item.select(dim, index) if isinstance(dim, int) else item for item, dim in pairs)
+        found.append(function(*parts))
+    return tuple(
+        None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)
+    )
+
+
+def of_each_gradient(function: Callable[..., Results], *tensors: Tensor | None) -> Results:
+    """``function(*tensors)`` of a backward pass, of one incoming gradient after the other where
+    autograd gives many at once, as for ``torch.autograd.grad(..., is_grads_batched=True)``.
+
+    It maps over them in a way of its own, older than ``torch.func.vmap``.
+    """
+    batched = [t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
+    if not any(batched):
+        return function(*tensors)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    # Of tensors that have the dimension its size, given as 1, is not asked.
+    whole: list[Any] = [
+        torch._remove_batch_dim(tensor, level, 1, 0) if is_batched else tensor  # type: ignore[arg-type]  # not None
+        for tensor, is_batched in zip(tensors, batched, strict=True)
+    ]
+    dims = [0 if is_batched else None for is_batched in batched]
+    size = next(len(tensor) for tensor, dim in zip(whole, dims, strict=True) if dim == 0)
+    found = one_by_one(function, size, whole, dims)
+    return tuple(None if part is None else torch._add_batch_dim(part, 0, level) for part in found)
 
 
 def needs_gradient(tensor: Tensor) -> bool:

@@ -4,6 +4,7 @@ they compose with ``torch.func.grad``.
 Shape suffixes: B batch, H query heads, T target length, S source length, D features.
 """
 
+import functools
 from typing import Any, NoReturn
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.autograd import Function
 from zeta.ops.backends.chunked import passes
 from zeta.ops.backends.chunked.backward import Incoming
 from zeta.ops.backends.chunked.description import Plan
+from zeta.ops.transforms import of_each_gradient, one_by_one
 
 _NO_VMAP = (
     "the backend 'chunked' has no torch.func.vmap; make the mapped dimension part of the batch, "
@@ -52,6 +54,12 @@ class _Gradients(_Once):
     def backward(ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(passes.ONCE)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        """Of many incoming gradients, as for ``torch.func.jacrev``."""
+        found = one_by_one(_Gradients.apply, info.batch_size, args, in_dims)
+        return found, tuple(None if tensor is None else 0 for tensor in found)
+
 
 def _remember(ctx: Any, plan: Plan, pairs: Tensor, inputs: tuple[Tensor, ...]) -> None:
     """Everything for `_find`; the plan's tensors too, for torch to see whether one is changed."""
@@ -73,10 +81,8 @@ def _find(ctx: Any, incoming: dict[str, Tensor | None], num_operands: int) -> li
         operands.append(operands[1])  # Weights have no value; nothing is made of it.
     needs_grad = tuple(ctx.needs_input_grad[-len(biases) :]) if biases else ()
     given = (*arrived.values(), *operands, *biases)
-    # torch leaves `apply` untyped.
-    found = _Gradients.apply(  # type: ignore[no-untyped-call]
-        plan, tuple(arrived), needs_grad, pairs, *given
-    )
+    compute = functools.partial(_Gradients.apply, plan, tuple(arrived), needs_grad)
+    found = of_each_gradient(compute, pairs, *given)
     rest = iter(found[3:])
     return [*found[:3], *(next(rest) if needed else None for needed in needs_grad)]
 

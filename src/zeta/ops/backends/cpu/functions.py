@@ -2,6 +2,7 @@
 millisecond would be most of a small call, and for ``torch.func.grad``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -12,6 +13,7 @@ from torch.autograd import Function
 
 from zeta.ops.backends.cpu import passes
 from zeta.ops.backends.cpu.description import Fixed
+from zeta.ops.transforms import of_each_gradient, one_by_one
 
 Compute = Callable[..., tuple[Tensor | None, ...]]
 
@@ -129,11 +131,16 @@ class _Gradients(Once):
     def backward(ctx: Any, *gradients: Any) -> NoReturn:
         raise RuntimeError(passes.ONCE)
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        """Of many incoming gradients, as for ``torch.func.jacrev``."""
+        found = one_by_one(_Gradients.apply, info.batch_size, args, in_dims)
+        return found, tuple(None if tensor is None else 0 for tensor in found)
+
 
 def differentiated_once(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """``compute(*tensors)``, gradients of which a second derivative is an error."""
     # Only under create_graph=True, or inside a transform, could anybody differentiate them.
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        return tuple(compute(*tensors))
-    found: tuple[Tensor | None, ...] = _Gradients.apply(compute, *tensors)
-    return found
+        return tuple(of_each_gradient(compute, *tensors))
+    return of_each_gradient(functools.partial(_Gradients.apply, compute), *tensors)
