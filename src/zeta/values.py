@@ -170,9 +170,13 @@ def kind(value: object) -> str:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is a tensor."""
+    """Raise TypeError unless ``value`` is a tensor, and not a nested one."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {kind(value)}")
+    if value.is_nested:
+        raise TypeError(
+            f"{name} must not be a nested tensor: pad it (to_padded_tensor), and hide the padding"
+        )
 
 
 def check_floating(name: str, tensor: object) -> None:

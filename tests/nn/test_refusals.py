@@ -263,6 +263,14 @@ def test_call_refuses(changes: dict[str, Any], error: type[Exception], message: 
         make()(**inputs(**changes))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_call_refuses_nested_tensors(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)], layout=layout)
+    with pytest.raises(TypeError, match="query must not be a nested tensor: pad it"):
+        make()(nested, nested, nested)
+
+
 def test_the_unchanged_call_is_fine() -> None:
     out, _ = make()(**inputs())
     assert out.shape == (B, T, E)

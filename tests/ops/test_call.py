@@ -116,6 +116,17 @@ def test_arguments_that_do_not_fit(
         zeta.attention(**tensors() | arguments)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout: torch.layout) -> None:
+    parts = [torch.randn(length, 4, 8) for length in (3, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=layout).transpose(1, 2)
+    with pytest.raises(TypeError, match="query must not be a nested tensor: pad it"):
+        zeta.attention(nested, nested, nested)
+    with pytest.raises(TypeError, match="key must not be a nested tensor"):
+        zeta.attention_weights(torch.randn(2, 4, 5, 8), nested)
+
+
 def test_dtypes_must_agree_and_float() -> None:
     made = tensors()
     with pytest.raises(ValueError, match=r"value must have the query's dtype.*float32.*float64"):

@@ -49,6 +49,8 @@ def attend(
     # A subclass may hold its numbers elsewhere.
     if type(query) is not Tensor or not query.is_cpu or torch.is_autocast_enabled("cpu"):
         return None
+    if query.is_nested:
+        return None
     longest = 0
     if bias is not None:
         if type(key) is not Tensor or query.dim() != 4 or key.dim() != 4:
