@@ -11,6 +11,9 @@ FunctionT = TypeVar("FunctionT", bound=Callable[[], object])
 
 Results: TypeAlias = tuple[Tensor | None, ...]
 
+# Every backward pass asks. A torch without that older way of mapping will not have it either.
+_is_in_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+
 NO_FORWARD_MODE = "it has no forward-mode derivative (torch.func.jvp)"
 
 TWICE = "for second derivatives use backend='reference'; a module has them by torch.func.hessian"
@@ -121,7 +124,9 @@ def of_each_gradient(function: Callable[..., Results], *tensors: Tensor | None) 
 
     It maps over them in a way of its own, older than ``torch.func.vmap``.
     """
-    batched = [t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors]
+    if _is_in_batch is None:
+        return function(*tensors)
+    batched = [tensor is not None and _is_in_batch(tensor) for tensor in tensors]
     if not any(batched):
         return function(*tensors)
     level = torch._C._vmapmode_increment_nesting() - 1
