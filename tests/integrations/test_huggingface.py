@@ -172,6 +172,24 @@ def test_a_compiled_model_is_one_graph(name: str) -> None:
     torch.testing.assert_close(valid(family, given, compiled(**given)), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "mistral", "t5"])
+def test_a_compiled_forward_generates_over_a_static_cache(name: str) -> None:
+    """Transformers makes the mask of the prompt outside of it, and hands it in."""
+    torch.compiler.reset()
+    family = FAMILIES[name]
+    models = [family.build(torch.float32, kind) for kind in ("eager", "zeta")]
+    models[1].forward = torch.compile(models[1].forward, backend="aot_eager", fullgraph=True)
+    for hidden in (9, 0, 4):
+        given = family.prompt("left", torch.float32)
+        given["attention_mask"][1] = torch.arange(given["input_ids"].shape[1]) >= hidden
+        options = {"max_new_tokens": 4, "max_length": None, "do_sample": False}
+        options |= {"cache_implementation": "static", "disable_compile": True}
+        expected, found = (model.generate(**given, **options) for model in models)
+        assert torch.equal(found, expected)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("structured", [False, True])
 def test_multilingual_t5_equals_eager(structured: bool) -> None:
     huggingface.register(structured_bias=structured)

@@ -250,6 +250,8 @@ def _bias(
     elif position_bias is not None and not has_no_bias(module):
         same = position_bias.shape[-1] == keys
         terms.append(Dense(position_bias if same else position_bias[..., :keys]))
-    if attention_mask is not None and attention_mask.is_floating_point():
-        terms.append(Dense(attention_mask))
+    # Of a stand-in, which may be an argument of compiled code, the compiler knows its pattern only.
+    own = None if isinstance(attention_mask, MaskStandIn) else attention_mask
+    if own is not None and own.is_floating_point():
+        terms.append(Dense(own))
     return functools.reduce(operator.add, terms) if terms else None
