@@ -174,6 +174,19 @@ def test_a_state_dict_is_a_copy_and_survives_saving(name: str, tmp_path) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_state_is_a_copy_too(name: str) -> None:
+    cache = KINDS[name].make(2)
+    padding = torch.tensor([[True, False, False], [False, True, False]])
+    cache.update(*tokens(3), padding, origin=torch.tensor([2, 3]))
+    state, kept = cache.state_dict(), cache.state_dict()
+    cache.load_state_dict(state)
+    for tensor in state.values():
+        if isinstance(tensor, Tensor):
+            tensor.zero_()
+    assert same(cache.state_dict(), kept)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_modes_of_autograd_may_change_between_steps(name: str) -> None:
     cache = KINDS[name].make(2)
     modes = [torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode]

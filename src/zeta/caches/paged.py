@@ -299,9 +299,11 @@ class PagedCache:
             tables = self._make_room(none, lengths)
             key, value = tokens.key.to(form.device), tokens.value.to(form.device)
             self._write(tables, none.lengths, lengths, key, value)
-            padding = tokens.padding
-            padding = None if padding is None else padding.to(form.device, copy=True)
-            rows = Rows(tables, lengths, padding, tokens.origin)
+            padding, origin = (
+                None if tensor is None else tensor.to(form.device, copy=True)
+                for tensor in (tokens.padding, tokens.origin)
+            )
+            rows = Rows(tables, lengths, padding, origin)
         elif lengths:
             rows = Rows(((),) * len(lengths), lengths, None)
         self.reset()

@@ -324,7 +324,8 @@ class RollingCache:
             if padding is not None:
                 room = self._ring.num_slots - num_kept
                 padding = torch.cat((padding, padding.new_zeros(len(padding), room)), dim=1)
-            self._state = _State(slots, padding, length, tokens.origin)
+            origin = None if tokens.origin is None else tokens.origin.clone()
+            self._state = _State(slots, padding, length, origin)
 
     def to(self, device: torch.device | str) -> Self:
         """See `DecodingCache`."""
