@@ -40,6 +40,16 @@ def test_sequences_keep_their_source_through_beams_and_forks() -> None:
     torch.testing.assert_close(attend(attention, query[:3], cache), before)
 
 
+def test_queries_are_counted_less() -> None:
+    _, cache, _, _ = begun()
+    cache.drop(1)
+    cache.count_queries(torch.zeros(3, 5, 8))
+    cache.drop(2)
+    assert cache.state_dict()["tensors"]["prev_queries"].tolist() == [3, 3, 3]
+    cache.drop(4)
+    assert cache.state_dict()["tensors"]["prev_queries"].tolist() == [0, 0, 0]
+
+
 def test_it_is_saved_and_loaded_and_reset() -> None:
     attention, cache, _, _ = begun()
     query = torch.randn(3, 2, 8, dtype=torch.float64)
@@ -58,6 +68,7 @@ def test_refusals_change_nothing() -> None:
         (lambda: cache.reorder(torch.tensor([0, 1])), r"index must have shape \(3,\)"),
         (lambda: cache.select(torch.tensor([3])), r"rows must lie in \[0, 3\)"),
         (lambda: cache.crop(-1), "length must not be negative; got -1"),
+        (lambda: cache.drop(-1), "count must not be negative; got -1"),
         (cache.rollback, "rollback\\(\\) needs an open fork"),
         (cache.commit, "commit\\(\\) needs an open fork"),
         (lambda: cache.load_state_dict({"kind": "DynamicCache"}), "must be that of a CrossCache"),

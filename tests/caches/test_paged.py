@@ -61,6 +61,27 @@ def test_sequences_of_different_lengths_are_each_what_they_would_be_alone() -> N
     assert cache.lengths == (4, 3, 1)
 
 
+def test_the_last_tokens_of_each_sequence_are_dropped() -> None:
+    pool = new_pool(50, 3)
+    cache = PagedCache(pool)
+    key, value = tokens(5, batch=3)
+    padding = torch.arange(5) >= torch.tensor([5, 2, 3])[:, None]
+    padding[0, 1] = True
+    cache.update(key, value, padding)
+    before, free = cache.state_dict(), pool.num_free
+    cache.drop(0)
+    cache.update(*tokens(4, batch=3))
+    cache.drop(3)
+    cache.drop(1)
+    assert same(cache.state_dict(), before)
+    assert pool.num_free == free
+    for count, words in ((3, r"count must be in \[0, 2\].*got 3"), (-1, "got -1")):
+        with pytest.raises(ValueError, match=words):
+            cache.drop(count)
+    assert same(cache.state_dict(), before)
+    PagedCache(pool).drop(0)
+
+
 def test_nothing_of_others_shows_behind_the_end_of_a_sequence() -> None:
     pool = new_pool(4, 4)
     key, value = tokens(4)

@@ -42,6 +42,22 @@ def test_greedy_is_the_same_with_any_draft(kind: str, noise: float) -> None:
         assert len(model.calls) <= 1 + 3
 
 
+@pytest.mark.parametrize("drafting", CACHES)
+@pytest.mark.parametrize("kind", CACHES)
+def test_sequences_that_differ_in_length_in_their_cache_give_back_what_is_refused(
+    kind: str, drafting: str
+) -> None:
+    """`PagedCache` does not keep padding at the end of a chunk, so it ends at other lengths."""
+    model = Toy()
+    tokens, padding = padded("left")
+    tokens, padding = (torch.nn.functional.pad(x, (2, 0), value=1) for x in (tokens, padding))
+    options = {"max_new_tokens": 15, "padding": padding, "prefill_chunk": 1}
+    plain = generate(model, tokens, CACHES[kind](), **options)
+    draft = Draft(similar(model, 0.3), CACHES[drafting](), num_tokens=3)
+    found = generate(model, tokens, CACHES[kind](), draft=draft, **options)
+    assert torch.equal(found.tokens, plain.tokens)
+
+
 def exact(model: Toy, prompt: list[int], count: int, choose: Sampling) -> Tensor:
     """The probability of each continuation, ``(V, ..., V)``."""
     table = torch.zeros([VOCABULARY] * count, dtype=torch.float64)

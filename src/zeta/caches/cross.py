@@ -132,6 +132,19 @@ class CrossCache:
         if QUERIES in self._state:
             self._state[QUERIES] = self._state[QUERIES].clamp(max=length)
 
+    def drop(self, count: int) -> None:
+        """Keep the source; the last ``count`` queries do not count any more.
+
+        Raises:
+            TypeError: ``count`` is no integer.
+            ValueError: It is negative.
+        """
+        check_integer("count", count)
+        if count < 0:
+            raise ValueError(f"count must not be negative; got {count}")
+        if QUERIES in self._state:
+            self._state[QUERIES] = (self._state[QUERIES] - count).clamp(min=0)
+
     def fork(self) -> None:
         """See `DecodingCache`."""
         self._forks.open(dict(self._state))

@@ -20,6 +20,7 @@ from zeta.caches.rows import Rows
 from zeta.caches.sequences import Sequences
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
 from zeta.stored import can_defer
+from zeta.values import check_integer
 
 _NAMES = STATE_NAMES | {"lengths"}
 
@@ -224,7 +225,25 @@ class PagedCache:
         """See `DecodingCache`. Sequences that are shorter stay as they are."""
         checks.check_crop(length, self.length)
         if self._rows is not None:
-            self._shorten(self._rows.crop(length, self.pool.page_size))
+            self._shorten(self._rows.crop([length] * len(self.lengths), self.pool.page_size))
+
+    def drop(self, count: int) -> None:
+        """Forget the last ``count`` tokens of each sequence, however long it is.
+
+        Raises:
+            TypeError: ``count`` is no integer.
+            ValueError: It is negative, or a sequence has fewer.
+        """
+        check_integer("count", count)
+        shortest = min(self.lengths, default=0)
+        if not 0 <= count <= shortest:
+            raise ValueError(
+                f"count must be in [0, {shortest}], the tokens of the shortest sequence; "
+                f"got {count}"
+            )
+        if self._rows is not None:
+            kept = [length - count for length in self.lengths]
+            self._shorten(self._rows.crop(kept, self.pool.page_size))
 
     def fork(self) -> None:
         """See `DecodingCache`. All pages are shared with the fork until they are written to."""

@@ -3,6 +3,7 @@
 Shapes: B batch, N new tokens, L longest sequence.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,12 +39,12 @@ class Rows(NamedTuple):
         origin = None if self.origin is None else self.origin[order]
         return Rows(tuple(self.tables[b] for b in order), lengths, padding, origin)
 
-    def crop(self, length: int, page_size: int) -> "Rows":
-        """The first ``length`` tokens of each sequence."""
-        lengths = tuple(min(length, old) for old in self.lengths)
+    def crop(self, most: Sequence[int], page_size: int) -> "Rows":
+        """The first ``most[b]`` tokens of sequence ``b``, if it has so many."""
+        lengths = tuple(map(min, most, self.lengths))
         pairs = zip(self.tables, lengths, strict=True)
         tables = tuple(table[: -(-kept // page_size)] for table, kept in pairs)
-        padding = None if self.padding is None else self.padding[:, :length]
+        padding = None if self.padding is None else self.padding[:, : max(lengths)]
         return Rows(tables, lengths, padding, self.origin)
 
     def extended_padding(

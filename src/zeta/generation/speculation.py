@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from zeta.caches import DecodingCache, RollingCache
+from zeta.caches import CrossCache, DecodingCache, PagedCache, RollingCache
 from zeta.generation.checks import (
     check_caches,
     check_choice,
@@ -54,7 +54,7 @@ class Speculation:
     Args:
         model: The model that decides; its caches have all tokens but the last of each sequence.
         caches: Those of ``model``.
-        draft: Its caches too have all tokens but the last, or but the last two.
+        draft: Its caches too have all tokens but the last.
         probabilities: From logits ``(R, V)`` to the distribution that is drawn from, float64.
         uniforms: ``(R,)`` new float64 numbers in ``[0, 1)`` of the sequences ``(R,)``.
     """
@@ -69,6 +69,8 @@ class Speculation:
     ) -> None:
         self._model, self._caches, self._draft = model, caches, draft
         self._probabilities, self._uniforms = probabilities, uniforms
+        # Tokens that the model has seen and the draft has not: the last that it proposed.
+        self._behind = 0
 
     @torch.no_grad()
     def advance(
@@ -90,23 +92,23 @@ class Speculation:
             ValueError: The model returns logits of another shape, or of which no token can be
                 chosen where it must be.
         """
-        length = _length(self._caches)
+        count = min(self._draft.num_tokens, most - 1)
         every = (*self._caches, *self._draft.caches)
         for cache in every:
             cache.fork()
         try:
-            new = self._checked(recent, position_R, rows_R, number, most, length)
+            new = self._checked(recent, position_R, rows_R, number, count)
         except BaseException:
             for cache in every:
                 cache.rollback()
             raise
-        kept = length + new.shape[1]
-        # The draft has not seen the last token that it proposed.
-        seen = min(kept, _length(self._draft.caches))
-        for caches, remaining in ((self._caches, kept), (self._draft.caches, seen)):
+        refused = count + 1 - new.shape[1]
+        for caches, surplus in ((self._caches, refused), (self._draft.caches, refused - 1)):
             for cache in caches:
-                cache.crop(remaining)
+                if surplus > 0:
+                    _drop(cache, surplus)
                 cache.commit()
+        self._behind = int(refused == 0)
         return new
 
     def _checked(
@@ -115,12 +117,10 @@ class Speculation:
         position_R: Tensor,
         rows_R: Tensor,
         number: int,
-        most: int,
-        length: int,
+        count: int,
     ) -> Tensor:
-        """What `advance` returns; the caches have all that was proposed."""
-        count = min(self._draft.num_tokens, most - 1)
-        drafted_RK, draft_RKV = self._propose(recent, position_R, rows_R, count, length)
+        """What `advance` returns; the caches have all of the ``count`` that were proposed."""
+        drafted_RK, draft_RKV = self._propose(recent, position_R, rows_R, count)
         tokens = torch.cat((recent[:, -1:], drafted_RK), dim=1)
         positions = position_R[:, None] + torch.arange(count + 1, device=recent.device)
         logits = self._model(tokens, self._caches, positions)
@@ -137,11 +137,11 @@ class Speculation:
         return torch.cat((drafted_RK[:, :common], last_R[:, None]), dim=1)
 
     def _propose(
-        self, recent: Tensor, position_R: Tensor, rows_R: Tensor, count: int, length: int
+        self, recent: Tensor, position_R: Tensor, rows_R: Tensor, count: int
     ) -> tuple[Tensor, Tensor]:
         """``count`` tokens of the draft, ``(R, K)``, and their distributions ``(R, K, V)``."""
         # The last token, and the one before it where the draft has not seen that either.
-        behind = length - _length(self._draft.caches)
+        behind = self._behind
         tokens = recent[:, -1 - behind :]
         positions = position_R[:, None] + torch.arange(-behind, 1, device=recent.device)
         drafted, distributions = [], []
@@ -192,9 +192,13 @@ def check_draft(draft: Draft, caches: Sequence[DecodingCache]) -> None:
                 )
 
 
-def _length(caches: Sequence[DecodingCache]) -> int:
-    """Tokens that a model has seen. An encoder's keys are not among them."""
-    return next(cache.length for cache in caches if isinstance(cache, DecodingCache))
+def _drop(cache: DecodingCache, count: int) -> None:
+    """Forget the last tokens of each sequence."""
+    if isinstance(cache, PagedCache | CrossCache):
+        # Its sequences may differ in length, or it has a length of another kind.
+        cache.drop(count)
+    else:
+        cache.crop(cache.length - count)
 
 
 def _residual(wanted: Tensor, draft_RKV: Tensor, at: int) -> Tensor:
