@@ -254,7 +254,7 @@ class RollingCache:
     def _brought_back(self, state: _State, start: int, stop: int) -> tuple[Slots, Tensor | None]:
         """The slots and padding with tokens ``start`` to ``stop``, which a fork must have."""
         for kept, common in reversed(self._forks.states):
-            if kept is None or common < stop or max(0, kept.length - self.window) > start:
+            if kept is None or common < stop or kept.length - self.window > start:
                 continue
             slots = self._unshared(state)
             at = self._ring.slots_of(torch.arange(start, stop, device=slots.form.device))
