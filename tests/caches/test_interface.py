@@ -168,9 +168,12 @@ def test_a_state_dict_is_a_copy_and_survives_saving(name: str, tmp_path) -> None
     state = cache.state_dict()
     torch.save(state, tmp_path / "cache.pt")
     cache.update(*tokens(2))
+    cache.fork()
     cache.load_state_dict(torch.load(tmp_path / "cache.pt"))
     assert same(state, cache.state_dict())
     assert cache.length == 3
+    with pytest.raises(ValueError, match="needs an open fork"):
+        cache.rollback()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -44,6 +44,16 @@ def test_a_crop_within_a_fork_brings_back_what_the_fork_has() -> None:
     assert same(plain.state_dict(), forked.state_dict())
 
 
+def test_a_fork_has_nothing_of_sequences_in_another_order() -> None:
+    cache = RollingCache(4)
+    cache.update(*tokens(14))
+    cache.fork()
+    cache.reorder(torch.tensor([1, 0]))
+    cache.update(*tokens(3))
+    with pytest.raises(ValueError, match="tokens 11 to 12 are not there any more"):
+        cache.crop(15)
+
+
 def test_a_crop_of_forgotten_tokens_is_refused() -> None:
     cache = RollingCache(4)
     cache.update(*tokens(10))

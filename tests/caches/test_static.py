@@ -11,6 +11,7 @@ from tests.caches.test_interface import tokens
 from zeta import masks
 from zeta.bench import peak_bytes
 from zeta.caches import Cached, DecodingCache, DynamicCache, StaticCache
+from zeta.caches import static as static_module
 from zeta.nn import MultiheadAttention
 
 
@@ -285,12 +286,23 @@ def test_padding_may_become_a_number_to_add() -> None:
     key, value = tokens(6)
     hidden = torch.tensor([[True, False, False], [False] * 3])
     added = torch.tensor([[0.0, -1.5, 0.0], [-torch.inf, 0.0, 0.0]])
-    static, dynamic = StaticCache(8), DynamicCache()
+    caches = StaticCache(8), DynamicCache()
     for new, part in ((hidden, slice(0, 3)), (added, slice(3, 6))):
-        made = [
-            cache.update(key[:, :, part], value[:, :, part], new) for cache in (static, dynamic)
-        ]
-        assert made[0].padding is not None
-        assert made[1].padding is not None
-        assert torch.equal(made[0].padding, made[1].padding)
-    assert torch.equal(static.state_dict()["padding"], dynamic.state_dict()["padding"])
+        found, expected = (
+            cache.update(key[:, :, part], value[:, :, part], new).padding for cache in caches
+        )
+        assert found is not None
+        assert expected is not None
+        assert torch.equal(found, expected)
+    assert torch.equal(*(cache.state_dict()["padding"] for cache in caches))
+
+
+def test_padding_that_was_cropped_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, value = tokens(5)
+    cache = StaticCache(8)
+    cache.update(key[:, :, :4], value[:, :, :4], torch.ones(2, 4, dtype=torch.bool))
+    cache.crop(2)
+    monkeypatch.setattr(static_module, "is_recorded", lambda device: True)
+    cached = cache.update(key[:, :, 4:], value[:, :, 4:])
+    assert cached.padding is not None
+    assert cached.padding.tolist() == [[True, True] + [False] * 6] * 2

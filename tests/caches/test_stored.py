@@ -115,18 +115,23 @@ def test_every_instruction_set(
 
 @native
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mask", ["none", "causal"])
 @pytest.mark.parametrize("change", [{"dropout_p": 0.3, "seed": 5}, {"sinks": learned(HEADS)}])
-def test_dropout_and_sinks(kind: str, change: dict[str, Any]) -> None:
+def test_dropout_and_sinks(kind: str, mask: str, change: dict[str, Any]) -> None:
     cached = filled(kind, torch.float32).update(*cases.new_tokens(2, torch.float32))
     query = torch.randn(BATCH, HEADS, 2, HEAD_DIM)
-    assert_read_in_place(query, cached, **options("causal", "none", cached), **change)
+    assert_read_in_place(query, cached, **options(mask, "none", cached), **change)
 
 
 @native
 @pytest.mark.parametrize("ends", [(0, 302), (7, 60), (10, 200), (13, 302), (300, 302)], ids=str)
 @pytest.mark.parametrize(
-    ("mask", "bias"), [("none", "none"), ("none", "dense"), ("causal", "t5"), ("inside", "alibi")]
-)
+    ("mask", "bias"),
+    [
+        ("none", "none"), ("none", "dense"), ("causal", "t5"), ("inside", "alibi"),
+        ("documents", "none"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["pages", "codes"])
 def test_some_of_the_tokens_are_read_where_they_lie(
     kind: str, mask: str, bias: str, ends: tuple[int, int]

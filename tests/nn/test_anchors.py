@@ -331,6 +331,13 @@ OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "plain": lambda target, source: {},
     "causal": lambda target, source: {"mask": masks.Causal()},
     "window": lambda target, source: {"mask": masks.SlidingWindow(150)},
+    "window of any size": lambda target, source: {"mask": masks.SlidingWindow(2**40)},
+    "padding": lambda target, source: {
+        "mask": masks.Padding(torch.tensor([source // 2, source // 3]))
+    },
+    "padding of any size": lambda target, source: {
+        "mask": masks.Padding(torch.tensor([2**40, source // 3]))
+    },
     "all hidden from some": lambda target, source: {
         "mask": masks.keep(
             (torch.rand(2, 1, target, source) < 0.5) & (torch.arange(2) > 0)[:, None, None, None]
@@ -359,6 +366,19 @@ def test_slices_merge_to_the_attention_about_one_anchor(name: str, target: int) 
     gradients = [torch.autograd.grad(x.square().sum(), leaves) for x in (found, expected)]
     assert all(gradient.isfinite().all() for gradient in gradients[0])
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.Padding(torch.tensor([-(2**40), -(2**41)])),
+        masks.SlidingWindow(150) & masks.Padding(torch.tensor([9, 3])),
+    ],
+    ids=["no key", "keys before the window"],
+)
+def test_where_no_key_is_seen_slices_merge_to_nothing(mask: masks.Mask) -> None:
+    blocks, call = long_call(torch.float32, 1, mask=mask)
+    assert not blocks.run(call).any()
 
 
 def test_gradients_of_steps_with_many_anchors() -> None:

@@ -255,6 +255,16 @@ def test_cross_attention_goes_by_the_positions_that_are_given() -> None:
     torch.testing.assert_close(torch.cat(outs, 1), expected, **EXACT)
 
 
+def test_a_dimension_may_count_from_the_end() -> None:
+    module, x = MultiwayNetwork(nn.Linear(E, E), dim=-2).double(), tokens()
+    for split in (3, torch.tensor(3)):
+        found = module(x, split_position=split)
+        torch.testing.assert_close(found[:, :3], module.A(x[:, :3]), **EXACT)
+        torch.testing.assert_close(found[:, 3:], module.B(x[:, 3:]), **EXACT)
+    of_each = module(x, split_position=torch.tensor([0, 1, 1]))
+    torch.testing.assert_close(of_each[0], module.B(x[0]), **EXACT)
+
+
 def test_positions_say_where_the_split_is() -> None:
     """Two sequences, the second shifted to the right by padding, split at the same token."""
     module, x = attention(), tokens()[:2]
@@ -274,6 +284,7 @@ def test_split_is_not_in_the_state_dict_and_survives_moves_and_copies() -> None:
     empty = copy.deepcopy(module).to_empty(device="meta").to_empty(device="cpu")
     assert empty.q_proj.split_position == 2
     assert int(empty.q_proj._split_tensor) == 2
+    assert module.to("meta").q_proj._split_tensor.is_meta
 
 
 @pytest.mark.parametrize(

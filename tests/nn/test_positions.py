@@ -273,3 +273,10 @@ def test_scores_of_xpos_decay_with_distance() -> None:
 def test_wrong_size_is_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_buffer_of_xpos_is_whole_after_any_move() -> None:
+    expected = XPos(8).scale
+    for moved in (XPos(8).to_empty(device="cpu"), XPos(8, device="meta").to_empty(device="cpu")):
+        assert torch.equal(moved.scale, expected)
+    assert torch.equal(XPos(8).half().float().scale, expected)

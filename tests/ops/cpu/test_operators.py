@@ -232,9 +232,8 @@ def test_output_and_weights_of_one_call_have_their_gradients(mean: bool) -> None
     made = make()
     operands = made["query"], made["key"], made["value"]
     arguments = options(made)
-    backend = arguments.pop("backend")
-    found = run_with_weights(AttentionCall.checked(*operands, **arguments), mean=mean)
-    arguments["backend"] = backend
+    described = {name: arguments[name] for name in ("mask", "bias")}
+    found = run_with_weights(AttentionCall.checked(*operands, **described), mean=mean)
     weights = attention_weights(*operands[:2], reduce="mean" if mean else None, **arguments)
     expected = [attention(*operands, **arguments), weights]
     torch.testing.assert_close(list(found), expected)

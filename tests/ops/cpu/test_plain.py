@@ -170,7 +170,7 @@ def test_saved_tensors_may_come_back_otherwise(kinds: tuple[str, str]) -> None:
     """Of other strides, or of a class of their own."""
     made = learned("blocks")
     mask, bias = scores_of(kinds, made)
-    out = zeta.attention(*made, mask=mask, bias=bias)
+    out = zeta.attention(*made, mask=mask, bias=bias, scale=0.3)
     expected = gradients(out, made, torch.ones(1).expand(made[0].shape))
 
     def spread(saved: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def test_saved_tensors_may_come_back_otherwise(kinds: tuple[str, str]) -> None:
 
     for change in (spread, wrapped):
         with torch.autograd.graph.saved_tensors_hooks(change, lambda saved: saved):
-            out = plain.attend(*made, mask, bias)
+            out = plain.attend(*made, mask, bias, 0.3)
         assert out is not None
         actual = gradients(out, made, torch.ones(1).expand(made[0].shape))
         for one, other in zip(actual, expected, strict=True):
