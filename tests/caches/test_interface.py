@@ -154,6 +154,17 @@ def test_a_refused_padding_mask_of_integers_changes_nothing(name: str) -> None:
     assert same(before, cache.state_dict())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_fork_keeps_what_is_cropped_and_written_over(name: str) -> None:
+    cache = filled(name)
+    before = cache.state_dict()
+    cache.fork()
+    cache.crop(1)
+    cache.update(*tokens(2))
+    cache.rollback()
+    assert same(before, cache.state_dict())
+
+
 def test_unequal_states_are_not_the_same() -> None:
     cache = filled("dynamic")
     before = cache.state_dict()

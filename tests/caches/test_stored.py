@@ -124,6 +124,14 @@ def test_dropout_and_sinks(kind: str, mask: str, change: dict[str, Any]) -> None
 
 
 @native
+@pytest.mark.parametrize("kind", KINDS)
+def test_queries_whose_features_lie_apart(kind: str) -> None:
+    cached = filled(kind, torch.float32).update(*cases.new_tokens(3, torch.float32))
+    query = torch.randn(BATCH, HEADS, HEAD_DIM, 3).mT
+    assert_read_in_place(query, cached, **options("causal", "none", cached))
+
+
+@native
 @pytest.mark.parametrize("ends", [(0, 302), (7, 60), (10, 200), (13, 302), (300, 302)], ids=str)
 @pytest.mark.parametrize(
     ("mask", "bias"),
