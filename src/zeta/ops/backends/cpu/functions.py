@@ -73,7 +73,8 @@ class Attention(Once):
             fixed = without_tensors._replace(tensors=saved[7:])
             return passes.backward(grad_out, grad_lse, tuple(inputs), offsets, dense, fixed, needed)
 
-        return *differentiated_once(compute, grad_out, grad_lse, *tensors), None
+        once = functools.partial(differentiated_once, compute)
+        return *of_each_gradient(once, grad_out, grad_lse, *tensors), None
 
 
 class Weights(Once):
@@ -111,7 +112,8 @@ class Weights(Once):
                 grad_weights, query, key, lse, offsets, dense, fixed, needed
             )
 
-        found = differentiated_once(compute, grad_weights, *ctx.saved_tensors)
+        once = functools.partial(differentiated_once, compute)
+        found = of_each_gradient(once, grad_weights, *ctx.saved_tensors)
         of_query, of_key, _, of_offsets, of_dense = found
         return of_query, of_key, of_offsets, of_dense, None, None
 
@@ -142,5 +144,6 @@ def differentiated_once(compute: Compute, *tensors: Tensor | None) -> tuple[Tens
     """``compute(*tensors)``, gradients of which a second derivative is an error."""
     # Only under create_graph=True, or inside a transform, could anybody differentiate them.
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        return tuple(of_each_gradient(compute, *tensors))
-    return of_each_gradient(functools.partial(_Gradients.apply, compute), *tensors)
+        return tuple(compute(*tensors))
+    found: tuple[Tensor | None, ...] = _Gradients.apply(compute, *tensors)
+    return found

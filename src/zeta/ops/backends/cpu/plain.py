@@ -21,6 +21,7 @@ from zeta.ops.backends.cpu.functions import Once, differentiated_once
 from zeta.ops.buffers import rows
 from zeta.ops.plain_lowering import LATER_KEYS, NOTHING, NUM_NUMBERS, Plain
 from zeta.ops.precision import Precision, float32_precision
+from zeta.ops.transforms import of_each_gradient
 
 _PRECISIONS = (None, *get_args(Precision))
 
@@ -138,7 +139,7 @@ def _gradients(
     is_high: bool,
     plain: Plain | tuple[Any, ...],
     needed: tuple[bool, bool],
-) -> passes.Gradients:
+) -> tuple[Tensor | None, ...]:
     """Of query, key, value, and, where needed, of offsets and a dense bias."""
     query, key, value, out, lse, *others = saved
     inputs = query, key, value, out, lse
@@ -160,7 +161,12 @@ def _gradients(
         if plain.dense is not None and grad_dense is not None:
             grad_dense = grad_dense.to(plain.dense.dtype)
         return passes.Gradients(*made, grad_offsets, grad_dense)
-    # Whoever saved the tensors gave others back, of other strides or of a class of their own.
+    # Whoever saved the tensors gave others back, of other strides or of a class of their own; or
+    # there are many gradients at once.
     lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]) if scale is None else scale)
-    fixed = Fixed(*lowered.fixed(), is_high)
-    return passes.backward(grad_out, None, inputs, lowered.offsets, plain.dense, fixed, needed)
+    fixed, offsets, dense = Fixed(*lowered.fixed(), is_high), lowered.offsets, plain.dense
+
+    def compute(grad_out: Tensor) -> passes.Gradients:
+        return passes.backward(grad_out, None, inputs, offsets, dense, fixed, needed)
+
+    return of_each_gradient(compute, grad_out)
