@@ -144,6 +144,6 @@ def differentiated_once(compute: Compute, *tensors: Tensor | None) -> tuple[Tens
     """``compute(*tensors)``, gradients of which a second derivative is an error."""
     # Only under create_graph=True, or inside a transform, could anybody differentiate them.
     if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        return tuple(compute(*tensors))
+        return compute(*tensors)
     found: tuple[Tensor | None, ...] = _Gradients.apply(compute, *tensors)
     return found

@@ -71,8 +71,8 @@ def attend(
     ):  # fmt: skip
         lse = direct.attend_with_lse(query, key, value, out, *options)
         if type(lse) is Tensor:
-            record = _Attended.record
-            return record(query, key, value, learned, dense, (out, lse), scale, is_high, plain)
+            options = scale, is_high, plain
+            return _Attended.record(query, key, value, learned, dense, (out, lse), options)
         answer = lse
     else:
         answer = direct.attend(query, key, value, out, *options)
@@ -97,13 +97,12 @@ class _Attended(Once):
         _: Tensor | None,
         dense: Tensor | None,
         made: tuple[Tensor, Tensor],
-        scale: float | None,
-        is_high: bool,
-        plain: Plain,
+        options: tuple[float | None, bool, Plain],
     ) -> Tensor:
+        scale, is_high, plain = options
         if _is_short(plain):
             ctx.save_for_backward(query, key, value, *made)
-            ctx.options = scale, is_high, plain
+            ctx.options = options
         else:
             ctx.save_for_backward(query, key, value, *made, *plain[NUM_NUMBERS:])
             ctx.options = scale, is_high, plain[:NUM_NUMBERS]
@@ -117,7 +116,7 @@ class _Attended(Once):
         def compute(grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
             return _gradients(grad_out, saved, scale, is_high, plain, needed)
 
-        return *differentiated_once(compute, grad_out, *ctx.saved_tensors), None, None, None, None
+        return *differentiated_once(compute, grad_out, *ctx.saved_tensors), None, None
 
 
 def _is_short(plain: Plain) -> bool:
@@ -160,7 +159,7 @@ def _gradients(
     if library.is_done(answer):
         if plain.dense is not None and grad_dense is not None:
             grad_dense = grad_dense.to(plain.dense.dtype)
-        return passes.Gradients(*made, grad_offsets, grad_dense)
+        return *made, grad_offsets, grad_dense
     # Whoever saved the tensors gave others back, of other strides or of a class of their own; or
     # there are many gradients at once.
     lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]) if scale is None else scale)
