@@ -25,7 +25,7 @@ from torch import Tensor
 from zeta.caches import Cache
 from zeta.caches.recording import is_recorded
 from zeta.nn.positions import XPos
-from zeta.nn.tables import Positions
+from zeta.nn.tables import Positions, last_positions
 from zeta.ops.attention import run, run_weights
 from zeta.ops.call import AttentionCall
 from zeta.ops.parts import Indivisible, keys_of, rows_of
@@ -264,10 +264,7 @@ def _rotated(
     earlier = key.shape[2] - query.shape[2]
     if not earlier:
         return Rotated(*rotation.both(query, key, positions, anchor, origin), origin, None)
-    if isinstance(positions, Tensor):
-        query_at: Positions = positions[..., earlier:]
-    else:
-        query_at = positions + earlier
+    query_at = last_positions(positions, earlier)
     query_anchor = anchor[..., earlier:] if isinstance(anchor, Tensor) else anchor
     turned = rotation.queries(query, query_at, query_anchor, origin)
     return Rotated(turned, rotation.keys(key, positions, anchor, origin), origin, None)

@@ -12,7 +12,7 @@ from zeta.caches import Cache, CrossCache, DictCache
 from zeta.nn.anchors import Rotated, rotate_xpos
 from zeta.nn.multiway import Split
 from zeta.nn.positions import Rotation, XPos
-from zeta.nn.tables import Positions
+from zeta.nn.tables import Positions, last_positions
 from zeta.values import check_integers, check_positions_shape
 
 SplitArgument: TypeAlias = Split | tuple[Split, Split]
@@ -124,7 +124,7 @@ class Placement(NamedTuple):
         key_at: Positions = first if positions is None or keys is None else positions
         query_at: Positions = first if positions is None else positions
         if keys is not None:
-            query_at = _last(key_at, source, target)
+            query_at = last_positions(key_at, source - target)
         if positions is None and isinstance(cache, CrossCache):
             query_at = cache.next_queries(query)
         routes = Route(query_split, query_at), Route(key_split, key_at)
@@ -154,26 +154,19 @@ class Placement(NamedTuple):
         if isinstance(rotation, XPos):
             at = self.first if self.positions is None else self.positions
             return rotate_xpos(rotation, query, key, cache, at, given=self.given)
-        key_at: Positions = self.first
-        query_at: Positions = self.first + key.shape[2] - query.shape[2]
-        if self.positions is not None:
-            key_at = self.positions if keys_too else self.first
-            query_at = self.positions
-            if keys_too:
-                query_at = _last(key_at, key.shape[2], query.shape[2])
-        if query_at is key_at or (self.positions is None and query.shape[2] == key.shape[2]):
+        earlier = key.shape[2] - query.shape[2]
+        if self.positions is None:
+            key_at: Positions = self.first
+            query_at = last_positions(key_at, earlier)
+        elif keys_too:
+            key_at, query_at = self.positions, last_positions(self.positions, earlier)
+        else:
+            key_at, query_at = self.first, self.positions
+        if not earlier and (self.positions is None or keys_too):
             turned = rotation.pair(query, key, key_at)
         else:
             turned = rotation.queries(query, query_at), rotation.keys(key, key_at)
         return Rotated(*turned, None, None)
-
-
-def _last(positions: Positions, num_keys: int, num_queries: int) -> Positions:
-    """The positions of the queries, which are the last tokens of a self-attention."""
-    if num_keys == num_queries:
-        return positions
-    earlier = num_keys - num_queries
-    return positions[..., earlier:] if isinstance(positions, Tensor) else positions + earlier
 
 
 def _checked_positions(positions: Tensor, query: Tensor, keys: Tensor | None) -> Tensor:

@@ -21,6 +21,13 @@ Positions: TypeAlias = int | Tensor
 """Position of the first of consecutive tokens, or of each: ``(L,)`` or ``(1 or B, L)``."""
 
 
+def last_positions(positions: Positions, earlier: int) -> Positions:
+    """Those of the tokens after the first ``earlier``."""
+    if not earlier:
+        return positions
+    return positions[..., earlier:] if isinstance(positions, Tensor) else positions + earlier
+
+
 def rotation_tables(
     rotary_dim: int, base: float, scaling: Scaling | None, dtype: torch.dtype, position_L: Tensor
 ) -> Table:
