@@ -126,9 +126,7 @@ class CrossCache:
             TypeError: ``length`` is no integer.
             ValueError: It is negative.
         """
-        check_integer("length", length)
-        if length < 0:
-            raise ValueError(f"length must not be negative; got {length}")
+        _check_count("length", length)
         if QUERIES in self._state:
             self._state[QUERIES] = self._state[QUERIES].clamp(max=length)
 
@@ -139,9 +137,7 @@ class CrossCache:
             TypeError: ``count`` is no integer.
             ValueError: It is negative.
         """
-        check_integer("count", count)
-        if count < 0:
-            raise ValueError(f"count must not be negative; got {count}")
+        _check_count("count", count)
         if QUERIES in self._state:
             self._state[QUERIES] = (self._state[QUERIES] - count).clamp(min=0)
 
@@ -194,3 +190,9 @@ class CrossCache:
             for state in self._forks.states
         ]
         return self
+
+
+def _check_count(name: str, count: int) -> None:
+    check_integer(name, count)
+    if count < 0:
+        raise ValueError(f"{name} must not be negative; got {count}")
