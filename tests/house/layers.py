@@ -23,6 +23,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("masks", "biases"),
         ("values", "stored"),
         ("positions", "standin"),
+        ("transforms",),
     ),
     "zeta.ops": (
         ("",),
@@ -35,7 +36,6 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("buffers", "registration", "substitution", "versions"),
         ("call",),
         ("precision",),
-        ("transforms",),
     ),
     "zeta.ops.backends": (
         ("",),

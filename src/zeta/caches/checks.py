@@ -4,28 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from zeta import values
+from zeta.transforms import is_forward_mode
 
 KIND = "kind"
 """The key of a state dict that names the class of the cache."""
 
 
-def is_transforming() -> bool:
-    """Inside a transform of ``torch.func``, forward-mode differentiation or ``torch.jit.trace``,
-    which cannot follow what is written into other memory.
-    """
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-    )
-
-
 def check_no_gradient(kind: str, *tensors: Tensor) -> None:
     """Raise ValueError if a derivative would be lost in tensors that are written to in place."""
-    if forward_ad._current_level >= 0:
+    if is_forward_mode():
         raise ValueError(
             f"a {kind} keeps no forward-mode derivative (torch.func.jvp): take a DynamicCache"
         )

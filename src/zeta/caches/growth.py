@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from zeta.caches.checks import is_transforming
+from zeta.transforms import is_transforming
 
 _LEAST_ROOM = 64
 _TAIL = "_zeta_tail"

@@ -19,8 +19,8 @@ from zeta.ops.call import AttentionCall
 from zeta.ops.deferred import Compute
 from zeta.ops.dropout import keep_mask
 from zeta.ops.parts import Indivisible, heads_of
-from zeta.ops.transforms import is_transforming
 from zeta.ops.weights import lazy_weights
+from zeta.transforms import is_transforming
 
 
 def attention_call(

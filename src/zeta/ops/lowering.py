@@ -13,7 +13,7 @@ from torch import Tensor
 from zeta import biases, masks
 from zeta.ops.call import AttentionCall
 from zeta.ops.offsets import is_learned, offset_vector
-from zeta.ops.transforms import is_watched
+from zeta.transforms import is_watched
 
 MAX_REACH = 1 << 20
 """The longest offset vector worth making: beyond, a bias is no function of a bounded distance."""

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zeta import biases
-from zeta.ops.transforms import is_watched
 from zeta.positions import t5_buckets
+from zeta.transforms import is_watched
 
 MAX_KEPT_REACH = 1 << 13
 """The longest reach of a T5 bias whose buckets are kept: 128 kB."""

@@ -14,7 +14,7 @@ from zeta.ops.call import AttentionCall
 from zeta.ops.dropout import threshold
 from zeta.ops.plain_lowering import Plain, plainly_lowered
 from zeta.ops.precision import Precision
-from zeta.ops.transforms import is_closed_to_operators, is_watched
+from zeta.transforms import is_closed_to_operators, is_watched
 
 
 def attend(

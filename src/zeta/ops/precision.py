@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from zeta.ops.transforms import constant_in_graphs
+from zeta.transforms import constant_in_graphs
 
 Precision = Literal["highest", "high"]
 

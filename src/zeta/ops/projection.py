@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zeta.ops.transforms import is_closed_to_operators, is_watched
+from zeta.transforms import is_closed_to_operators, is_watched
 
 FEW = 64
 """Rows up to which asking is worth it."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from zeta.ops.transforms import TWICE
+from zeta.transforms import TWICE
 
 ResultT = TypeVar("ResultT")
 

@@ -10,8 +10,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from zeta.ops.transforms import is_closed_to_operators, is_watched
 from zeta.positions import rotate
+from zeta.transforms import is_closed_to_operators, is_watched
 
 Table: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, times the scale where there is one: ``(L, P)`` or ``(1 or B, 1, L, P)``."""

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from zeta.ops.call import AttentionCall
 from zeta.ops.parts import Indivisible, heads_of
-from zeta.ops.transforms import is_transforming
 from zeta.ops.versions import versions_of, written_to
+from zeta.transforms import is_transforming
 
 
 def without_sinks(call: AttentionCall) -> AttentionCall:

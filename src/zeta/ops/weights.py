@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from zeta.ops.call import AttentionCall
 from zeta.ops.deferred import Compute, Deferred, arrange
 from zeta.ops.parts import Indivisible, Part, heads_of, rows_of
-from zeta.ops.transforms import is_transforming
 from zeta.standin import StandIn
+from zeta.transforms import is_transforming
 
 Index = int | slice | Sequence[int] | Tensor
 """Which rows or heads: as in ``tensor[index]``, at most one-dimensional."""

@@ -21,8 +21,8 @@ from zeta.integrations.huggingface.t5 import TableBias, has_no_bias
 from zeta.masks import Causal, Mask, SlidingWindow, keep
 from zeta.ops.attention import run, run_weights
 from zeta.ops.call import AttentionCall
-from zeta.ops.transforms import is_transforming
 from zeta.ops.weights import lazy_weights
+from zeta.transforms import is_transforming
 
 INEXPRESSIBLE = {
     "cache": "a paged cache of continuous batching",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zeta.ops.call import AttentionCall
-from zeta.ops.transforms import is_exporting
+from zeta.transforms import is_exporting
 
 ORDER = ("sdpa", "triton", "chunked", "reference", "cpu")
 ORDER_ON_CPU = ("cpu", "sdpa", "chunked", "reference", "triton")

@@ -15,7 +15,7 @@ from zeta.biases import Dense, OffsetBias, summands
 from zeta.masks import Causal, Mask, conjuncts
 from zeta.masks import Dense as DenseMask
 from zeta.ops.call import AttentionCall
-from zeta.ops.transforms import (
+from zeta.transforms import (
     NO_FORWARD_MODE,
     is_exporting,
     is_forward_mode,

@@ -14,7 +14,7 @@ from zeta.ops.backends.chunked.terms import Dense, Distance, Softcap, Term
 from zeta.ops.call import AttentionCall
 from zeta.ops.offsets import offset_vector
 from zeta.ops.substitution import with_tensors
-from zeta.ops.transforms import reasons_of_opaque
+from zeta.transforms import reasons_of_opaque
 from zeta.values import spelled
 
 _FAR = 2**40

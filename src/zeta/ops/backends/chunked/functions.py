@@ -13,7 +13,7 @@ from torch.autograd import Function
 from zeta.ops.backends.chunked import passes
 from zeta.ops.backends.chunked.backward import Incoming
 from zeta.ops.backends.chunked.description import Plan
-from zeta.ops.transforms import of_each_gradient, one_by_one
+from zeta.transforms import mapped_one_by_one, of_each_gradient
 
 _NO_VMAP = (
     "the backend 'chunked' has no torch.func.vmap; make the mapped dimension part of the batch, "
@@ -57,8 +57,7 @@ class _Gradients(_Once):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         """Of many incoming gradients, as for ``torch.func.jacrev``."""
-        found = one_by_one(_Gradients.apply, info.batch_size, args, in_dims)
-        return found, tuple(None if tensor is None else 0 for tensor in found)
+        return mapped_one_by_one(_Gradients.apply, info, in_dims, args)
 
 
 def _remember(ctx: Any, plan: Plan, pairs: Tensor, inputs: tuple[Tensor, ...]) -> None:

@@ -14,7 +14,7 @@ from zeta.ops.backends.chunked.backward import Incoming, backward
 from zeta.ops.backends.chunked.description import Plan
 from zeta.ops.backends.chunked.terms import Softcap
 from zeta.ops.call import without_autocast
-from zeta.ops.transforms import TWICE
+from zeta.transforms import TWICE
 
 _MANY_SCORES = 2**17
 _LARGEST_KEPT = 2**25 - 2**16

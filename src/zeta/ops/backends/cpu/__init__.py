@@ -14,7 +14,7 @@ from zeta.ops.backends.cpu.description import DTYPES, MAX_HEAD_DIM, Fixed
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
 from zeta.ops.precision import float32_precision
-from zeta.ops.transforms import has_dispatch_modes, reasons_of_opaque
+from zeta.transforms import has_dispatch_modes, reasons_of_opaque
 
 NAME = "cpu"
 

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from zeta.ops.backends.cpu import passes
 from zeta.ops.backends.cpu.description import Fixed
-from zeta.ops.transforms import of_each_gradient, one_by_one
+from zeta.transforms import mapped_one_by_one, of_each_gradient
 
 Compute = Callable[..., tuple[Tensor | None, ...]]
 
@@ -136,8 +136,7 @@ class _Gradients(Once):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         """Of many incoming gradients, as for ``torch.func.jacrev``."""
-        found = one_by_one(_Gradients.apply, info.batch_size, args, in_dims)
-        return found, tuple(None if tensor is None else 0 for tensor in found)
+        return mapped_one_by_one(_Gradients.apply, info, in_dims, args)
 
 
 def differentiated_once(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

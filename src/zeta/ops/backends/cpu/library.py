@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from zeta.ops.backends.cpu import layout
-from zeta.ops.transforms import constant_in_graphs
+from zeta.transforms import constant_in_graphs
 
 PATH = Path(__file__).with_name("libzeta_cpu.so")
 INSTRUCTION_SETS = ("AVX2", "AVX-512", "AVX-512 BF16", "AMX")

@@ -19,7 +19,7 @@ from zeta.ops.backends.cpu.description import (
 )
 from zeta.ops.backends.cpu.layout import Part
 from zeta.ops.buffers import empty_rows, rows, written_out
-from zeta.ops.transforms import TWICE
+from zeta.transforms import TWICE
 
 STEP_ROWS, STEP_ROWS_BESIDE_TILES = 48, 16
 """As in ``native/abi.h``."""

@@ -21,7 +21,7 @@ from zeta.ops.backends.cpu.functions import Once, differentiated_once
 from zeta.ops.buffers import rows
 from zeta.ops.plain_lowering import LATER_KEYS, NOTHING, NUM_NUMBERS, Plain
 from zeta.ops.precision import Precision, float32_precision
-from zeta.ops.transforms import of_each_gradient
+from zeta.transforms import of_each_gradient
 
 _PRECISIONS = (None, *get_args(Precision))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zeta.ops.backends.cpu import library
-from zeta.ops.transforms import constant_in_graphs
+from zeta.transforms import constant_in_graphs
 
 MOST_ROWS = 64
 """As in ``native/table.h``; of float32 and float16, where torch is slower even so."""

@@ -21,8 +21,8 @@ from zeta.ops.backends.triton.configs import SPLIT_ROWS
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
 from zeta.ops.reading import NO_STORE, reasons_of_tensors, store_of
-from zeta.ops.transforms import constant_in_graphs, has_dispatch_modes, reasons_of_opaque
 from zeta.stored import Pages
+from zeta.transforms import constant_in_graphs, has_dispatch_modes, reasons_of_opaque
 
 NAME = "triton"
 

@@ -118,6 +118,21 @@ def one_by_one(
     )
 
 
+def mapped_one_by_one(
+    function: Callable[..., Results], info: Any, dims: Sequence[Any], arguments: Sequence[Any]
+) -> tuple[Results, tuple[int | None, ...]]:
+    """What a ``torch.autograd.Function`` returns of its ``vmap``: `one_by_one`, and where it lies.
+
+    Args:
+        function: See `one_by_one`.
+        info: As ``vmap`` is given it.
+        dims: See ``info``.
+        arguments: See ``info``.
+    """
+    found = one_by_one(function, info.batch_size, arguments, dims)
+    return found, tuple(None if tensor is None else 0 for tensor in found)
+
+
 def of_each_gradient(function: Callable[..., Results], *tensors: Tensor | None) -> Results:
     """``function(*tensors)`` of a backward pass, of one incoming gradient after the other where
     autograd gives many at once, as for ``torch.autograd.grad(..., is_grads_batched=True)``.
