@@ -204,6 +204,20 @@ def test_nan_in_padding_does_not_leak() -> None:
         torch.testing.assert_close(actual[name], expected[name], msg=name)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_masks_whose_rows_or_columns_lie_beyond_31_bits(transposed: bool) -> None:
+    apart = 1 << 28
+    # Of the memory only what is written to is ever there.
+    keep = torch.empty(15 * apart + 16, dtype=torch.bool).as_strided((16, 16), (apart, 1))
+    keep = (keep.T if transposed else keep).copy_(torch.rand(16, 16) < 0.5)[None, None]
+    query, key, value = (torch.randn(1, 1, 16, 16) for _ in range(3))
+
+    def attended(mask: Tensor, backend: str) -> Tensor:
+        return attention(query, key, value, mask=masks.Dense(mask), backend=backend)
+
+    torch.testing.assert_close(attended(keep, "triton"), attended(keep.clone(), "reference"))
+
+
 @pytest.mark.slow
 def test_two_runs_give_the_same_bits() -> None:
     case = _tiled("same", **NEAR, dropout_p=0.1, batch=1, target=40)

@@ -111,7 +111,9 @@ def load_plane(plane, sizes, batch, head, row0, column0, row, column, other):
     base = plane.pointer + batch * plane.batch + tl.cast(head, tl.int64) * plane.head
     base += tl.cast(row0, tl.int64) * plane.row + tl.cast(column0, tl.int64) * plane.column
     inside = (row0 + row < sizes.queries) & is_column(sizes, column0 + column)
-    return tl.load(base + row * plane.row + column * plane.column, mask=inside, other=other)
+    # 64 bits: rows, or columns of what is transposed, may lie far apart.
+    places = base + row.to(tl.int64) * plane.row + column.to(tl.int64) * plane.column
+    return tl.load(places, mask=inside, other=other)
 
 
 @triton.jit

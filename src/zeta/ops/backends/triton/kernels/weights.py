@@ -73,7 +73,7 @@ def weights_kernel(
     base = out + (plane * sizes.queries + row0) * sizes.keys + column0
     inside = (row0 + local_M < sizes.queries)[:, None] & (column0 + local_N < sizes.keys)[None, :]
     tl.store(
-        base + local_M[:, None] * sizes.keys + local_N[None, :],
+        base + local_M[:, None].to(tl.int64) * sizes.keys + local_N[None, :],
         p_MN.to(out.dtype.element_ty),
         mask=inside,
     )
