@@ -1,4 +1,4 @@
-"""`Form`: what the keys and values of one cache have in common.
+"""`Form`: what the keys and values of one cache have in common; and how a device is named there.
 
 Shapes: B batch, G key heads, N new tokens, D head dimension.
 """
@@ -61,3 +61,8 @@ class Form(NamedTuple):
             f"key and value must be {self.dtype} on {self.device}, as in the cache; "
             f"got {new.dtype} on {new.device}"
         )
+
+
+def placed(device: torch.device | str) -> torch.device:
+    """A device as tensors on it name theirs: ``"cuda"`` stands for the present GPU, by number."""
+    return torch.empty(0, device=device).device

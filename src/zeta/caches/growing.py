@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zeta.caches import checks, growth
 from zeta.caches.forks import Forks
-from zeta.caches.form import Form
+from zeta.caches.form import Form, placed
 from zeta.caches.interface import Cached
 from zeta.caches.padding import extend_padding
 from zeta.caches.states import origin_of
@@ -237,8 +237,7 @@ class GrowingCache(abc.ABC):
 
     def to(self, device: torch.device | str) -> Self:
         """See `DecodingCache`."""
-        target = torch.empty(0, device=device).device
-
+        target = placed(device)
         self._state = _moved(self._state, target)
         self._forks.states = [_moved(state, target) for state in self._forks.states]
         return self

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zeta.caches import checks
 from zeta.caches.forks import Forks
-from zeta.caches.form import Form
+from zeta.caches.form import Form, placed
 from zeta.caches.interface import Cached
 from zeta.caches.pool import PagePool
 from zeta.caches.rows import Rows
@@ -334,7 +334,7 @@ class PagedCache:
         Raises:
             ValueError: It is not the device of the pool, whose pages cannot be moved one by one.
         """
-        here, target = self.pool.form(1).device, torch.empty(0, device=device).device
+        here, target = self.pool.form(1).device, placed(device)
         if target != here:
             raise ValueError(f"device must be that of the pool, {here}; got {target}")
         return self

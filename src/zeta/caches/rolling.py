@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zeta.caches import checks
 from zeta.caches.forks import Forks
-from zeta.caches.form import Form
+from zeta.caches.form import Form, placed
 from zeta.caches.interface import Cached
 from zeta.caches.padding import extend_padding
 from zeta.caches.ring import Ring
@@ -329,7 +329,7 @@ class RollingCache:
 
     def to(self, device: torch.device | str) -> Self:
         """See `DecodingCache`."""
-        target = torch.empty(0, device=device).device
+        target = placed(device)
         self._state = _moved(self._state, target)
         states = self._forks.states
         self._forks.states = [kept._replace(state=_moved(kept.state, target)) for kept in states]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zeta.caches import checks
 from zeta.caches.forks import Forks
-from zeta.caches.form import Form
+from zeta.caches.form import Form, placed
 from zeta.caches.interface import Cached, CacheFullError
 from zeta.caches.padding import extend_padding
 from zeta.caches.recording import is_recorded
@@ -85,7 +85,7 @@ class StaticCache:
         """
         if self._slots is not None:
             raise ValueError("the cache has its memory already")
-        target = torch.empty(0, device=device).device
+        target = placed(device)
         sizes = batch, num_kv_heads, head_dim, head_dim if value_dim is None else value_dim
         self._allocate(Form(*sizes, dtype, target))
         return self
@@ -344,7 +344,7 @@ class StaticCache:
 
     def to(self, device: torch.device | str) -> Self:
         """See `DecodingCache`."""
-        target = torch.empty(0, device=device).device
+        target = placed(device)
         now = _Kept(self._count, self._slots, self._padding_BC, self._origin_B).to(target)
         self._count, self._slots, self._padding_BC, self._origin_B = now
         self._forks.states = [kept.to(target) for kept in self._forks.states]
