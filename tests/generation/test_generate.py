@@ -286,6 +286,16 @@ def test_wrong_arguments_are_refused(
         generate(model, caches=model.caches(), **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", ["prompt", "padding"])
+def test_nested_tensors_are_refused(name: str) -> None:
+    model = Toy()
+    arguments = {"prompt": torch.tensor([[1, 2, 3, 4]]), "max_new_tokens": 2}
+    nested = torch.nested.nested_tensor([torch.tensor([1, 2]), torch.tensor([3])])
+    with pytest.raises(TypeError, match=f"{name} must not be a nested tensor: pad it"):
+        generate(model, caches=model.caches(), **arguments | {name: nested})
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -26,12 +26,6 @@ def check_int(name: str, value: object, least: int | None = None) -> None:
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
-def check_tensor(name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is a tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}")
-
-
 def check_caches(name: str, caches: object) -> None:
     """Check the caches of a model.
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
-from zeta.generation.checks import check_caches, check_int, check_logits, check_tensor
+from zeta.generation.checks import check_caches, check_int, check_logits
+from zeta.values import check_tensor
 
 
 class Model(Protocol):
@@ -43,7 +44,7 @@ class Prompt:
 
     Raises:
         ValueError: A shape is wrong, padding is between tokens, or a sequence has no token.
-        TypeError: One is no tensor, or a dtype is wrong.
+        TypeError: One is no tensor, or a nested one, or a dtype is wrong.
     """
 
     def __init__(self, tokens: Tensor, padding: Tensor | None) -> None:

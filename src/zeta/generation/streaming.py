@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
-from zeta.generation.checks import check_choice, check_int, check_tensor, has_no_token, stops_of
+from zeta.generation.checks import check_choice, check_int, has_no_token, stops_of
 from zeta.generation.choosing import Choice, Greedy
 from zeta.generation.drawing import Uniforms, draw
 from zeta.generation.prompts import Model, Prompt, step
 from zeta.generation.speculation import Draft, Speculation, check_draft
+from zeta.values import check_tensor
 
 
 class Step(NamedTuple):
