@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zeta import biases, masks
+from zeta import masks
 from zeta.biases import Bias
 from zeta.masks import Mask
-from zeta.nn.masking import Sizes, join, structured_mask
+from zeta.nn.masking import Sizes, hide_or_add, join, join_one, structured_mask
 from zeta.ops.attention import run, run_weights
 from zeta.ops.call import AttentionCall
 from zeta.ops.deferred import Compute
@@ -21,6 +21,7 @@ from zeta.ops.dropout import keep_mask
 from zeta.ops.parts import Indivisible, heads_of
 from zeta.ops.weights import lazy_weights
 from zeta.transforms import is_transforming
+from zeta.values import check_device
 
 
 def attention_call(
@@ -84,10 +85,8 @@ def attention_call(
         mask, bias = join(attn_mask, None, None, mask, sizes, device)
     if key_padding_mask is not None:
         found = padding(key_padding_mask)
-        if isinstance(found, Mask):
-            mask = found if mask is None else mask & found
-        elif found is not None:
-            bias = found if bias is None else bias + found
+        if found is not None:
+            mask, bias = join_one(found, mask, bias)
     return AttentionCall.checked(
         query_BHTD, key_BHSD, value_BHSD, mask=mask, bias=bias, dropout_p=dropout_p,
         query_positions=positions,
@@ -115,24 +114,21 @@ def padding(key_padding_mask: Tensor) -> Mask | Bias | None:
     turned back.
     """
     if not _is_readable(key_padding_mask):
-        return _hide_or_add(key_padding_mask)
+        return hide_or_add(key_padding_mask[:, None, None])
     hidden = key_padding_mask
     if hidden.dtype != torch.bool:
         hidden = key_padding_mask == float("-inf")
         infinite = torch.zeros_like(key_padding_mask).masked_fill_(hidden, float("-inf"))
         if not torch.equal(key_padding_mask, infinite):
-            return _hide_or_add(key_padding_mask)
+            return hide_or_add(key_padding_mask[:, None, None])
     if not hidden.any():
         return None
     source = hidden.shape[1]
     lengths_B = source - hidden.sum(1)
     at_the_end = torch.arange(source) >= lengths_B[:, None]
-    return masks.Padding(lengths_B) if torch.equal(hidden, at_the_end) else _hide_or_add(hidden)
-
-
-def _hide_or_add(key_padding_mask: Tensor) -> Mask | Bias:
-    columns = key_padding_mask[:, None, None, :]
-    return masks.drop(columns) if columns.dtype == torch.bool else biases.Dense(columns)
+    if torch.equal(hidden, at_the_end):
+        return masks.Padding(lengths_B)
+    return hide_or_add(hidden[:, None, None])
 
 
 def _is_readable(tensor: Tensor) -> bool:
@@ -165,11 +161,7 @@ def _check_padding(key_padding_mask: Tensor, batch: int, source: int, device: to
         raise TypeError(
             f"key_padding_mask must be bool or floating point; got {key_padding_mask.dtype}"
         )
-    if key_padding_mask.device != device:
-        raise ValueError(
-            f"key_padding_mask must be on the query's device {device}; "
-            f"got {key_padding_mask.device}"
-        )
+    check_device("key_padding_mask", key_padding_mask, device)
 
 
 def weights_of(call: AttentionCall, *, average: bool, after_dropout: bool, batched: bool) -> Tensor:

@@ -13,7 +13,7 @@ from zeta.biases import Dense as DenseBias
 from zeta.masks import Causal, Mask, SlidingWindow
 from zeta.masks import Dense as DenseMask
 from zeta.nn.biases import ALiBi, RelativePositionBias
-from zeta.values import broadcasts
+from zeta.values import broadcasts, check_device
 
 AttentionMask: TypeAlias = Tensor | Mask
 RelativePosition: TypeAlias = Tensor | RelativePositionBias | ALiBi | Bias
@@ -61,17 +61,21 @@ def join(
         TypeError: A type or a dtype is wrong.
     """
     bias = None if rel_pos is None else _rel_pos(rel_pos, sizes, device)
-    for found in (
-        None if attn_mask is None else _attn_mask(attn_mask, sizes, device),
-        None
-        if padding is None
-        else _hide_or_add(_on("key_padding_mask", padding[:, None, None], device)),
-    ):
-        if isinstance(found, Mask):
-            mask = found if mask is None else mask & found
-        elif found is not None:
-            bias = found if bias is None else bias + found
+    if attn_mask is not None:
+        mask, bias = join_one(_attn_mask(attn_mask, sizes, device), mask, bias)
+    if padding is not None:
+        check_device("key_padding_mask", padding, device)
+        mask, bias = join_one(hide_or_add(padding[:, None, None]), mask, bias)
     return mask, bias
+
+
+def join_one(
+    found: Mask | Bias, mask: Mask | None, bias: Bias | None
+) -> tuple[Mask | None, Bias | None]:
+    """The mask and the bias of a call, the one of them with ``found``."""
+    if isinstance(found, Mask):
+        return found if mask is None else mask & found, bias
+    return mask, found if bias is None else bias + found
 
 
 def _attn_mask(attn_mask: AttentionMask, sizes: Sizes, device: torch.device) -> Mask | Bias:
@@ -102,10 +106,11 @@ def _attn_mask(attn_mask: AttentionMask, sizes: Sizes, device: torch.device) -> 
         )
     if dense.dtype != torch.bool and not dense.is_floating_point():
         raise TypeError(f"attn_mask must be bool or floating point; got {dense.dtype}")
-    return _hide_or_add(_on("attn_mask", dense, device))
+    check_device("attn_mask", dense, device)
+    return hide_or_add(dense)
 
 
-def _hide_or_add(tensor: Tensor) -> Mask | Bias:
+def hide_or_add(tensor: Tensor) -> Mask | Bias:
     """A module's mask: bool hides where True, floating point is added."""
     return DenseMask(~tensor) if tensor.dtype == torch.bool else DenseBias(tensor)
 
@@ -143,10 +148,5 @@ def _rel_pos(rel_pos: RelativePosition, sizes: Sizes, device: torch.device) -> B
         )
     if not dense.is_floating_point():
         raise TypeError(f"rel_pos must be floating point; got {dense.dtype}")
-    return DenseBias(_on("rel_pos", dense, device))
-
-
-def _on(name: str, tensor: Tensor, device: torch.device) -> Tensor:
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on the query's device {device}; got {tensor.device}")
-    return tensor
+    check_device("rel_pos", dense, device)
+    return DenseBias(dense)
