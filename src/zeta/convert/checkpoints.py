@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zeta.convert.checking import check
 from zeta.convert.errors import ConversionError
-from zeta.convert.forms import Form, biases_in, form_from_state
+from zeta.convert.forms import PROJECTIONS, Form, biases_in, form_from_state
 from zeta.convert.modules import fill, load
 from zeta.convert.registry import SOURCES, source_of
 from zeta.convert.report import Report
@@ -47,7 +47,7 @@ class Found:
     @property
     def name(self) -> str:
         """The prefix, for people."""
-        return self.prefix.removesuffix(".") or "the state dict"
+        return _spoken(self.prefix)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str = ZETA
         keys = below(prefix)
         gone = [key for key in keys if key in theirs.dropped]
         own = {key: _tensor(state, prefix + key) for key in keys if key not in {*gone, *apart}}
-        name = prefix.removesuffix(".") or "the state dict"
+        name = _spoken(prefix)
         zeta = to_zeta(own, theirs.table(list(own)), name)
         for kind in (source, target):
             _check_shapes(zeta, kind, name)
@@ -177,6 +177,10 @@ def _build(source: Source, form: Form) -> tuple[Source, nn.Module]:
         return source.stand_in, source.stand_in.build(form)
 
 
+def _spoken(prefix: str) -> str:
+    return prefix.removesuffix(".") or "the state dict"
+
+
 def _kind(name: str) -> Source:
     return _OWN if name == ZETA else source_of(name)
 
@@ -194,8 +198,7 @@ def _prefixes(state: Mapping[str, Any], source: Source) -> tuple[list[str], list
         own = _below(state)(prefix)
         lacking = [key for key in _required(source.table(own)) if key not in own]
         raise ConversionError(
-            f"{prefix.removesuffix('.') or 'the state dict'} lacks {', '.join(lacking)}; "
-            "is this one of several files?"
+            f"{_spoken(prefix)} lacks {', '.join(lacking)}; is this one of several files?"
         )
     if not complete:
         anchors = " or ".join(_required(table)[0] for table in source.tables)
@@ -289,16 +292,14 @@ def _check_shapes(zeta: StateDict, kind: str, name: str) -> None:
     """Raise ConversionError for shapes that a kind's projections cannot have."""
     way = "" if "q_proj.weight" in zeta else ".A"
     shapes = {}
-    for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+    for part in PROJECTIONS:
         tensor = zeta[f"{part}{way}.weight"]
         if tensor.dim() != 2:
             raise ConversionError(f"{part} of {name} must be a matrix; got {tuple(tensor.shape)}")
         shapes[part] = tuple(tensor.shape)
-    (inner, embed), (inner_k, kdim), (inner_v, vdim) = (
-        shapes[part] for part in ("q_proj", "k_proj", "v_proj")
-    )
+    (inner, embed), (inner_k, kdim), (inner_v, vdim), of_output = shapes.values()
     wrong = {
-        "out_proj": shapes["out_proj"] != (embed, inner),
+        "out_proj": of_output != (embed, inner),
         "values of other width than keys": inner_k != inner_v,
     }
     title = "zeta.nn.MultiheadAttention"

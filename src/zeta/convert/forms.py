@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from zeta.convert.errors import ConversionError
-from zeta.nn import MultiheadAttention, MultiwayNetwork, RotaryEmbedding, XPos
+from zeta.nn import MultiheadAttention, RotaryEmbedding, XPos
+from zeta.nn.initialization import ways_of
 from zeta.nn.norms import QueryKeyNorm, RMSNorm, UnitNorm
 from zeta.nn.scalings import Scaling
 
@@ -241,9 +242,7 @@ def split_position_of(module: nn.Module) -> int:
 
 
 def _ways(module: nn.Module | None) -> list[nn.Module]:
-    if module is None:
-        return []
-    return list(module.children()) if isinstance(module, MultiwayNetwork) else [module]
+    return [] if module is None else ways_of(module)
 
 
 def _qk_norm(attention: MultiheadAttention) -> QueryKeyNorm | None:
