@@ -49,6 +49,10 @@ class Cache(Protocol):
     """Keys and values of earlier tokens: what an attention needs of it.
 
     It alone knows how many there are. After any error it is what it was before the call.
+
+    A cache may say two things more, which xPos asks: by ``wants_even_keys``, True, that no feature
+    of a key should be far larger than the others; by ``max_length`` how many tokens a recorded
+    step, which does for every length, has to do for.
     """
 
     @property

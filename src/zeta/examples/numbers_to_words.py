@@ -89,7 +89,7 @@ def encode_digits(numbers: Sequence[int]) -> Tensor:
 
 
 def encode_words(numbers: Sequence[int]) -> Tensor:
-    """The words' ids between START and END, (B, T)."""
+    """The ids of the words ``(B, T)``, between START and END."""
     return padded(
         [[START, *(WORD_IDS[word] for word in to_words(number)), END] for number in numbers]
     )

@@ -1,8 +1,7 @@
 """`MultiheadAttention`, the documented module: projections around `zeta.attention`.
 
 Shapes: B batch, H heads, G key heads, T target length, S source length, N source tokens of this
-    call,
-E embedding, D head dimension.
+call, E embedding, D head dimension.
 """
 
 import math

@@ -60,7 +60,6 @@ def attention(
             denominator and adds nothing to the output, as in GPT-OSS. It meets the scores as they
             are after ``bias``. Learned: it gets its gradient. A query with every key hidden still
             gets 0; a sink of -inf takes nothing. Needs the backend's log-sum-exp.
-
         precision: Of products of float32 on processors with AMX: ``"highest"``, or ``"high"``,
             faster, with errors of about 1e-5. By default as `set_float32_precision` says.
 
@@ -311,6 +310,8 @@ def explain(
 
     Args:
         with_lse: Explain `attention_with_lse` instead.
+        query, key, value, mask, bias, dropout_p, scale, seed, backend, query_positions,
+            key_positions, sinks, precision: As in `attention`.
 
     Returns:
         An `Explanation`; print it.

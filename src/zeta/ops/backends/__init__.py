@@ -19,10 +19,11 @@ from zeta.transforms import is_exporting
 ORDER = ("sdpa", "triton", "chunked", "reference", "cpu")
 ORDER_ON_CPU = ("cpu", "sdpa", "chunked", "reference", "triton")
 ORDER_OF_GROUPS = ("triton", *(name for name in ORDER if name != "triton"))
-_PLAIN = ("sdpa", "reference")
+_OF_TORCH = ("sdpa", "reference")
+"""Made of torch's own operators."""
+ORDER_OF_PROGRAMS = (*_OF_TORCH, *(name for name in ORDER_ON_CPU if name not in _OF_TORCH))
 _LAST = "chunked"
-"""It can do every call: ``"auto"`` takes none after it."""
-ORDER_OF_PROGRAMS = (*_PLAIN, *(name for name in ORDER_ON_CPU if name not in _PLAIN))
+"""What reads a cache's own form and stands after it in an order is not made for that device."""
 
 MOST_PACKED = 128
 """Queries of a group of heads that read their key head together, in one tile of a kernel."""
