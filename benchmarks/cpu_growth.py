@@ -1,8 +1,8 @@
 """How the cost of attention grows with length: time and memory, ours and torch's.
 
-Two kinds of work, forward and backward, of `SHAPE` in bfloat16: causal, which torch's kernel does
-in linear memory too, and causal with a learned T5 bias, for which torch needs the whole of the
-scores. A length that would take torch more than `MEMORY` is left out on its side.
+Two kinds of work, forward and backward, of `HEADS` heads of `HEAD_DIM` in bfloat16: causal, which
+torch's kernel does in linear memory too, and causal with a learned T5 bias, for which torch needs
+the whole of the scores. A length that would take torch more than `MEMORY` is left out on its side.
 """
 
 import ctypes

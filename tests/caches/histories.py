@@ -1,8 +1,8 @@
 """Random histories of a cache, and the full forward that each of their steps must equal.
 
-`Ledger` keeps every token of every sequence in the plainest way; `run` performs a history on a
-cache and on a ledger side by side, attends after each update, and compares with attention over the
-whole ledger, on the reference in float64.
+`Ledger` keeps every token of every sequence in the plainest way; a `History` does all operations on
+a cache and on a ledger side by side, attends after each update, and compares with attention over
+the whole ledger, on the reference in float64.
 
 Shapes: B batch, H heads, G key heads, N new tokens, L tokens so far, D head dimension.
 """

@@ -20,10 +20,12 @@ class Timing:
 
     @property
     def median(self) -> float:
+        """Of the durations, in seconds."""
         return statistics.median(self.seconds)
 
     @property
     def best(self) -> float:
+        """The shortest, in seconds."""
         return min(self.seconds)
 
 
