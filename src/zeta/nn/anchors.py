@@ -91,7 +91,7 @@ class Blocks(NamedTuple):
         None where the queries are of several blocks, or those of the keys are no slices. Blocks in
         which no query sees a key are left out, but for one.
         """
-        if call.query_positions is not None or call.key_positions is not None:
+        if call.has_positions:
             return None
         first, last = max(call.source - call.target, 0), call.source - 1
         own = self._block(last)

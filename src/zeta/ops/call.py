@@ -161,6 +161,11 @@ class AttentionCall:
         return self.query.shape[3]
 
     @property
+    def has_positions(self) -> bool:
+        """Whether positions are given: a query or a key may stand anywhere."""
+        return self.query_positions is not None or self.key_positions is not None
+
+    @property
     def wide_dtype(self) -> torch.dtype:
         """Of scores, softmax and sums: float32, or float64 for float64 inputs."""
         return torch.promote_types(self.query.dtype, torch.float32)

@@ -111,7 +111,7 @@ def _refused_offsets(call: AttentionCall, terms: tuple[biases.Bias, ...]) -> lis
     reasons = []
     if any(term.reach(_longest(call)) > MAX_REACH for term in offsets if _in_vector(term)):
         reasons.append("it needs an offset bias that ends within a bounded distance")
-    if _has_positions(call) and any(is_learned(term) for term in offsets):
+    if call.has_positions and any(is_learned(term) for term in offsets):
         reasons.append("it finds no gradient of an offset bias under explicit positions")
     return reasons
 
@@ -124,7 +124,7 @@ _MASKS = (
 def lower(call: AttentionCall) -> Lowered:
     """Takes a call's mask and bias apart; `refusals` must be empty."""
     causal = isinstance(call.mask, masks.Causal)
-    if call.bias is None and (causal or call.mask is None) and not _has_positions(call):
+    if call.bias is None and (causal or call.mask is None) and not call.has_positions:
         # Most calls, and those that are soon over.
         return Lowered(
             seed=call.seed, scale=float(call.scale), causal=causal, dropout_p=call.dropout_p
@@ -135,9 +135,8 @@ def lower(call: AttentionCall) -> Lowered:
     caps = [place for place, term in enumerate(terms) if isinstance(term, biases.Softcap)]
     cap = terms[caps[0]] if caps else None
     document_rows, document_columns = _documents(call, conjuncts)
-    has_positions = _has_positions(call)
     query_positions, key_positions = call.query_positions, call.key_positions
-    if has_positions:
+    if call.has_positions:
         _check_unknown_positions(call)
         tile = call.tile()
         query_positions = tile.query_position[:, 0, :, 0].to(torch.int32).contiguous()
@@ -164,10 +163,6 @@ def lower(call: AttentionCall) -> Lowered:
     )
 
 
-def _has_positions(call: AttentionCall) -> bool:
-    return call.query_positions is not None or call.key_positions is not None
-
-
 def _check_unknown_positions(call: AttentionCall) -> None:
     """Far ones that `refusals` could not see are an error when they are computed with."""
     given = (call.query_positions, call.key_positions)
@@ -180,7 +175,7 @@ def _check_unknown_positions(call: AttentionCall) -> None:
 
 def _longest(call: AttentionCall) -> int:
     """The longest distance between a query and a key; unbounded where positions are given."""
-    return 1 << 62 if _has_positions(call) else max(call.source, call.target)
+    return 1 << 62 if call.has_positions else max(call.source, call.target)
 
 
 def _in_vector(term: biases.Bias) -> bool:

@@ -110,7 +110,7 @@ def _key_positions(call: AttentionCall, keys: Part) -> Tensor:
 
 
 def _reads_positions(call: AttentionCall) -> bool:
-    if call.dropout_p or call.query_positions is not None or call.key_positions is not None:
+    if call.dropout_p or call.has_positions:
         return True
     values = (*masks.conjuncts(call.mask), *biases.summands(call.bias))
     return not all(isinstance(v, masks.Dense | biases.Dense | biases.Softcap) for v in values)

@@ -85,7 +85,7 @@ def _unfused_on_cuda(call: AttentionCall) -> list[str]:
 
 def _plain_or_causal(call: AttentionCall) -> bool:
     """Whether there is at most what torch's causal flag means, which aligns the first positions."""
-    if call.bias is not None or call.query_positions is not None or call.key_positions is not None:
+    if call.bias is not None or call.has_positions:
         return False
     if call.mask is None:
         return True
@@ -94,9 +94,7 @@ def _plain_or_causal(call: AttentionCall) -> bool:
 
 def _masks(call: AttentionCall) -> tuple[Mask, ...]:
     """The masks that hide something: a single query at the end is causal by itself."""
-    last_query_alone = (
-        call.target == 1 and call.query_positions is None and call.key_positions is None
-    )
+    last_query_alone = call.target == 1 and not call.has_positions
     terms = conjuncts(call.mask)
     return tuple(term for term in terms if not (last_query_alone and isinstance(term, Causal)))
 
@@ -124,7 +122,7 @@ def _unsupported_mask_tensor(call: AttentionCall) -> list[str]:
         return []  # The user's own tensor: nothing is made.
     sizes = (call.batch, call.heads, call.target, call.source)
     shapes = [value.shape(*sizes) for value in values] + [(1, 1, 1, 1)]
-    if call.query_positions is not None or call.key_positions is not None:
+    if call.has_positions:
         shapes.append((call.batch, 1, call.target, call.source))
     elements = math.prod(broadcast_shape(shapes))
     if torch.compiler.is_compiling():

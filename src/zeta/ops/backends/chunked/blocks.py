@@ -107,13 +107,9 @@ def _positions_of(call: AttentionCall, rows: slice) -> tuple[int, int]:
     return rows.start + shift, rows.stop - 1 + shift
 
 
-def _explicit(call: AttentionCall) -> bool:
-    return call.query_positions is not None or call.key_positions is not None
-
-
 def _columns(call: AttentionCall, rows: slice) -> slice:
     """The keys outside which these rows see nothing."""
-    if call.mask is None or _explicit(call):
+    if call.mask is None or call.has_positions:
         return slice(0, call.source)
     first, last = call.mask.key_bounds(*_positions_of(call, rows))
     start = 0 if first is None else max(first, 0)
@@ -123,7 +119,7 @@ def _columns(call: AttentionCall, rows: slice) -> slice:
 
 def _partial(call: AttentionCall, rows: slice, columns: slice) -> Iterator[slice]:
     """Runs of columns that the mask does not surely show to all rows."""
-    if _explicit(call):
+    if call.has_positions:
         yield columns
         return
     if call.mask is None:

@@ -48,8 +48,7 @@ def _reach(bias: biases.Bias, call: AttentionCall) -> int:
 
 def _longest(call: AttentionCall) -> int:
     """The longest distance of a query and a key; a bound where positions are explicit."""
-    explicit = call.query_positions is not None or call.key_positions is not None
-    return _FAR if explicit else max(call.target, call.source) - 1
+    return _FAR if call.has_positions else max(call.target, call.source) - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -121,7 +120,6 @@ class Plan:
             call: Made by `call`.
             needs_grad: Which of the tensors are to gather their gradients; by default none.
         """
-        explicit = self.query_positions is not None or self.key_positions is not None
         flags = [False] * len(tensors) if needs_grad is None else needs_grad
         rest = iter(zip(tensors, flags, strict=True))
         found: list[Term] = []
@@ -135,7 +133,7 @@ class Plan:
             elif kind == "distance":
                 found.append(Distance(tensor, call, needed))
             else:
-                offset = OffsetByPosition if explicit else Offset
+                offset = OffsetByPosition if call.has_positions else Offset
                 found.append(offset(tensor, tensor.shape[1] // 2, call, needed))
         return found
 

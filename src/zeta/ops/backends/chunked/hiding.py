@@ -101,7 +101,7 @@ def readable(call: AttentionCall, *tensors_BGSD: Tensor) -> tuple[Tensor, ...]:
 
 def _all_seen(call: AttentionCall) -> bool:
     """Whether every key inside the bounds of a block is seen by one of its rows."""
-    if call.query_positions is not None or call.key_positions is not None:
+    if call.has_positions:
         return False
     return all(isinstance(term, Causal | SlidingWindow) for term in conjuncts(call.mask))
 
