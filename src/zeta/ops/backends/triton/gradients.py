@@ -3,9 +3,6 @@
 Shape suffixes: B batch, H query heads, T target length, S source length.
 """
 
-import dataclasses
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -22,7 +19,6 @@ from zeta.ops.backends.triton.arguments import (
     power_of_two,
     rows_operand,
     score_operand,
-    shape_of_tiles,
     sizes_of,
     spread,
     spread_from,
@@ -35,53 +31,13 @@ from zeta.ops.backends.triton.kernels.bias_gradient import (
     ends_kernel,
 )
 from zeta.ops.backends.triton.kernels.gradients import delta_kernel, row_sums_kernel
-from zeta.ops.backends.triton.kernels.operands import Plane, Rows, Score, Sizes
+from zeta.ops.backends.triton.prepared import Backward
 from zeta.ops.buffers import empty_rows, rows
 
 BAND_PROGRAMS = 528
 """About how many programs share the band: a constant, so that the order of a sum is one too."""
 DELTA_ROWS = 64
 DIAGONAL_BLOCK, ENDS_BLOCK = 32, 1024
-
-
-@dataclasses.dataclass(slots=True)
-class Backward:
-    """What every backward kernel of one call is given.
-
-    Attributes:
-        dweights: Of returned weights, seen as ``(B, H, T, S)``, in place of `dout` and values.
-        total_H: The sum of all of dS of each head, or None for zero.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    dout: Tensor
-    dweights: Tensor | None
-    statistics: Tensor
-    delta: Tensor
-    score: Score
-    sizes: Sizes
-    fixed: Fixed
-    total_H: Tensor | None = None
-
-    def operands(self) -> tuple[Rows, Rows, Rows, Rows, Plane | None, Tensor, Tensor]:
-        return (
-            given_rows(self.query), given_rows(self.key), given_rows(self.value),
-            given_rows(self.dout),
-            None if self.dweights is None else plane_operand(self.dweights), self.statistics,
-            self.delta,
-        )  # fmt: skip
-
-    def constants(self, kind: Any) -> dict[str, Any]:
-        return shape_of_tiles(
-            kind, self.query, self.fixed.causal, self.query.shape[-1], self.value.shape[-1],
-            has_dense=self.score.dense is not None,
-        )  # fmt: skip
-
-    @property
-    def keep(self) -> float:
-        return 1.0 - self.fixed.dropout_p
 
 
 def of_output(

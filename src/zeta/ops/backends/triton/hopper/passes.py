@@ -7,11 +7,11 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from zeta.ops.backends.triton.arguments import begun, cdiv, launch, rows_operand, spread
-from zeta.ops.backends.triton.gradients import Backward
 from zeta.ops.backends.triton.hopper import fetchable
 from zeta.ops.backends.triton.kernels.hopper.backward import inputs_kernel
 from zeta.ops.backends.triton.kernels.hopper.forward import forward_kernel
 from zeta.ops.backends.triton.kernels.operands import Rows, Score, Sizes, Turns
+from zeta.ops.backends.triton.prepared import Backward
 from zeta.ops.buffers import empty_rows
 
 KEYS, PART = 128, 64
