@@ -12,6 +12,7 @@ from zeta.convert.checkpoints import KINDS, ZETA, Converted, Found, convert_stat
 from zeta.convert.errors import ConversionError
 from zeta.convert.files import Checkpoint, check_suffix, read, write
 from zeta.convert.report import Report
+from zeta.convert.t5 import BIAS
 
 DESCRIPTION = f"""\
 Convert every attention in a checkpoint from one library's keys to another's. The other
@@ -182,7 +183,7 @@ def _prove(found: Found, kind: str, source: str, num_heads: int | None) -> Repor
 def _heads_of_t5(converted: Converted) -> int | None:
     """Columns of a table of position biases, one a head."""
     for key, value in converted.state.items():
-        if key.endswith("relative_attention_bias.weight") and value.dim() == 2:
+        if key.endswith(BIAS) and value.dim() == 2:
             return int(value.shape[1])
     return None
 
