@@ -63,7 +63,7 @@ class Value:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Value._kinds[f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"] = cls
+        Value._kinds[_name_of(cls)] = cls
 
     def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
         """Raise ValueError if this cannot describe ``(batch, heads, target, source)`` scores."""
@@ -93,6 +93,11 @@ class Value:
         return value
 
 
+def _name_of(kind: type[Value]) -> str:
+    """What stands for a class in the string of `Value.flatten`: ``masks.Dense``."""
+    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+
+
 def _collect(item: object, tensors: list[Tensor]) -> None:
     if isinstance(item, Tensor):
         tensors.append(item)
@@ -111,13 +116,12 @@ def _describe(item: object, tensors: list[Tensor]) -> str:
     if isinstance(item, tuple):
         return f"[{', '.join([_describe(part, tensors) for part in item])}]"
     if isinstance(item, Value):
-        kind = f"{type(item).__module__.rpartition('.')[2]}.{type(item).__name__}"
         fields = [
             f'"{name}": {_describe(getattr(item, name), tensors)}'
             for name in item.__dataclass_fields__
             if name != "_kinds"
         ]
-        return f'{{"kind": "{kind}", "fields": {{{", ".join(fields)}}}}}'
+        return f'{{"kind": "{_name_of(type(item))}", "fields": {{{", ".join(fields)}}}}}'
     if isinstance(item, bool):
         return "true" if item else "false"
     if isinstance(item, _NUMBERS):
