@@ -175,6 +175,16 @@ def test_a_scale_is_any_number(backend: str) -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_torch_gets_no_scale_that_lets_it_see_hidden_keys(scale: float) -> None:
+    wide = {name: tensor[:, :2, :5].double() for name, tensor in tensors().items()}
+    arguments = {**wide, "mask": masks.Causal(), "scale": scale}
+    expected = zeta.attention(**arguments, backend="reference")
+    torch.testing.assert_close(zeta.attention(**arguments), expected)
+    with pytest.raises(zeta.BackendUnsupported, match="its scale must be positive and finite"):
+        zeta.attention(**arguments, backend="sdpa")
+
+
 def test_reduce_is_checked() -> None:
     with pytest.raises(ValueError, match="reduce must be None or 'mean'; got 'sum'"):
         zeta.attention_weights(torch.randn(1, 1, 2, 4), torch.randn(1, 1, 2, 4), reduce="sum")
