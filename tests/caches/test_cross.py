@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.caches.histories import same
+from tests.caches.test_interface import tokens
 from zeta.caches import CrossCache
 from zeta.nn import MultiheadAttention
 
@@ -57,8 +58,32 @@ def test_it_is_saved_and_loaded_and_reset() -> None:
     cache.to("cpu").reset()
     assert (cache.length, cache.nbytes) == (0, 0)
     cache.load_state_dict(state)
+    for tensor in (*state["tensors"].values(), *cache.state_dict()["tensors"].values()):
+        tensor.zero_()
     torch.testing.assert_close(attend(attention, query, cache), before)
     assert cache.nbytes > 2 * 3 * 5 * 8 * 8
+
+
+def test_a_source_takes_the_place_of_another_until_it_is_taken_back() -> None:
+    cache = CrossCache()
+    cache.update(*tokens(3), torch.tensor([[True, False, False], [False, False, False]]))
+    before = cache.state_dict()["tensors"]
+    cache.update(*tokens(4))
+    assert (cache.length, cache.reuse(2).padding) == (4, None)
+    cache.take_back()
+    assert cache.length == 4  # `reuse` has put nothing there.
+    cache.load_state_dict({"kind": "CrossCache", "tensors": before})
+    cache.update(*tokens(4))
+    cache.take_back()
+    assert same(before, cache.state_dict()["tensors"])
+
+
+def test_what_a_fork_remembers_moves_too() -> None:
+    cache = CrossCache()
+    cache.update(*tokens(3))
+    cache.fork()
+    cache.to("meta").rollback()
+    assert {tensor.device.type for tensor in cache.state_dict()["tensors"].values()} == {"meta"}
 
 
 def test_refusals_change_nothing() -> None:
@@ -75,6 +100,10 @@ def test_refusals_change_nothing() -> None:
         (
             lambda: cache.load_state_dict({"kind": "CrossCache", "tensors": {"prev_key": 1}}),
             "must have \\['prev_key_static', 'prev_value'\\] too",
+        ),
+        (
+            lambda: CrossCache({"prev_key": before["prev_key"]}),
+            "must hold both of 'prev_key' and 'prev_value', or neither",
         ),
     ):
         with pytest.raises(ValueError, match=words):
