@@ -30,6 +30,18 @@ def test_beams_share_their_prompt_until_they_differ() -> None:
     assert pool.num_free == 100
 
 
+def test_the_last_to_leave_a_shared_page_keeps_it() -> None:
+    pool = new_pool(2, 4)
+    cache = PagedCache(pool)
+    cache.update(*tokens(3, batch=1))
+    cache.select(torch.tensor([0, 0]))
+    # Whoever stores nothing leaves nothing.
+    cache.update(*tokens(2), torch.ones(2, 2, dtype=torch.bool))
+    assert pool.num_free == 1
+    cache.update(*tokens(1))
+    assert (cache.lengths, pool.num_free) == ((4, 4), 0)
+
+
 def test_a_duplicate_shares_pages_and_goes_its_own_way() -> None:
     pool = new_pool(20, 2)
     first = PagedCache(pool)
@@ -42,6 +54,20 @@ def test_a_duplicate_shares_pages_and_goes_its_own_way() -> None:
     first.reset()
     assert second.length == 8
     del second
+    assert pool.num_free == 20
+
+
+@pytest.mark.parametrize(("close", "used"), [("commit", 6), ("rollback", 4), ("reset", 0)])
+def test_a_closed_fork_has_no_pages(close: str, used: int) -> None:
+    pool = new_pool(20, 2)
+    cache = PagedCache(pool)
+    cache.update(*tokens(3))
+    cache.fork()
+    cache.update(*tokens(3))
+    assert pool.num_free == 20 - 4 - 4
+    getattr(cache, close)()
+    assert pool.num_free == 20 - used
+    cache.reset()
     assert pool.num_free == 20
 
 
@@ -59,6 +85,26 @@ def test_sequences_of_different_lengths_are_each_what_they_would_be_alone() -> N
     assert cache.lengths == (3, 2, 0)
     cache.update(*tokens(1, batch=3))
     assert cache.lengths == (4, 3, 1)
+    cache.select(torch.tensor([1, 1]))
+    assert cache.next_positions(2, key.device).tolist() == [[3, 4]]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_sequences_may_all_be_without_a_token(begun: bool) -> None:
+    pool, every = new_pool(4, 4), torch.ones(2, 2, dtype=torch.bool)
+    cache = PagedCache(pool)
+    if begun:
+        cache.update(*tokens(2), every.tril(-1))
+        cache.crop(0)
+    cached = cache.update(*tokens(2), every)
+    # One empty slot stands for their keys.
+    assert torch.equal(cached.key, torch.zeros_like(tokens(1)[0]))
+    assert cached.positions is not None
+    assert cached.positions.tolist() == [[-1], [-1]]
+    assert cached.padding is None
+    other = PagedCache(pool)
+    other.load_state_dict(cache.state_dict())
+    assert (other.lengths, pool.num_free) == ((0, 0), 4)
 
 
 def test_the_last_tokens_of_each_sequence_are_dropped() -> None:
@@ -215,6 +261,22 @@ def test_a_pool_of_other_heads_or_no_pages_is_refused() -> None:
     assert cache.length == 0
     with pytest.raises(ValueError, match="num_pages must be positive; got 0"):
         PagePool(0, 1, num_kv_heads=1, head_dim=1)
+
+
+def test_a_state_that_does_not_fit_takes_no_pages() -> None:
+    other, pool = PagedCache(new_pool(4, 4, key_heads=3)), new_pool(4, 4)
+    other.update(*tokens(3, heads=3))
+    cache = PagedCache(pool)
+    cache.update(*tokens(3))
+    before = cache.state_dict()
+    for state, words in (
+        (other.state_dict(), r"key must be \(2, 2, length, 6\).*got \(2, 3, length, 6\)"),
+        (before | {"lengths": [2, 1]}, "keys as long as its longest sequence, 2; got 3"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cache.load_state_dict(state)
+        assert pool.num_free == 2
+        assert same(before, cache.state_dict())
 
 
 def test_a_mask_for_all_tokens_needs_sequences_of_one_length() -> None:
