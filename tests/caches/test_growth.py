@@ -68,6 +68,33 @@ def test_reclaimed_room_is_used_again_and_what_showed_it_counts_as_changed() -> 
     assert grown._version == 1
 
 
+@pytest.mark.parametrize("undo", ["crop", "rollback", "take_back"])
+def test_the_room_of_tokens_that_are_gone_is_used_again(undo: str) -> None:
+    cache = DynamicCache()
+    cache.update(*tokens(3))
+    address = cache.key.data_ptr()
+    for _ in range(3):
+        cache.fork()
+        cache.update(*tokens(2))
+        cache.crop(3) if undo == "crop" else getattr(cache, undo)()
+        assert cache.length == 3
+        if undo != "rollback":
+            cache.commit()
+    cache.update(*tokens(2))
+    assert cache.key.data_ptr() == address
+
+
+def test_a_fork_of_other_memory_keeps_no_room() -> None:
+    cache = DynamicCache()
+    cache.update(*tokens(5))
+    cache.fork()
+    cache.reorder(torch.tensor([1, 0]))
+    address = cache.key.data_ptr()
+    cache.crop(2)
+    cache.update(*tokens(1))
+    assert cache.key.data_ptr() == address
+
+
 def test_taking_sequences_leaves_room() -> None:
     grown = append(None, torch.randn(3, 2, 70, 2))
     index = torch.tensor([2, 2, 0, 1])
@@ -147,8 +174,11 @@ def test_nbytes_counts_the_room() -> None:
     assert cache.nbytes == 0
     cache.update(*tokens(65))
     assert cache.nbytes == 2 * 2 * 128 * (6 + 5) * 8
+    cache.update(*tokens(1))
+    memory = weakref.ref(cache.key._base)
     cache.reset()
     assert (cache.nbytes, cache.length, cache.key, cache.value) == (0, 0, None, None)
+    assert memory() is None
 
 
 def buffers_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -173,9 +203,9 @@ def test_a_part_leaves_its_old_memory_before_the_next_one_moves(
 ) -> None:
     held = buffers_of(monkeypatch)
     cache = make()
-    key = torch.randn(1, 2, 127, 6)
-    cache.update(key, key)
-    cache.update(key[:, :, :2], key[:, :, :2])
+    key = torch.randn(1, 2, 126, 6)
+    for count in (126, 1, 2):
+        cache.update(key[:, :, :count], key[:, :, :count])
     assert cache.nbytes < max(held) <= 1.25 * cache.nbytes
 
 
