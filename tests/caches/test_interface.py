@@ -178,13 +178,21 @@ def test_a_state_dict_is_a_copy_and_survives_saving(name: str, tmp_path) -> None
     cache = filled(name)
     state = cache.state_dict()
     torch.save(state, tmp_path / "cache.pt")
-    cache.update(*tokens(2))
+    cache.crop(1)
+    cache.update(*tokens(4))
     cache.fork()
     cache.load_state_dict(torch.load(tmp_path / "cache.pt"))
     assert same(state, cache.state_dict())
     assert cache.length == 3
     with pytest.raises(ValueError, match="needs an open fork"):
         cache.rollback()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_are_counted_with_those_of_the_padding(name: str) -> None:
+    plain = KINDS[name].make(2)
+    plain.update(*tokens(3))
+    assert 2 * 3 <= filled(name).nbytes - plain.nbytes <= 2 * 24
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -246,6 +254,29 @@ def test_a_gradient_is_not_lost_in_silence(name: str) -> None:
     assert cache.length == 0
     with forward_ad.dual_level(), pytest.raises(ValueError, match="keeps no forward-mode"):
         cache.update(forward_ad.make_dual(key, key), value)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "cross"])
+def test_an_empty_cache_has_nothing_to_change(name: str) -> None:
+    cache = CrossCache() if name == "cross" else KINDS[name].make(2)
+    cache.take_back()
+    cache.reorder(torch.tensor([1, 0]))
+    cache.select(torch.tensor([2]))
+    cache.crop(0)
+    assert (cache.length, cache.nbytes) == (0, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_count_from_where_the_first_of_them_did(name: str) -> None:
+    cache, first, other = KINDS[name].make(2), torch.tensor([4]), torch.tensor([9])
+    assert cache.origin(first) is first
+    cache.update(*tokens(2), origin=first)
+    cache.reorder(torch.tensor([1, 0]))
+    cache.crop(1)
+    assert cache.origin(other).tolist() == [4, 4]
+    # Nothing is left of those that counted from there.
+    cache.crop(0)
+    assert cache.origin(other) is other
 
 
 def test_a_dynamic_cache_keeps_the_gradient() -> None:

@@ -317,6 +317,9 @@ def test_what_was_written_over_is_not_read(kind: str) -> None:
     cache.update(*cases.new_tokens(1, torch.float32))
     assert unseen.value.shape[2] == 32
     unseen.value.sum()  # What comes behind changes nothing.
+    unseen = cache.update(*cases.new_tokens(1, torch.float32))
+    cache.crop(cache.length)
+    unseen.value.sum()  # Nor does it to forget nothing.
     cache.crop(20)
     cache.update(*cases.new_tokens(3, torch.float32))
     assert torch.equal(seen.key, expected)
@@ -325,6 +328,16 @@ def test_what_was_written_over_is_not_read(kind: str) -> None:
     query = torch.randn(BATCH, HEADS, 1, HEAD_DIM)
     with pytest.raises(RuntimeError, match="were not looked at before, and cannot be now"):
         zeta.attention(query, unseen.key, unseen.key)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_taken_back_and_written_over_is_not_read(kind: str) -> None:
+    cache = filled(kind, torch.float32, length=30)
+    unseen = cache.update(*cases.new_tokens(2, torch.float32))
+    cache.take_back()
+    cache.update(*cases.new_tokens(2, torch.float32))
+    with pytest.raises(RuntimeError, match="were not looked at before, and cannot be now"):
+        unseen.key.sum()
 
 
 def test_pages_that_went_to_others_are_not_read() -> None:
