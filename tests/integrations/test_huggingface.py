@@ -347,6 +347,16 @@ def test_registering_wraps_and_unwraps_t5_alone() -> None:
     assert T5Attention.forward is plain
 
 
+@pytest.mark.parametrize("tokens_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_output_can_be_viewed_as_features(dtype: torch.dtype, tokens_first: bool) -> None:
+    tensors = torch.randn(3, 2, 4, 5, 8, dtype=dtype).unbind()
+    if tokens_first:
+        tensors = tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors)
+    out, _ = attention(nn.Identity(), *tensors, None)
+    assert out.view(2, 5, 32).shape == (2, 5, 32)
+
+
 def test_a_model_made_of_others_that_call_by_name_runs() -> None:
     text = transformers.GemmaConfig(**SIZES, **ENDS)
     vision = transformers.SiglipVisionConfig(

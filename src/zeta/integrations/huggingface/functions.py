@@ -152,8 +152,8 @@ def attention(
         kwargs: What other implementations need.
 
     Returns:
-        ``(B, T, H, D)``, and the weights ``(B, H, T, S)``, lazily. Inside ``torch.compile`` they
-        are None unless ``output_attentions`` asks for them.
+        ``(B, T, H, D)``, contiguous, and the weights ``(B, H, T, S)``, lazily. Inside
+        ``torch.compile`` they are None unless ``output_attentions`` asks for them.
 
     Raises:
         ValueError: An argument asks for what Zeta cannot do.
@@ -182,7 +182,8 @@ def attention(
         query_positions=None if table is None else table.query_positions(query, key),
         sinks=module._parameters.get("sinks") if s_aux is None else s_aux,
     )
-    out = run(call)[0].transpose(1, 2)
+    # Some models view it in another shape: the implementations of Transformers are contiguous.
+    out = run(call)[0].transpose(1, 2).contiguous()
     if (static or torch.compiler.is_compiling()) and not (output_attentions or _captures_weights()):
         return out, None
     weights_call = dataclasses.replace(call, value=key, dropout_p=0.0, seed=None, result="weights")
