@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import zeta
 from zeta.cli import demo, main, terminal
@@ -214,3 +215,15 @@ def test_progress_passes_losses_on(has_tqdm: bool, monkeypatch: pytest.MonkeyPat
 def test_progress_is_silent_where_there_is_no_terminal(capsys: Captured) -> None:
     assert list(terminal.progress([3.0, 2.0], 2, "training")) == [3.0, 2.0]
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_a_command_runs_where_nothing_can_be_written(tmp_path: Path, closed: str) -> None:
+    file, output = tmp_path / "torch.pt", tmp_path / "zeta.pt"
+    torch.save(torch.nn.MultiheadAttention(8, 2).state_dict(), file)
+    command = f"{sys.executable} -m zeta.cli convert {file} --from torch --output {output}"
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert output.exists()

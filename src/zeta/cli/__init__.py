@@ -26,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for module in (demo, doctor, convert):
         module.add_to(commands)
     parsed = parser.parse_args(arguments)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # It was closed before the process began: what is written has nowhere to go.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A model writes what it likes, also what the terminal has no character for.
         sys.stdout.reconfigure(errors="replace")
