@@ -35,6 +35,14 @@ def test_slopes_are_multiplied_in_float32_or_wider(dtype: torch.dtype) -> None:
     assert torch.equal(found, torch.tensor([[-4097], [-3]], dtype=wide) * slopes.to(wide))
 
 
+def test_slopes_are_multiplied_in_the_precision_of_the_scores() -> None:
+    slopes = torch.tensor([0.3, 0.7])
+    scores = torch.zeros(1, 2, 1, 9, dtype=torch.float64)
+    found = biases.Alibi(slopes).apply(scores, Tile.whole(1, 9))
+    distance = torch.arange(8, -1, -1, dtype=torch.float64)
+    assert torch.equal(found[0, :, 0], -distance * slopes.double()[:, None])
+
+
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize("max_distance", [20, 128])
 @pytest.mark.parametrize("length", [5, 40, 300])

@@ -147,6 +147,12 @@ def test_a_query_before_the_first_key_is_of_no_document(dtype: torch.dtype) -> N
     assert mask.dense(1, 1, 4, 2)[0, 0].tolist() == expected
 
 
+def test_a_dense_mask_is_broadcast_however_it_is_made() -> None:
+    visible = torch.rand(3, 4) < 0.5
+    for mask in (masks.Dense(visible), masks.keep(visible), masks.drop(~visible)):
+        assert torch.equal(mask.dense(2, 2, 3, 4), visible.expand(2, 2, 3, 4))
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
@@ -159,6 +165,8 @@ def test_a_query_before_the_first_key_is_of_no_document(dtype: torch.dtype) -> N
         (lambda: masks.keep(torch.zeros(2, 2)), TypeError, "must be a bool tensor.*float32"),
         (lambda: masks.drop(torch.zeros(2, 2)), TypeError, "must be a bool tensor.*float32"),
         (lambda: masks.keep([True]), TypeError, "must be a bool tensor.*list"),
+        (lambda: masks.Dense(torch.ones(2, 2)), TypeError, "must be a bool tensor.*float32"),
+        (lambda: masks.Dense(torch.ones(2, 2).byte()), TypeError, "must be a bool tensor.*uint8"),
         (
             lambda: masks.keep(torch.zeros(1, 1, 1, 2, 2, dtype=torch.bool)),
             ValueError,

@@ -120,6 +120,18 @@ def test_alibi_slopes_are_a_geometric_sequence(heads: int) -> None:
     assert slopes.unique().numel() == heads
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_alibi_slopes_are_float32_whatever_the_default_dtype(dtype: torch.dtype) -> None:
+    expected = alibi_slopes(12)
+    torch.set_default_dtype(dtype)
+    try:
+        found = alibi_slopes(12)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_alibi_slopes_need_a_head() -> None:
     with pytest.raises(ValueError, match="num_heads must be positive; got 0"):
         alibi_slopes(0)

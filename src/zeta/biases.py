@@ -208,6 +208,13 @@ class Alibi(OffsetBias):
     def reach(self, longest: int) -> int:
         return longest
 
+    def apply(self, scores: Tensor, tile: Tile) -> Tensor:
+        # As wide as the scores: products rounded to float32 would be errors beside float64.
+        wide = torch.promote_types(self.slopes.dtype, scores.dtype)
+        slopes_H11 = self.slopes.to(wide)[tile.heads, None, None]
+        distance = (tile.key_position - tile.query_position).abs()
+        return scores - (distance * slopes_H11).to(scores.dtype)
+
     def at(self, offset: Tensor) -> Tensor:
         wide = torch.promote_types(self.slopes.dtype, torch.float32)
         return -offset.abs().unsqueeze(-1).to(wide) * self.slopes.to(wide)

@@ -265,10 +265,23 @@ class Dense(Mask):
     """A bool tensor by index, True: visible. Made by `keep` and `drop`: the name says the polarity.
 
     Args:
-        tensor: Four dimensions, broadcastable to ``(batch, heads, target, source)``.
+        tensor: bool, broadcastable to ``(batch, heads, target, source)``.
+
+    Raises:
+        TypeError: If it is not a bool tensor.
+        ValueError: If it has more than four dimensions.
     """
 
     tensor: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tensor, Tensor) or self.tensor.dtype != torch.bool:
+            raise TypeError(
+                "a mask must be a bool tensor (a float one is a bias: biases.Dense); "
+                f"got {kind(self.tensor)}"
+            )
+        if self.tensor.dim() != 4:
+            object.__setattr__(self, "tensor", as_scores("a mask", self.tensor))
 
     def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
         check_scores_shape("a dense mask", self.tensor.shape, batch, heads, target, source)
@@ -291,12 +304,7 @@ def keep(tensor: Tensor) -> Dense:
         TypeError: If it is not a bool tensor.
         ValueError: If it has more than four dimensions.
     """
-    if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
-        raise TypeError(
-            "a mask must be a bool tensor (a float one is a bias: biases.Dense); "
-            f"got {kind(tensor)}"
-        )
-    return Dense(as_scores("a mask", tensor))
+    return Dense(tensor)
 
 
 def drop(tensor: Tensor) -> Dense:

@@ -233,8 +233,8 @@ def t5_buckets(
     return first + torch.where(distance < num_exact, distance, far.clamp(max=num_buckets - 1))
 
 
-def alibi_slopes(num_heads: int) -> Tensor:
-    """Slopes of ALiBi (Press et al., 2022, section 3), ``(num_heads,)`` float32.
+def alibi_slopes(num_heads: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Slopes of ALiBi (Press et al., 2022, section 3), ``(num_heads,)`` float32 on ``device``.
 
     For a power of two they are ``2 ** (-8 h / num_heads)``, ``h = 1 .. num_heads``; for another
     number those of the next smaller power, followed by every other slope of the next larger one.
@@ -244,4 +244,4 @@ def alibi_slopes(num_heads: int) -> Tensor:
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * head / power) for head in range(1, power + 1)]
     slopes += [2.0 ** (-4.0 * head / power) for head in range(1, 2 * power, 2)]
-    return torch.tensor(slopes[:num_heads])
+    return torch.tensor(slopes[:num_heads], dtype=torch.float32, device=device)

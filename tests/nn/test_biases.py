@@ -61,6 +61,16 @@ def test_alibi_keeps_float32_slopes_and_no_state() -> None:
         assert torch.equal(moved.slopes, exact)
 
 
+def test_alibi_stays_on_its_device_beside_another_default() -> None:
+    exact = ALiBi(4).slopes
+    with torch.device("meta"):
+        there, here = ALiBi(4), ALiBi(4, device="cpu")
+        moved = ALiBi(4).to_empty(device="cpu").bfloat16()
+    assert there.slopes.is_meta
+    assert torch.equal(here.slopes, exact)
+    assert torch.equal(moved.slopes, exact)
+
+
 def test_values_carry_gradients_to_the_parameter() -> None:
     rel_pos = RelativePositionBias(n_heads=2)
     value = rel_pos.value()

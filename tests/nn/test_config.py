@@ -61,6 +61,15 @@ def test_field_beside_the_right_one_is_not_misspelt() -> None:
     assert AttentionConfig.from_args(args).layernorm_eps == 1e-6
 
 
+def test_declared_field_without_a_value_has_its_default() -> None:
+    class Configuration:
+        __slots__ = ("layernorm_eps", "multiway")
+
+    args = Configuration()
+    args.layernorm_eps = 1e-6
+    assert AttentionConfig.from_args(args) == AttentionConfig(layernorm_eps=1e-6)
+
+
 @pytest.mark.parametrize("args", [512, "base", [("multiway", True)], torch.zeros(2), 0.1])
 def test_something_that_is_no_configuration_is_refused(args: Any) -> None:
     with pytest.raises(TypeError, match="args must be None, a mapping or an object"):

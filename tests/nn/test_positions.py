@@ -280,3 +280,6 @@ def test_the_buffer_of_xpos_is_whole_after_any_move() -> None:
     for moved in (XPos(8).to_empty(device="cpu"), XPos(8, device="meta").to_empty(device="cpu")):
         assert torch.equal(moved.scale, expected)
     assert torch.equal(XPos(8).half().float().scale, expected)
+    with torch.device("meta"):
+        moved = XPos(8).to_empty(device="cpu")
+    assert torch.equal(moved.scale, expected)

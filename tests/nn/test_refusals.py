@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from zeta import biases, masks
+from zeta.caches import DynamicCache
 from zeta.nn import ALiBi, MultiheadAttention, RelativePositionBias, RotaryEmbedding, XPos
 
 B, H, T, S, E = 2, 4, 5, 7, 16
@@ -79,6 +80,17 @@ def test_constructor_refuses(options: dict[str, Any], message: str) -> None:
         *(
             ({"need_weights": given}, f"need_weights must be 'lazy', .*; got {given!r}")
             for given in (1, 0, 1.0, np.True_, None)
+        ),
+        *(
+            ({name: given}, f"{name} must be True or False; got {given!r}")
+            for name, given in (
+                ("self_attention", "False"),
+                ("encoder_decoder_attention", 8),
+                ("subln", None),
+                ("bias", "no"),
+                ("add_bias_kv", None),
+                ("add_zero_attn", 2),
+            )
         ),
     ],
     ids=str,
@@ -254,6 +266,25 @@ CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
         for given in (1, 0, 1.0, np.False_)
     ),
     ({"positions": torch.arange(T)}, ValueError, "neither position= nor multiway"),
+    *(
+        ({name: torch.ones(B, L, E).to(dtype)}, TypeError, f"{name} must have .* got {dtype}")
+        for name, L, dtype in (
+            ("query", T, torch.float64),
+            ("key", S, torch.int64),
+            ("value", S, torch.bfloat16),
+        )
+    ),
+    (
+        {"value": torch.ones(B, S, E, device="meta")},
+        ValueError,
+        "value must be on the parameters' device cpu; got meta",
+    ),
+    ({"incremental_state": []}, TypeError, "incremental_state must be a dict or .*; got list"),
+    (
+        {"incremental_state": DynamicCache},
+        TypeError,
+        "incremental_state must be a dict or a cache from zeta.caches; got",
+    ),
 ]
 
 

@@ -243,6 +243,15 @@ def test_bad_indices(index: object, error: type[Exception], message: str) -> Non
         Small().lazy().rows(index)
 
 
+@pytest.mark.parametrize("nothing", [[], slice(2, 2), torch.zeros(4, dtype=torch.bool)], ids=str)
+def test_nothing_can_be_chosen(nothing: object) -> None:
+    weights = Small().lazy()
+    rows = weights.rows(nothing)
+    assert rows.shape == (*weights.shape[:-2], 0, weights.shape[-1])
+    heads = Small().lazy().heads(nothing[:3] if isinstance(nothing, Tensor) else nothing)
+    assert heads.shape == (0, *weights.shape[1:])
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvenHeads(masks.Mask):
     """A user's own: odd heads see the first key only."""

@@ -101,6 +101,7 @@ class MultiheadAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         checks.check_sizes(embed_dim, num_heads, num_kv_heads, head_dim, kdim, vdim)
         checks.check_numbers(dropout, scale)
+        checks.check_flags(bias=bias, add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn)
         checks.check_kind(self_attention, encoder_decoder_attention, subln, window, need_weights)
         self.embed_dim = embed_dim
         self.kdim = embed_dim if kdim is None else kdim
@@ -232,7 +233,7 @@ class MultiheadAttention(nn.Module):
         parts: dict[str, Any] = self._modules
         projected = self._projected(query, key, value, place)
         query_BHTD = self._heads(
-            parts["q_proj"], self.q_norm, query, place.query_route, projected[0]
+            "query", parts["q_proj"], self.q_norm, query, place.query_route, projected[0]
         )
         extra = self._extra_keys(query_BHTD) if self.num_extra_keys else None
         if isinstance(cache, CrossCache) and cache.length:
@@ -280,6 +281,7 @@ class MultiheadAttention(nn.Module):
 
     def _heads(
         self,
+        name: str,
         projection: nn.Module,
         norm: nn.Module | None,
         x: Tensor,
@@ -289,7 +291,12 @@ class MultiheadAttention(nn.Module):
         """Tokens ``(B, L, features)`` projected, in heads, normalised: ``(B, heads, L, D)``."""
         if projected is None:
             batch, length, _ = x.shape
-            heads_BLHD = through(projection, x, route).view(batch, length, -1, self.head_dim)
+            try:
+                projected_BLF = through(projection, x, route)
+            except RuntimeError:
+                checks.check_projected(name, x, projection)
+                raise
+            heads_BLHD = projected_BLF.view(batch, length, -1, self.head_dim)
         elif norm is None:
             return projected
         else:
@@ -325,8 +332,9 @@ class MultiheadAttention(nn.Module):
         """The queries, rotated, and all keys and values, those in the cache first."""
         key, value = checks.checked_source(query_BHTD.shape[0], key, value, self.kdim, self.vdim)
         parts: dict[str, Any] = self._modules
-        key_BGND = self._heads(parts["k_proj"], self.k_norm, key, place.key_route, projected[0])
-        value_BGND = self._heads(parts["v_proj"], None, value, place.key_route, projected[1])
+        route = place.key_route
+        key_BGND = self._heads("key", parts["k_proj"], self.k_norm, key, route, projected[0])
+        value_BGND = self._heads("value", parts["v_proj"], None, value, route, projected[1])
         if isinstance(cache, CrossCache):
             return query_BHTD, cache.update(key_BGND, value_BGND, key_padding_mask), None
         origin, blocks = None, None

@@ -108,13 +108,12 @@ class ALiBi(nn.Module):
         super().__init__()
         check_size("num_heads", num_heads)
         self.num_heads = num_heads
-        slopes_H = alibi_slopes(num_heads)
-        self.register_buffer("slopes", slopes_H.to(device), persistent=False)
+        self.register_buffer("slopes", alibi_slopes(num_heads, device=device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ALiBi":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         # Neither rounded by `.bfloat16()` nor left undefined by `.to_empty()`.
-        self.slopes = alibi_slopes(self.num_heads).to(self.slopes.device)
+        self.slopes = alibi_slopes(self.num_heads, device=self.slopes.device)
         return self
 
     def value(self) -> biases.Alibi:

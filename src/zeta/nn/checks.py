@@ -3,7 +3,7 @@
 Shapes: B batch, T target length, S source length, E embedding.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from zeta.nn.positions import Rotation, XPos
 from zeta.values import check_integer, check_number, check_size, check_tensor
@@ -44,6 +44,13 @@ def check_numbers(dropout: float, scale: float | None) -> None:
         check_number("scale", scale)
 
 
+def check_flags(**flags: object) -> None:
+    """Raise TypeError unless each is True or False, or 1 or 0: any other text would be true."""
+    for name, flag in flags.items():
+        if not isinstance(flag, int) or flag not in (0, 1):
+            raise TypeError(f"{name} must be True or False; got {flag!r:.80}")
+
+
 def check_kind(
     self_attention: bool,
     encoder_decoder_attention: bool,
@@ -52,6 +59,11 @@ def check_kind(
     need_weights: object,
 ) -> None:
     """Raise for a feature that this kind of attention does not have, or that there is not."""
+    check_flags(
+        self_attention=self_attention,
+        encoder_decoder_attention=encoder_decoder_attention,
+        subln=subln,
+    )
     if self_attention and encoder_decoder_attention:
         raise ValueError(
             "at most one of self_attention and encoder_decoder_attention can be True; got both"
@@ -138,6 +150,26 @@ def check_query(query: Tensor, embed_dim: int) -> None:
         )
     if shape[0] == 0 or shape[1] == 0:
         raise ValueError(f"query must not be empty; got {tuple(shape)}")
+
+
+def check_projected(name: str, x: Tensor, projection: nn.Module) -> None:
+    """Raise for an input that its projection has refused because of its dtype or its device.
+
+    Not asked beforehand: autocast and layers of other libraries take more than their own dtype.
+
+    Raises:
+        TypeError: It has another dtype than the parameters.
+        ValueError: It is on another device.
+    """
+    parameter = next(projection.parameters(), None)
+    if parameter is None:
+        return
+    if x.device != parameter.device:
+        raise ValueError(
+            f"{name} must be on the parameters' device {parameter.device}; got {x.device}"
+        )
+    if x.dtype != parameter.dtype and parameter.is_floating_point():
+        raise TypeError(f"{name} must have the parameters' dtype {parameter.dtype}; got {x.dtype}")
 
 
 def checked_source(

@@ -101,7 +101,8 @@ def _refuse_misspelt(names: list[str], unset: list[str]) -> None:
     """Raise ValueError if one of ``names`` is nearly one of ours that is not there."""
     plain = {_plain(name): name for name in unset}
     for name in names:
-        if name.startswith("_"):
+        # One of ours may be declared, as in a class, and have no value.
+        if name.startswith("_") or name in unset:
             continue
         candidate = _plain(name)
         ours = candidate.startswith(_OUR_PREFIX)

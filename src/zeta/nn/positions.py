@@ -174,15 +174,15 @@ class XPos(Rotation):
             raise ValueError(f"scale_base must be positive; got {scale_base}")
         self.head_dim = head_dim
         self.scale_base = scale_base
-        self.register_buffer("scale", self._factors().to(device))
+        self.register_buffer("scale", self._factors(device))
 
-    def _factors(self) -> Tensor:
-        return xpos_scale(torch.tensor(1.0), self.head_dim, scale_base=1.0)
+    def _factors(self, device: torch.device | str | None) -> Tensor:
+        return xpos_scale(torch.ones((), device=device), self.head_dim, scale_base=1.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "XPos":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         # `to_empty` would leave it undefined.
-        self.scale = self._factors().to(self.scale)
+        self.scale = self._factors(self.scale.device).to(self.scale.dtype)
         return self
 
     def forward(

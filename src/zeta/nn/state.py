@@ -35,8 +35,7 @@ def open_state(
     cache: Cache | CrossCache
     if isinstance(state, MutableMapping):
         cache = CrossCache(state) if cross else DictCache(state, _of_earlier(rotation))
-    elif isinstance(state, CrossCache) if cross else hasattr(state, "next_positions"):
-        # Asked so for speed: `isinstance` of a protocol takes longer than a short attention.
+    elif isinstance(state, CrossCache) if cross else _is_cache(state):
         cache = state
     else:
         kind = "a dict or a CrossCache" if cross else "a dict or a cache from zeta.caches"
@@ -46,6 +45,11 @@ def open_state(
             f"is_first_step=True, but incremental_state holds {cache.length} tokens; pass a new one"
         )
     return cache
+
+
+def _is_cache(state: object) -> bool:
+    # Asked so for speed: `isinstance` of a protocol takes longer than a short attention.
+    return hasattr(state, "next_positions") and not isinstance(state, type)
 
 
 def _of_earlier(rotation: Rotation | None) -> Callable[[Tensor], Tensor] | None:

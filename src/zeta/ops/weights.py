@@ -132,7 +132,7 @@ class LazyWeights(StandIn):
         In autograd's graph the result hangs on the query and the key, not on these weights.
         """
         part, single = _part(index, self.shape[-2], self.device)
-        found = self._ask(lambda call: rows_of(call, part))
+        found = None if _is_empty(part, self.shape[-2]) else self._ask(lambda c: rows_of(c, part))
         if found is None:
             found = self[..., part, :]
         return found.squeeze(-2) if single else found
@@ -149,7 +149,7 @@ class LazyWeights(StandIn):
                 "these weights are averaged over the heads, and have none to choose from"
             )
         part, single = _part(index, self.shape[dim], self.device)
-        found = self._ask(lambda call: heads_of(call, part))
+        found = None if _is_empty(part, self.shape[dim]) else self._ask(lambda c: heads_of(c, part))
         if found is None:
             found = self[part] if dim == 0 else self[:, part]
         return found.squeeze(dim) if single else found
@@ -280,6 +280,8 @@ def _part(index: Index, length: int, device: torch.device) -> tuple[Part, bool]:
             raise IndexError(f"index must be in [{-length}, {length}); got {index}")
         return slice(index % length, index % length + 1), True
     chosen = torch.as_tensor(index, device=device)
+    if not isinstance(index, Tensor) and not chosen.numel():
+        chosen = chosen.to(torch.int64)
     if chosen.dim() > 1:
         raise ValueError(f"index must have at most one dimension; got {tuple(chosen.shape)}")
     if chosen.dtype == torch.bool:
@@ -287,3 +289,10 @@ def _part(index: Index, length: int, device: torch.device) -> tuple[Part, bool]:
             raise IndexError(f"a bool index must have shape ({length},); got {tuple(chosen.shape)}")
         return chosen.nonzero().squeeze(1), False
     return chosen.reshape(-1), chosen.dim() == 0
+
+
+def _is_empty(part: Part, length: int) -> bool:
+    """Whether nothing is chosen: there is no call of nothing."""
+    if isinstance(part, Tensor):
+        return not part.numel()
+    return not range(*part.indices(length))
