@@ -212,6 +212,8 @@ def test_a_dense_mask_is_broadcast_however_it_is_made() -> None:
             TypeError,
             "unsupported operand .*'Causal' and 'Tensor'",
         ),
+        (lambda: masks.Causal() and masks.SlidingWindow(2), TypeError, "join masks with & and |"),
+        (lambda: not masks.Causal(), TypeError, "a mask is neither true nor false"),
         (lambda: masks.Causal() | None, TypeError, "unsupported operand .*'Causal' and 'NoneType'"),
     ],
 )

@@ -69,6 +69,16 @@ class Mask(Value):
             return NotImplemented
         return AnyOf((self, other))
 
+    def __bool__(self) -> bool:
+        """Refused: ``and`` and ``or`` would silently keep one of two masks.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "a mask is neither true nor false: join masks with & and |, and ask `mask is None`"
+        )
+
 
 def conjuncts(mask: Mask | None) -> tuple[Mask, ...]:
     """The masks that must all allow a pair, outermost ``&`` taken apart; none for None."""

@@ -217,6 +217,16 @@ def test_progress_is_silent_where_there_is_no_terminal(capsys: Captured) -> None
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device without room")
+def test_output_without_room_is_told_in_one_line() -> None:
+    command = f"{sys.executable} -m zeta.cli doctor > /dev/full"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("zeta doctor: ")
+    assert done.stderr.endswith("No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
 def test_a_command_runs_where_nothing_can_be_written(tmp_path: Path, closed: str) -> None:
     file, output = tmp_path / "torch.pt", tmp_path / "zeta.pt"

@@ -324,6 +324,14 @@ def test_spoilt_state_is_refused(spoil: Any, message: str) -> None:
         step(module, state)
 
 
+@pytest.mark.parametrize("name", ["prev_key", "prev_value"])
+def test_a_state_of_something_else_than_tensors_is_refused(name: str) -> None:
+    state: dict[str, Any] = filled(decoder())
+    state[name] = 1
+    with pytest.raises(TypeError, match=rf"state\['{name}'\] must be a tensor; got int"):
+        step(decoder(), state)
+
+
 def test_state_of_another_attention_is_refused() -> None:
     encoder_state: dict[str, Any] = {}
     source = tokens(5)

@@ -22,6 +22,7 @@ from torch import Tensor
 from zeta.caches.growth import append
 from zeta.caches.interface import Cached
 from zeta.caches.padding import extend_padding
+from zeta.values import check_tensor
 
 KEY, VALUE, PADDING = "prev_key", "prev_value", "prev_key_padding_mask"
 ROTATED, ORIGIN = "prev_key_rotated", "prev_key_origin"
@@ -40,6 +41,7 @@ class DictCache:
             does not.
 
     Raises:
+        TypeError: It holds keys or values that are no tensors.
         ValueError: The dict belongs to another kind of attention, or holds only one of the two.
     """
 
@@ -55,6 +57,9 @@ class DictCache:
             raise ValueError(
                 f"incremental_state must hold both of {KEY!r} and {VALUE!r}, or neither"
             )
+        for name in (KEY, VALUE):
+            if name in state:
+                check_tensor(f"incremental_state[{name!r}]", state[name])
         if rotate is None and ROTATED in state:
             raise ValueError("incremental_state holds rotated keys, of an attention with positions")
         self._state = state

@@ -42,8 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"zeta {parsed.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader went away, as `head` does; what is still in the buffer has nowhere to go.
+    except OSError as error:
+        # What is still in the buffer has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"zeta {parsed.command}: {error}", file=sys.stderr)
+        # Else the reader went away, as `head` does.
         return 1
     return code
