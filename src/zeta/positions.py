@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from zeta.transforms import is_watched
+
 _ROUNDED_FROM = 8192
 
 
@@ -84,9 +86,7 @@ def can_keep(device: torch.device) -> bool:
     return (
         device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not is_watched()
         and torch._C._len_torch_function_stack() == 0
     )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from zeta.standin import StandIn
+from zeta.transforms import is_watched
 
 
 class Pages(NamedTuple):
@@ -199,6 +200,5 @@ def can_defer(tensor: Tensor) -> bool:
         (tensor.is_cpu or tensor.is_cuda)
         and type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_tracing()
+        and not is_watched()
     )

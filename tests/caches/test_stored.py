@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import zeta
 from tests.caches import stored as cases
@@ -291,6 +292,14 @@ def test_transforms_and_compilers_take_tensors(kind: str) -> None:
         found = compiled(query, fresh.key, fresh.value)
         torch.testing.assert_close(found, attention(query, fresh.key.clone(), fresh.value.clone()))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modes_that_see_each_operator_take_tensors(kind: str) -> None:
+    cache = filled(kind, torch.float32)
+    with FlopCounterMode(display=False):
+        cached = cache.update(*cases.new_tokens(1, torch.float32))
+    assert type(cached.key) is type(cached.value) is Tensor
 
 
 @pytest.mark.parametrize("kind", KINDS)
