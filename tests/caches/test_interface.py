@@ -127,6 +127,23 @@ REFUSALS: dict[str, tuple[Callable[[DecodingCache], object], str]] = {
         ),
         r"state\['.*'\] must be",
     ),
+    "state with fewer values than keys": (
+        lambda c: c.load_state_dict(
+            {
+                name: part[:, :, :2] if name.startswith("value") else part
+                for name, part in c.state_dict().items()
+            }
+        ),
+        r"state\['value.*'\] must be",
+    ),
+    "state with padding of another length": (
+        lambda c: c.load_state_dict(c.state_dict() | {"padding": torch.zeros(2, 2)}),
+        r"state\['padding'\] must be torch.float32 \(2, 3\)",
+    ),
+    "state with an origin of another batch": (
+        lambda c: c.load_state_dict(c.state_dict() | {"origin": torch.tensor([1])}),
+        r"state\['origin'\] must be torch.int64 \(2,\)",
+    ),
 }
 
 

@@ -261,6 +261,8 @@ def test_a_pool_of_other_heads_or_no_pages_is_refused() -> None:
     assert cache.length == 0
     with pytest.raises(ValueError, match="num_pages must be positive; got 0"):
         PagePool(0, 1, num_kv_heads=1, head_dim=1)
+    with pytest.raises(ValueError, match="device must be that of the pool, cpu; got meta"):
+        cache.to("meta")
 
 
 def test_a_state_that_does_not_fit_takes_no_pages() -> None:
