@@ -53,10 +53,25 @@ def test_a_tensor_that_was_given_back_never_changes() -> None:
 def test_a_part_that_is_no_prefix_is_copied() -> None:
     whole = append(None, torch.randn(2, 2, 4, 3))
     copy = whole.clone()
-    for part in (whole[:, :, 1:], whole[1:], whole.transpose(1, 0), whole[..., :2]):
+    shorter = whole[:, :, :3]
+    reclaim(whole, 3)
+    for part in (
+        whole[:, :, 1:], whole[1:], whole.transpose(1, 0), whole[..., :2], shorter[:1],
+        shorter[:, :1],
+    ):  # fmt: skip
         new = torch.randn(*part.shape[:2], 1, part.shape[3])
         assert torch.equal(append(part, new), torch.cat((part, new), dim=2))
     assert torch.equal(whole, copy)
+
+
+def test_a_buffer_is_filled_to_its_end_and_a_new_one_has_room() -> None:
+    one = torch.ones(1, 1, 1, 1)
+    grown = append(None, one.expand(1, 1, 63, 1))
+    full = append(grown, one)
+    assert full.data_ptr() == grown.data_ptr()
+    assert (nbytes(full), nbytes(append(full, one))) == (64 * 4, 128 * 4)
+    whole = append(None, one.expand(1, 1, 64, 1))
+    assert append(whole, one).data_ptr() == whole.data_ptr()
 
 
 def test_reclaimed_room_is_used_again_and_what_showed_it_counts_as_changed() -> None:
@@ -105,12 +120,14 @@ def test_taking_sequences_leaves_room() -> None:
     assert nbytes(taken) == 4 * 2 * 128 * 2 * 4
 
 
-def test_the_dict_stays_readable_and_its_steps_copy_nothing() -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_the_dict_stays_readable_and_its_steps_copy_nothing(mode: Callable[[], Any]) -> None:
     state: dict[str, Tensor] = {}
     key, value = tokens(100)
     addresses = set()
     for n in range(100):
-        DictCache(state).update(key[:, :, n : n + 1], value[:, :, n : n + 1])
+        with mode():
+            DictCache(state).update(key[:, :, n : n + 1], value[:, :, n : n + 1])
         assert torch.equal(state["prev_key"], key[:, :, : n + 1])
         assert torch.equal(state["prev_value"], value[:, :, : n + 1])
         addresses.add(state["prev_key"].data_ptr())
@@ -142,6 +159,17 @@ def test_a_dict_of_keys_and_values_alone_is_taken_over_and_not_written_to() -> N
     cache = DynamicCache({"prev_key": mine[:, :, :5], "prev_value": value})
     assert torch.equal(cache.update(key, new).key, state["prev_key"])
     assert torch.equal(mine, copy)
+
+
+def test_a_dynamic_cache_goes_on_from_all_that_a_dict_has() -> None:
+    state: dict[str, Tensor] = {}
+    assert DynamicCache(state).length == 0
+    padding = torch.tensor([[True, False, False], [False, False, False]])
+    DictCache(state, lambda key: key).update(*tokens(3), padding, origin=torch.tensor([2]))
+    cache = DynamicCache(state)
+    assert cache.origin(None).tolist() == [2, 2]
+    found = cache.update(*tokens(1)).padding
+    assert torch.equal(found, torch.nn.functional.pad(padding, (0, 1)))
 
 
 def test_a_dict_can_be_saved_with_nothing_but_tensors_in_it() -> None:
