@@ -172,6 +172,15 @@ def test_a_refused_padding_mask_of_integers_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_padding_for_all_tokens_replaces_what_was_remembered(name: str) -> None:
+    cache = filled(name)
+    padding = torch.tensor([[False, True, False, True, True], [True, False, False, False, False]])
+    cached = cache.update(*tokens(2), padding)
+    assert cached.key.shape[2] == cache.length == 5
+    assert torch.equal(cached.padding, padding)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_fork_keeps_what_is_cropped_and_written_over(name: str) -> None:
     cache = filled(name)
     before = cache.state_dict()
@@ -283,14 +292,15 @@ def test_an_empty_cache_has_nothing_to_change(name: str) -> None:
     assert (cache.length, cache.nbytes) == (0, 0)
 
 
+@pytest.mark.parametrize("begin", [[4], [4, 7]])
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_count_from_where_the_first_of_them_did(name: str) -> None:
-    cache, first, other = KINDS[name].make(2), torch.tensor([4]), torch.tensor([9])
+def test_tokens_count_from_where_the_first_of_them_did(name: str, begin: list[int]) -> None:
+    cache, first, other = KINDS[name].make(2), torch.tensor(begin), torch.tensor([9])
     assert cache.origin(first) is first
     cache.update(*tokens(2), origin=first)
     cache.reorder(torch.tensor([1, 0]))
     cache.crop(1)
-    assert cache.origin(other).tolist() == [4, 4]
+    assert cache.origin(other).tolist() == [begin[-1], 4]
     # Nothing is left of those that counted from there.
     cache.crop(0)
     assert cache.origin(other) is other
@@ -304,6 +314,17 @@ def test_a_dynamic_cache_keeps_the_gradient() -> None:
     found = [cache.update(*part).key for part in parts]
     sum(f.sum() for f in found).backward()
     assert torch.equal(key.grad[0, 0, :, 0], torch.tensor([3.0, 3, 2, 1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_gradient_is_there_again_after_a_step_without_it_failed(earlier: bool) -> None:
+    cache = DynamicCache()
+    for requires_grad in (earlier, not earlier):
+        key, value = tokens(3)
+        with torch.set_grad_enabled(requires_grad):
+            cache.update(key.requires_grad_(requires_grad), value)
+    cache.take_back()
+    assert cache.key.requires_grad == earlier
 
 
 def test_kinds_of_protocol() -> None:

@@ -78,6 +78,7 @@ def test_sequences_of_different_lengths_are_each_what_they_would_be_alone() -> N
     lengths = torch.tensor([5, 2, 0])
     cached = cache.update(key, value, torch.arange(5) >= lengths[:, None])
     assert cache.lengths == (5, 2, 0)
+    assert cached.padding is None
     assert cached.positions is not None
     assert cached.positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, -1, -1, -1], [-1] * 5]
     assert cache.next_positions(2, key.device).tolist() == [[5, 6], [2, 3], [0, 1]]

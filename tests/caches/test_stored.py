@@ -352,7 +352,9 @@ def test_what_was_taken_back_and_written_over_is_not_read(kind: str) -> None:
 def test_pages_that_went_to_others_are_not_read() -> None:
     pool = PagePool(12, 7, num_kv_heads=2, head_dim=HEAD_DIM, value_dim=cases.VALUE_DIM)
     first, second = PagedCache(pool), PagedCache(pool)
-    first.update(*cases.new_tokens(10, torch.float32))
+    begun = first.update(*cases.new_tokens(10, torch.float32))
+    second.update(*cases.new_tokens(1, torch.float32))
+    begun.key.sum()  # Others have taken other pages.
     beams = first.update(*cases.new_tokens(1, torch.float32))
     first.reorder(torch.tensor([1, 1, 0]))
     kept = beams.key.clone()
