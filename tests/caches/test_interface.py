@@ -63,9 +63,21 @@ REFUSALS: dict[str, tuple[Callable[[DecodingCache], object], str]] = {
         lambda c: c.update(tokens(2)[0], tokens(1)[1]),
         r"value must be \(2, 2, 2, head_dim\).*got \(2, 2, 1, 5\)",
     ),
+    "value of other heads": (
+        lambda c: c.update(tokens(1)[0], tokens(1, heads=1)[1]),
+        r"value must be \(2, 2, 1, head_dim\).*got \(2, 1, 1, 5\)",
+    ),
+    "value without features": (
+        lambda c: c.update(tokens(1)[0], tokens(1)[1][..., :0]),
+        r"not empty; got \(2, 2, 1, 0\)",
+    ),
     "value of another dtype": (
         lambda c: c.update(tokens(1)[0], tokens(1)[1].float()),
         "value must have the key's dtype and device",
+    ),
+    "value on another device": (
+        lambda c: c.update(tokens(1)[0], tokens(1)[1].to("meta")),
+        "must have the key's dtype and device, torch.float64 on cpu; got torch.float64 on meta",
     ),
     "padding of another shape": (
         lambda c: c.update(*tokens(2), torch.zeros(2, 4, dtype=torch.bool)),
@@ -86,6 +98,14 @@ REFUSALS: dict[str, tuple[Callable[[DecodingCache], object], str]] = {
     "reorder: floats": (
         lambda c: c.reorder(torch.tensor([0.0, 1.0])),
         "index must be integers; got torch.float32",
+    ),
+    "reorder: bools": (
+        lambda c: c.reorder(torch.tensor([False, True])),
+        "index must be integers; got torch.bool",
+    ),
+    "select: two dimensions": (
+        lambda c: c.select(torch.tensor([[0, 1]])),
+        r"rows must name at least one sequence; got shape \(1, 2\)",
     ),
     "select: nothing": (
         lambda c: c.select(torch.tensor([False, False])),
@@ -126,6 +146,15 @@ REFUSALS: dict[str, tuple[Callable[[DecodingCache], object], str]] = {
             }
         ),
         r"state\['.*'\] must be",
+    ),
+    "state of another dtype": (
+        lambda c: c.load_state_dict(
+            {
+                name: part.half() if isinstance(part, Tensor) and part.dim() == 4 else part
+                for name, part in c.state_dict().items()
+            }
+        ),
+        r"state\['key.*'\] must be .*got torch.float16",
     ),
     "state with fewer values than keys": (
         lambda c: c.load_state_dict(
@@ -178,6 +207,18 @@ def test_padding_for_all_tokens_replaces_what_was_remembered(name: str) -> None:
     cached = cache.update(*tokens(2), padding)
     assert cached.key.shape[2] == cache.length == 5
     assert torch.equal(cached.padding, padding)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("name", [*NAMES, "cross"])
+def test_sequences_are_named_by_any_integers(name: str, dtype: torch.dtype) -> None:
+    found, expected = (cross() if name == "cross" else filled(name) for _ in range(2))
+    expected.load_state_dict(found.state_dict())
+    for operation, rows in (("reorder", [1, 0]), ("select", [0, 1, 1])):
+        getattr(found, operation)(torch.tensor(rows, dtype=dtype))
+        getattr(expected, operation)(torch.tensor(rows))
+        states = [cache.state_dict() for cache in (found, expected)]
+        assert same(*(state.get("tensors", state) for state in states))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -278,6 +319,9 @@ def test_a_gradient_is_not_lost_in_silence(name: str) -> None:
     with pytest.raises(ValueError, match="keeps no gradient"):
         cache.update(key.requires_grad_(), value)
     assert cache.length == 0
+    with torch.no_grad():
+        assert not cache.update(key, value).key.requires_grad
+    cache.reset()
     with forward_ad.dual_level(), pytest.raises(ValueError, match="keeps no forward-mode"):
         cache.update(forward_ad.make_dual(key, key), value)
 

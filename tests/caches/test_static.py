@@ -159,6 +159,15 @@ def test_cropped_to_nothing_it_takes_another_batch_whatever_padding_was_there() 
     assert same(cache.state_dict(), fresh.state_dict())
 
 
+def test_the_state_of_a_full_cache_is_a_copy_too() -> None:
+    cache = StaticCache(3)
+    cache.update(*tokens(3))
+    before, state = cache.state_dict(), cache.state_dict()
+    for name in ("key", "value"):
+        state[name].zero_()
+    assert same(before, cache.state_dict())
+
+
 def test_it_holds_its_memory_and_no_more() -> None:
     cache = StaticCache(4096)
     with torch.inference_mode():
