@@ -191,12 +191,13 @@ def test_a_refusal_says_why_and_changes_nothing(name: str, refusal: str) -> None
         cache.rollback()
 
 
+@pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_refused_padding_mask_of_integers_changes_nothing(name: str) -> None:
+def test_a_refused_padding_mask_of_integers_changes_nothing(name: str, length: int) -> None:
     cache = filled(name)
     before = cache.state_dict()
     with pytest.raises(TypeError, match="key_padding_mask must be bool or floating point"):
-        cache.update(*tokens(1), torch.zeros(2, 1, dtype=torch.int64))
+        cache.update(*tokens(1), torch.zeros(2, length, dtype=torch.int64))
     assert same(before, cache.state_dict())
 
 
@@ -207,6 +208,30 @@ def test_padding_for_all_tokens_replaces_what_was_remembered(name: str) -> None:
     cached = cache.update(*tokens(2), padding)
     assert cached.key.shape[2] == cache.length == 5
     assert torch.equal(cached.padding, padding)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_taken_back_was_never_there(name: str, count: int) -> None:
+    cache = filled(name)
+    cache.update(*tokens(6))
+    before = cache.state_dict()
+    cache.update(*tokens(count), torch.ones(2, count, dtype=torch.bool), origin=torch.tensor([3]))
+    cache.take_back()
+    assert same(before, cache.state_dict())
+
+
+@pytest.mark.parametrize("name", ["dynamic", "static", "rolling", "rolling with sinks"])
+def test_what_was_taken_back_counts_as_changed(name: str) -> None:
+    cache = filled(name)
+    seen = cache.update(*tokens(1))
+    versions = seen.key._version, seen.value._version
+    cache.crop(cache.length)
+    assert (seen.key._version, seen.value._version) == versions
+    cache.take_back()
+    cache.update(*tokens(1))
+    assert seen.key._version > versions[0]
+    assert seen.value._version > versions[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
@@ -277,7 +302,8 @@ def test_a_loaded_state_is_a_copy_too(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_modes_of_autograd_may_change_between_steps(name: str) -> None:
-    cache = KINDS[name].make(2)
+    with torch.inference_mode():
+        cache = KINDS[name].make(2)
     modes = [torch.inference_mode, torch.no_grad, torch.enable_grad, torch.inference_mode]
     for mode in [*modes, torch.no_grad]:
         with mode():

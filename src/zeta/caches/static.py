@@ -61,8 +61,8 @@ class StaticCache:
         # The length: on the device, and as far as the host knows it without asking; None: it must.
         self._count: Tensor | None = None
         self._known: int | None = 0
-        # Length and padding before the last eager update.
-        self._before: tuple[int, Tensor | None] = (0, None)
+        # Length, padding and origin before the last eager update.
+        self._before: tuple[int, Tensor | None, Tensor | None] = (0, None, None)
         self._forks: Forks[_Kept] = Forks()
 
     def allocate(
@@ -159,8 +159,10 @@ class StaticCache:
             known, key_padding_mask, batch=form.batch, length=total, added=added
         )
         slots = self._make_room(form)
-        remembered = self._padding_BC
-        self._before = first, None if remembered is None else own(remembered)
+        padding_BC, origin_B = (
+            None if tensor is None else own(tensor) for tensor in (self._padding_BC, self._origin_B)
+        )
+        self._before = first, padding_BC, origin_B
         slots.write(first, key, value)
         if padding is not None:
             self._keep_padding(padding)
@@ -233,7 +235,7 @@ class StaticCache:
     def take_back(self) -> None:
         """See `Cache`. A step that is recorded leaves nothing to undo."""
         if self._slots is not None and not is_recorded(self._slots.form.device):
-            length, self._padding_BC = self._before
+            length, self._padding_BC, self._origin_B = self._before
             self._shorten(length)
 
     def reorder(self, index: Tensor) -> None:
