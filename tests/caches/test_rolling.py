@@ -31,16 +31,42 @@ def test_a_single_token_gets_the_window_and_the_sinks_at_their_positions() -> No
         assert cached.mask is None
 
 
-def test_a_crop_within_a_fork_brings_back_what_the_fork_has() -> None:
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_keys_are_in_order_until_one_is_forgotten(sinks: int) -> None:
+    cache = RollingCache(4, sinks)
+    key, value = tokens(4 + sinks)
+    cache.update(key, value)
+    cached = cache.update(*tokens(2))
+    assert (cached.positions, cached.query_positions) == (None, None)
+    assert torch.equal(cached.key[:, :, : 4 + sinks], key)
+    assert cache.update(*tokens(2)).positions is not None
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_what_was_shown_counts_as_changed_once_it_is_written_over(sinks: int) -> None:
+    cache = RollingCache(4, sinks)
+    seen = cache.update(*tokens(1))
+    version = seen.key._version
+    for _ in range(3 + sinks):
+        cache.update(*tokens(1))
+    assert (seen.key._version, seen.value._version) == (version, version)
+    cache.update(*tokens(1))
+    assert seen.key._version > version
+    assert seen.value._version > version
+
+
+@pytest.mark.parametrize(("grown", "left"), [(17, 15), (18, 15), (18, 14)])
+def test_a_crop_within_a_fork_brings_back_what_the_fork_has(grown: int, left: int) -> None:
     plain, forked = RollingCache(4, 1), RollingCache(4, 1)
     key, value = tokens(20)
     for cache in (plain, forked):
         cache.update(key[:, :, :14], value[:, :, :14])
     forked.fork()
-    forked.update(key[:, :, 14:17], value[:, :, 14:17])
-    forked.crop(15)
+    forked.update(key[:, :, 14:grown], value[:, :, 14:grown])
+    forked.crop(left)
     forked.commit()
-    plain.update(key[:, :, 14:15], value[:, :, 14:15])
+    if left > 14:
+        plain.update(key[:, :, 14:left], value[:, :, 14:left])
     assert same(plain.state_dict(), forked.state_dict())
 
 
@@ -52,6 +78,16 @@ def test_a_fork_has_nothing_of_sequences_in_another_order() -> None:
     cache.update(*tokens(3))
     with pytest.raises(ValueError, match="tokens 11 to 12 are not there any more"):
         cache.crop(15)
+
+
+def test_a_fork_has_nothing_of_what_came_after_a_crop() -> None:
+    cache = RollingCache(4)
+    cache.update(*tokens(3))
+    cache.fork()
+    cache.crop(1)
+    cache.update(*tokens(5))
+    with pytest.raises(ValueError, match="tokens 0 to 1 are not there any more"):
+        cache.crop(3)
 
 
 def test_a_crop_of_forgotten_tokens_is_refused() -> None:

@@ -122,7 +122,7 @@ def test_addresses_stay_whatever_happens() -> None:
     cache.rollback()
     cache.update(*tokens(1))
     cache.reset()
-    cache.update(*tokens(1))
+    cache.to("cpu").update(*tokens(1))
     assert cache._slots.key.data_ptr() == address
     with pytest.raises(ValueError, match="has its memory already"):
         cache.allocate(2, 2, 6)
@@ -315,3 +315,16 @@ def test_padding_that_was_cropped_does_not_come_back(monkeypatch: pytest.MonkeyP
     cached = cache.update(key[:, :, 4:], value[:, :, 4:])
     assert cached.padding is not None
     assert cached.padding.tolist() == [[True, True] + [False] * 6] * 2
+
+
+def test_keys_and_values_that_were_cropped_do_not_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key, value = tokens(4)
+    cache = StaticCache(8)
+    cache.update(key * torch.nan, value * torch.nan)
+    cache.crop(0)
+    monkeypatch.setattr(static_module, "is_recorded", lambda device: True)
+    cached = cache.update(key[:, :, :1], value[:, :, :1])
+    assert cached.key.isfinite().all()
+    assert cached.value.isfinite().all()

@@ -361,8 +361,10 @@ def test_pages_that_went_to_others_are_not_read() -> None:
     assert torch.equal(kept, features(beams.key).float())
     one = first.update(*cases.new_tokens(1, torch.float32))
     other = first.update(*cases.new_tokens(1, torch.float32))
+    first.crop(7)
+    one.value.sum()  # Nobody writes to pages that are full.
     first.reset()
-    one.key.sum()  # Nobody has taken the pages yet.
+    one.key.sum()  # Nor has anybody taken them yet.
     second.update(*cases.new_tokens(20, torch.float32))
     with pytest.raises(RuntimeError, match="may be another's"):
         other.key.sum()
