@@ -160,7 +160,7 @@ class RollingCache:
         added, total = len(new_N), state.length + len(new_N)
         slots = self._unshared(state)
         # The sinks among them, and the last window; no two of these share a slot.
-        num_sinks = max(0, min(self.sinks - state.length, added))
+        num_sinks = max(0, self.sinks - state.length)
         start = max(num_sinks, added - self.window)
         if total > self._ring.num_slots:
             slots.changed()

@@ -98,12 +98,11 @@ class Slots(NamedTuple):
         return new
 
     def restore(self, kept: "Slots") -> "Slots":
-        """The contents of ``kept``, in this memory if it fits."""
+        """The contents of ``kept``, in this memory if it fits; the caller says `changed`."""
         if kept.form != self.form:
             return kept
         self.key.copy_(kept.key)
         self.value.copy_(kept.value)
-        self.changed()
         return self
 
     def to(self, device: torch.device) -> "Slots":
