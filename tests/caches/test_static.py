@@ -12,6 +12,7 @@ from zeta import masks
 from zeta.bench import peak_bytes
 from zeta.caches import Cached, DecodingCache, DynamicCache, StaticCache
 from zeta.caches import static as static_module
+from zeta.caches.slots import Slots
 from zeta.nn import MultiheadAttention
 
 
@@ -168,11 +169,46 @@ def test_the_state_of_a_full_cache_is_a_copy_too() -> None:
     assert same(before, cache.state_dict())
 
 
+def test_a_fork_of_nothing_takes_another_batch_after_its_rollback() -> None:
+    cache, fresh = StaticCache(8), StaticCache(8)
+    padding = torch.tensor([[True, False], [False, False], [False, True]])
+    cache.update(*tokens(2), padding[:2], origin=torch.tensor([4, 5]))
+    cache.crop(0)
+    cache.fork()
+    cache.update(*tokens(2, batch=3), padding, origin=torch.tensor([4, 5, 6]))
+    cache.rollback()
+    new = tokens(2, batch=3)
+    for held in (cache, fresh):
+        held.update(*new, padding, origin=torch.tensor([7]))
+    assert same(cache.state_dict(), fresh.state_dict())
+
+
+def test_a_fork_copies_nothing_until_its_tokens_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies, copy = [], Slots.copy
+    monkeypatch.setattr(Slots, "copy", lambda slots: copies.append(slots) or copy(slots))
+    cache = StaticCache(8)
+    cache.update(*tokens(3))
+    before = cache.state_dict()
+    cache.fork()
+    cache.fork()
+    cache.update(*tokens(2))
+    cache.crop(3)
+    assert not copies
+    cache.crop(2)
+    assert len(copies) == 1
+    for _ in range(2):
+        cache.rollback()
+        assert same(cache.state_dict(), before)
+
+
 def test_it_holds_its_memory_and_no_more() -> None:
     cache = StaticCache(4096)
     with torch.inference_mode():
         for _ in range(3):
             cache.update(*tokens(1))
+    assert cache.nbytes == 2 * 2 * 4096 * (6 + 5) * 8
+    cache.update(*tokens(1), torch.ones(2, 1, dtype=torch.bool))
+    cache.reset()
     assert cache.nbytes == 2 * 2 * 4096 * (6 + 5) * 8
 
 

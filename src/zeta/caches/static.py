@@ -221,7 +221,7 @@ class StaticCache:
     def _keep_origin(self, origin: Tensor | None, batch: int) -> None:
         if origin is None:
             return
-        if self._origin_B is None or self._origin_B.shape[0] != batch:
+        if self._origin_B is None:
             self._origin_B = own(origin.expand(batch))
         else:
             self._origin_B.copy_(origin)
@@ -277,9 +277,14 @@ class StaticCache:
 
     def fork(self) -> None:
         """See `DecodingCache`."""
-        count = None if self._count is None or self._known == 0 else self._count.clone()
-        padding = None if self._padding_BC is None else own(self._padding_BC)
-        origin = None if self._origin_B is None else own(self._origin_B)
+        if self._known == 0:
+            # Sequences that have no token yet may be others when it is gone back to.
+            self._forks.open(_Kept(None, None, None, None))
+            return
+        count, padding, origin = (
+            None if tensor is None else own(tensor)
+            for tensor in (self._count, self._padding_BC, self._origin_B)
+        )
         self._forks.open(_Kept(count, None, padding, origin))
 
     def commit(self) -> None:
