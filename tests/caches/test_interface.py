@@ -216,19 +216,23 @@ def test_what_was_taken_back_was_never_there(name: str, count: int) -> None:
     cache = filled(name)
     cache.update(*tokens(6))
     before = cache.state_dict()
-    cache.update(*tokens(count), torch.ones(2, count, dtype=torch.bool), origin=torch.tensor([3]))
-    cache.take_back()
-    assert same(before, cache.state_dict())
+    # Padding of the new tokens, and of all.
+    for length in (count, 9 + count):
+        padding = torch.ones(2, length, dtype=torch.bool)
+        cache.update(*tokens(count), padding, origin=torch.tensor([3]))
+        cache.take_back()
+        assert same(before, cache.state_dict())
 
 
+@pytest.mark.parametrize("undo", ["take_back", "crop"])
 @pytest.mark.parametrize("name", ["dynamic", "static", "rolling", "rolling with sinks"])
-def test_what_was_taken_back_counts_as_changed(name: str) -> None:
+def test_what_is_gone_and_written_over_counts_as_changed(name: str, undo: str) -> None:
     cache = filled(name)
     seen = cache.update(*tokens(1))
     versions = seen.key._version, seen.value._version
     cache.crop(cache.length)
     assert (seen.key._version, seen.value._version) == versions
-    cache.take_back()
+    cache.crop(3) if undo == "crop" else cache.take_back()
     cache.update(*tokens(1))
     assert seen.key._version > versions[0]
     assert seen.value._version > versions[1]
@@ -249,10 +253,11 @@ def test_sequences_are_named_by_any_integers(name: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fork_keeps_what_is_cropped_and_written_over(name: str) -> None:
     cache = filled(name)
+    cache.update(*tokens(1), origin=torch.tensor([3]))
     before = cache.state_dict()
     cache.fork()
     cache.crop(1)
-    cache.update(*tokens(2))
+    cache.update(*tokens(2), origin=torch.tensor([8]))
     cache.rollback()
     assert same(before, cache.state_dict())
 

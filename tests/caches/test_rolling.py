@@ -1,5 +1,7 @@
 """`RollingCache`: constant memory, and what a crop can bring back."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -78,6 +80,34 @@ def test_a_fork_has_nothing_of_sequences_in_another_order() -> None:
     cache.update(*tokens(3))
     with pytest.raises(ValueError, match="tokens 11 to 12 are not there any more"):
         cache.crop(15)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_padding_that_a_crop_brings_back_is_that_of_the_fork(padded: bool) -> None:
+    plain, forked = RollingCache(4), RollingCache(4)
+    key, value = tokens(17)
+    padding = torch.zeros(2, 17, dtype=torch.bool)
+    padding[0, 11:] = padding[1, ::2] = True
+    for cache in (plain, forked):
+        cache.update(key[:, :, :14], value[:, :, :14], padding[:, :14] if padded else None)
+    forked.fork()
+    forked.update(key[:, :, 14:], value[:, :, 14:], padding[:, 14:])
+    before = forked.state_dict()
+    forked.fork()
+    forked.crop(15)
+    plain.update(key[:, :, 14:15], value[:, :, 14:15], padding[:, 14:15])
+    assert same(plain.state_dict(), forked.state_dict())
+    forked.rollback()
+    assert same(forked.state_dict(), before)
+
+
+def test_nothing_is_held_after_a_reset() -> None:
+    cache = RollingCache(4)
+    for _ in range(2):
+        cache.update(*tokens(1))
+    memory = weakref.ref(cache._state.slots.key)
+    cache.reset()
+    assert memory() is None
 
 
 def test_a_fork_has_nothing_of_what_came_after_a_crop() -> None:
