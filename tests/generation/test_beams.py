@@ -65,7 +65,27 @@ def test_one_beam_is_greedy() -> None:
         assert found.tokens[b, 0].tolist() == greedily(model, prompt, 9)
 
 
-def plain_beams(model: Toy, prompt: list[int], width: int, count: int, stop: int) -> Tensor:
+class Chain:
+    """A model in which the next token depends on the last alone, and a third of them cannot be."""
+
+    def __init__(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.table = 2 * torch.randn(5, 5, dtype=torch.float64, generator=generator)
+        impossible = torch.rand(5, 5, generator=generator) < 1 / 3
+        self.table.masked_fill_(impossible.fill_diagonal_(False), -torch.inf)
+        self.calls = 0
+
+    def __call__(self, tokens: Tensor, *_: object) -> Tensor:
+        self.calls += 1
+        return self.table[tokens]
+
+    def logits_after(self, tokens: list[int]) -> Tensor:
+        return self.table[tokens[-1]]
+
+
+def plain_beams(
+    model: Toy | Chain, prompt: list[int], width: int, count: int, stop: int, penalty: float = 1.0
+) -> Tensor:
     """Beam search with a dict of hypotheses and the whole sequence at each step: best scores."""
     going: dict[tuple[int, ...], float] = {(): 0.0}
     finished: list[float] = []
@@ -74,12 +94,13 @@ def plain_beams(model: Toy, prompt: list[int], width: int, count: int, stop: int
         for tokens, total in going.items():
             for token, more in enumerate(model.logits_after([*prompt, *tokens]).log_softmax(-1)):
                 if token == stop:
-                    finished.append((total + float(more)) / (n + 1))
-                else:
+                    finished.append((total + float(more)) / (n + 1) ** penalty)
+                elif more > -torch.inf:
                     grown[(*tokens, token)] = total + float(more)
         best = sorted(grown.items(), key=lambda item: -item[1])[:width]
         going = dict(best)
-    finished += [total / count for total in going.values()]
+    finished += [total / count**penalty for total in going.values()]
+    finished += [-torch.inf] * width
     return torch.tensor(sorted(finished, reverse=True)[:width], dtype=torch.float64)
 
 
@@ -97,6 +118,39 @@ def test_few_beams_find_what_a_plain_search_finds(width: int) -> None:
     )
     for b, prompt in enumerate([[1, 2], [2, 1, 1]]):
         torch.testing.assert_close(found.scores[b], plain_beams(model, prompt, width, 6, 4))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_a_search_ends_early_and_misses_nothing(width: int, penalty: float) -> None:
+    calls = 0
+    for seed in range(40):
+        model = Chain(seed)
+        found = beam_search(
+            model,
+            torch.tensor([[1], [2]]),
+            [],
+            num_beams=width,
+            max_new_tokens=6,
+            length_penalty=penalty,
+            stop_tokens=[0],
+        )
+        for b, prompt in enumerate([[1], [2]]):
+            expected = plain_beams(model, prompt, width, 6, 0, penalty)
+            torch.testing.assert_close(found.scores[b], expected)
+        assert torch.equal(found.lengths == 0, found.scores == -torch.inf)
+        calls += model.calls
+    # A token can always follow itself: without an early end there are six calls.
+    assert penalty == 2.0 or calls < 40 * 6
+
+
+def test_a_search_ends_when_nothing_else_is_possible() -> None:
+    model = Chain(0)
+    model.table[1, 1:] = -torch.inf
+    model.table[1, 0] = 0
+    options = {"num_beams": 3, "max_new_tokens": 6, "stop_tokens": [0]}
+    found = beam_search(model, torch.tensor([[1]]), [], **options)
+    assert (model.calls, found.lengths.tolist()) == (1, [[1, 0, 0]])
 
 
 @pytest.mark.parametrize(
@@ -125,13 +179,15 @@ def test_a_penalty_beyond_floats_makes_all_long_ones_equal() -> None:
     assert bool((near.scores < 0).all())
 
 
-def test_whole_numbers_are_ints() -> None:
+@pytest.mark.parametrize("name", ["num_beams", "max_new_tokens", "fill"])
+def test_whole_numbers_are_ints(name: str) -> None:
     model = Toy()
-    with pytest.raises(TypeError, match=r"num_beams must be an int; got 2\.5"):
-        beam_search(model, PROMPT, model.caches(), num_beams=2.5, max_new_tokens=2)
+    options = {"num_beams": 2, "max_new_tokens": 2} | {name: 2.5}
+    with pytest.raises(TypeError, match=rf"{name} must be an int; got 2\.5"):
+        beam_search(model, PROMPT, model.caches(), **options)
 
 
-@pytest.mark.parametrize("stop_tokens", [[4, 4], [4, -1], [4, 99], torch.tensor([4])])
+@pytest.mark.parametrize("stop_tokens", [[4, 4], [4, -1], [4, 7], [4, 99], torch.tensor([4])])
 def test_stop_tokens_are_a_set_of_tokens(stop_tokens: object) -> None:
     model = Toy()
     options = {"num_beams": 3, "max_new_tokens": 5, "padding": PADDING}

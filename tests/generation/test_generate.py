@@ -206,6 +206,9 @@ def test_tokens_are_drawn_with_their_probabilities(choose: Sampling, expected: l
     [
         (Sampling(), [0.0, math.inf, 5.0], [0, 1, 0]),
         (Sampling(top_k=2), [math.inf, -math.inf, math.inf], [0.5, 0, 0.5]),
+        (Sampling(top_p=0.5), [1.0, 1.0], [1, 0]),
+        (Sampling(min_p=1.0), [3.0, 1.0, 3.0], [0.5, 0, 0.5]),
+        (Sampling(seed=-(2**63)), [0.0, -100.0], [1, math.exp(-100)]),
         (Sampling(temperature=1e-320), [0.0, 1.0, 50.0], [0, 0, 1]),
         (Sampling(temperature=1e-320), [3.0, -math.inf, 3.0], [0.5, 0, 0.5]),
         (Sampling(temperature=math.inf), [3.0, -math.inf, 1.0], [0.5, 0, 0.5]),
@@ -229,6 +232,10 @@ def test_a_repetition_is_penalised_by_the_formula() -> None:
     assert choosing(logits, rows).tolist() == [2]
     assert choosing(logits, rows).tolist() == [0]
     assert Greedy().start(prompt, real)(logits, rows).tolist() == [0]
+    # Of two sequences the second goes on, which has the 1.
+    two = Greedy(repetition_penalty=2.0).start(torch.tensor([[0], [1]]), real[:, :1].expand(2, 1))
+    assert two(torch.tensor([[1.9, 2.0]]), torch.tensor([1])).tolist() == [0]
+    assert two(torch.tensor([[1.9, 2.0]]), torch.tensor([0])).tolist() == [1]
 
 
 def test_a_repetition_penalty_is_each_sequences_own() -> None:
@@ -306,6 +313,10 @@ def test_nested_tensors_are_refused(name: str) -> None:
         ({"temperature": float("nan")}, r"temperature must be positive .* got nan"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive and finite; got 0.0"),
         ({"repetition_penalty": math.inf}, "must be positive and finite; got inf"),
+        (
+            {"seed": -(2**63) - 1},
+            r"seed must be in \[-2\*\*63, 2\*\*64\); got -9223372036854775809",
+        ),
         ({"seed": 2**64}, r"seed must be in \[-2\*\*63, 2\*\*64\); got 18446744073709551616"),
     ],
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.generation.models import Toy
 from tests.generation.test_generate import CACHES, padded
-from zeta.caches import DynamicCache, RollingCache
+from zeta.caches import DynamicCache, RollingCache, StaticCache
 from zeta.generation import Draft, Sampling, generate, stream
 
 VOCABULARY = 3
@@ -56,6 +56,33 @@ def test_sequences_that_differ_in_length_in_their_cache_give_back_what_is_refuse
     draft = Draft(similar(model, 0.3), CACHES[drafting](), num_tokens=3)
     found = generate(model, tokens, CACHES[kind](), draft=draft, **options)
     assert torch.equal(found.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 2.0])
+def test_both_models_see_each_token_once_and_no_more_than_without_a_draft(noise: float) -> None:
+    model = Toy()
+    draft, calls = similar(model, noise), [0, 0]
+
+    def watched(number: int) -> Any:
+        def call(tokens: Tensor, caches: Any, positions: Tensor) -> Tensor:
+            calls[number] += 1
+            assert (positions[:, 0] == caches[0].length).all()
+            return (model, draft)[number](tokens, caches, positions)
+
+        return call
+
+    prompt, options = torch.tensor([[1, 2, 3], [3, 2, 1]]), {"max_new_tokens": 12}
+    plain = generate(model, prompt, model.caches(), **options)
+    # The last token is in no cache.
+    caches, drafted = ([StaticCache(3 + 12 - 1) for _ in range(2)] for _ in range(2))
+    held = Draft(watched(1), drafted, num_tokens=3)
+    steps = list(
+        stream(watched(0), prompt, caches, draft=held, stop_tokens=[int(plain[0][0, 4])], **options)
+    )
+    for step in steps:
+        assert len(step.rows) == len(step.tokens) == len(step.stopped)
+        assert torch.equal(step.tokens, plain.tokens[step.rows, step.number])
+    assert min(calls) > 1
 
 
 def exact(model: Toy, prompt: list[int], count: int, choose: Sampling) -> Tensor:
