@@ -55,9 +55,15 @@ def test_it_is_saved_and_loaded_and_reset() -> None:
     attention, cache, _, _ = begun()
     query = torch.randn(3, 2, 8, dtype=torch.float64)
     before, state = attend(attention, query, cache), cache.state_dict()
+    cache.fork()
     cache.to("cpu").reset()
     assert (cache.length, cache.nbytes) == (0, 0)
+    with pytest.raises(ValueError, match="needs an open fork"):
+        cache.rollback()
+    cache.fork()
     cache.load_state_dict(state)
+    with pytest.raises(ValueError, match="needs an open fork"):
+        cache.rollback()
     for tensor in (*state["tensors"].values(), *cache.state_dict()["tensors"].values()):
         tensor.zero_()
     torch.testing.assert_close(attend(attention, query, cache), before)
@@ -100,6 +106,12 @@ def test_refusals_change_nothing() -> None:
         (
             lambda: cache.load_state_dict({"kind": "CrossCache", "tensors": {"prev_key": 1}}),
             "must have \\['prev_key_static', 'prev_value'\\] too",
+        ),
+        (
+            lambda: CrossCache(
+                {name: before[name][0] for name in ("prev_key", "prev_value")}
+            ).reuse(2),
+            r"must hold keys of 2 sequences; got shape \(2, 5, 4\)",
         ),
         (
             lambda: CrossCache({"prev_key": before["prev_key"]}),

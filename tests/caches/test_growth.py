@@ -164,8 +164,10 @@ def test_a_dict_of_keys_and_values_alone_is_taken_over_and_not_written_to() -> N
 def test_a_dynamic_cache_goes_on_from_all_that_a_dict_has() -> None:
     state: dict[str, Tensor] = {}
     assert DynamicCache(state).length == 0
+    first = torch.tensor([2])
+    assert DictCache(state).origin(first) is first
     padding = torch.tensor([[True, False, False], [False, False, False]])
-    DictCache(state, lambda key: key).update(*tokens(3), padding, origin=torch.tensor([2]))
+    DictCache(state, lambda key: key).update(*tokens(3), padding, origin=first)
     cache = DynamicCache(state)
     assert cache.origin(None).tolist() == [2, 2]
     found = cache.update(*tokens(1)).padding
