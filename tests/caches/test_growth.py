@@ -168,10 +168,22 @@ def test_a_dynamic_cache_goes_on_from_all_that_a_dict_has() -> None:
     assert DictCache(state).origin(first) is first
     padding = torch.tensor([[True, False, False], [False, False, False]])
     DictCache(state, lambda key: key).update(*tokens(3), padding, origin=first)
+    assert state["prev_key_origin"].tolist() == [2, 2]
     cache = DynamicCache(state)
     assert cache.origin(None).tolist() == [2, 2]
     found = cache.update(*tokens(1)).padding
     assert torch.equal(found, torch.nn.functional.pad(padding, (0, 1)))
+
+
+def test_a_dict_that_had_nothing_has_nothing_again() -> None:
+    state: dict[str, Tensor] = {}
+    cache = DictCache(state)
+    cache.update(*tokens(3), torch.zeros(2, 3))
+    cache.take_back()
+    assert state == {}
+    flat = {"prev_key": torch.zeros(2, 2), "prev_value": torch.zeros(2, 2)}
+    with pytest.raises(ValueError, match=r"must have shape \(2, 2, length, 6\).*got \(2, 2\)"):
+        DictCache(flat).update(*tokens(1))
 
 
 def test_a_dict_can_be_saved_with_nothing_but_tensors_in_it() -> None:

@@ -144,11 +144,12 @@ def test_a_search_ends_early_and_misses_nothing(width: int, penalty: float) -> N
     assert penalty == 2.0 or calls < 40 * 6
 
 
-def test_a_search_ends_when_nothing_else_is_possible() -> None:
+@pytest.mark.parametrize("longest", [1, 6])
+def test_a_search_ends_when_nothing_else_is_possible(longest: int) -> None:
     model = Chain(0)
     model.table[1, 1:] = -torch.inf
     model.table[1, 0] = 0
-    options = {"num_beams": 3, "max_new_tokens": 6, "stop_tokens": [0]}
+    options = {"num_beams": 3, "max_new_tokens": longest, "stop_tokens": [0]}
     found = beam_search(model, torch.tensor([[1]]), [], **options)
     assert (model.calls, found.lengths.tolist()) == (1, [[1, 0, 0]])
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zeta.generation import drawing
 from zeta.generation.drawing import Uniforms
 
 
@@ -29,6 +30,22 @@ def test_numbers_are_those_of_the_formula(seed: int) -> None:
             for place in range(70)
         ]
         assert found[draw].tolist() == expected
+
+
+def test_only_tokens_that_can_be_are_drawn_whatever_the_total() -> None:
+    greatest = 1 - 2.0**-53
+    least = 5e-324  # Whose product with the greatest is itself.
+    for probability, uniform, token in (
+        ([0.0, 1.0], 0.0, 1),
+        ([least, 0.0], greatest, 0),
+        ([0.25, 0.25], 0.4, 0),
+        ([0.25, 0.25], 0.5, 1),
+    ):
+        found = drawing.draw(
+            torch.tensor([probability], dtype=torch.float64),
+            torch.tensor([uniform], dtype=torch.float64),
+        )
+        assert found.tolist() == [token]
 
 
 def test_a_place_keeps_its_numbers_whatever_its_neighbours() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.generation.models import Toy
 from tests.generation.test_generate import CACHES, padded
-from zeta.caches import DynamicCache, RollingCache, StaticCache
+from zeta.caches import CrossCache, DynamicCache, RollingCache, StaticCache
 from zeta.generation import Draft, Sampling, generate, stream
 
 VOCABULARY = 3
@@ -83,6 +83,41 @@ def test_both_models_see_each_token_once_and_no_more_than_without_a_draft(noise:
         assert len(step.rows) == len(step.tokens) == len(step.stopped)
         assert torch.equal(step.tokens, plain.tokens[step.rows, step.number])
     assert min(calls) > 1
+
+
+def test_a_cross_attention_counts_the_tokens_that_stay() -> None:
+    model = Toy()
+    draft = similar(model, 0.3)
+
+    def with_source(of: Toy) -> Any:
+        def call(tokens: Tensor, caches: Any, positions: Tensor) -> Tensor:
+            if not caches[2].length:
+                caches[2].update(torch.ones(1, 2, 2, 4), torch.ones(1, 2, 2, 4))
+            caches[2].count_queries(tokens[..., None])
+            return of(tokens, caches[:2], positions)
+
+        return call
+
+    caches, drafted = ([*model.caches(), CrossCache()] for _ in range(2))
+    held = Draft(with_source(draft), drafted)
+    prompt = torch.tensor([[1, 2, 3]])
+    generate(with_source(model), prompt, caches, max_new_tokens=12, draft=held)
+    for own in (caches, drafted):
+        assert own[2].state_dict()["tensors"]["prev_queries"].tolist() == [own[0].length]
+
+
+def test_logits_are_checked_at_every_step() -> None:
+    model = Toy()
+
+    def fails(tokens: Tensor, *rest: Any) -> Tensor:
+        logits = model(tokens, *rest)
+        return logits if tokens.shape[1] == 3 else logits[:, -1:]
+
+    draft = Draft(similar(model, 0.0), model.caches())
+    with pytest.raises(
+        ValueError, match=r"must return logits \(1, 5, vocabulary\); got \(1, 1, 7\)"
+    ):
+        generate(fails, torch.tensor([[1, 2, 3]]), model.caches(), max_new_tokens=9, draft=draft)
 
 
 def exact(model: Toy, prompt: list[int], count: int, choose: Sampling) -> Tensor:
@@ -171,6 +206,9 @@ def test_a_draft_needs_caches_that_grow() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             generate(model, prompt, caches, max_new_tokens=2, draft=Draft(model, drafted))
+    draft = Draft(model, [DynamicCache()] * 2)
+    with pytest.raises(ValueError, match=r"draft\.caches must be different objects"):
+        generate(model, prompt, model.caches(), max_new_tokens=2, draft=draft)
     with pytest.raises(TypeError, match="draft must be a Draft; got Toy"):
         generate(model, prompt, model.caches(), max_new_tokens=2, draft=model)
 
