@@ -169,6 +169,10 @@ REFUSALS: dict[str, tuple[Callable[[DecodingCache], object], str]] = {
         lambda c: c.load_state_dict(c.state_dict() | {"padding": torch.zeros(2, 2)}),
         r"state\['padding'\] must be torch.float32 \(2, 3\)",
     ),
+    "state with padding of three dimensions": (
+        lambda c: c.load_state_dict(c.state_dict() | {"padding": torch.zeros(2, 3, 1)}),
+        r"state\['padding'\] must be torch.float32 \(2, 3\).*got torch.float32 \(2, 3, 1\)",
+    ),
     "state with an origin of another batch": (
         lambda c: c.load_state_dict(c.state_dict() | {"origin": torch.tensor([1])}),
         r"state\['origin'\] must be torch.int64 \(2,\)",

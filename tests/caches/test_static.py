@@ -96,6 +96,17 @@ def test_a_compiled_step_on_a_full_cache_fails_and_writes_nothing() -> None:
     torch.compiler.reset()
 
 
+def test_sequences_are_reordered_within_one_graph() -> None:
+    torch.compiler.reset()
+    cache = StaticCache(8)
+    key, value = tokens(3)
+    cache.update(key, value)
+    step = torch.compile(lambda index: cache.reorder(index), backend="eager", fullgraph=True)
+    step(torch.tensor([1, 1]))
+    assert torch.equal(cache.state_dict()["key"], key[[1, 1]])
+    torch.compiler.reset()
+
+
 def test_compiled_and_eager_steps_mix() -> None:
     torch.compiler.reset()
     static, dynamic = StaticCache(16), DynamicCache()
