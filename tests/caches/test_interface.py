@@ -248,8 +248,10 @@ def test_sequences_are_named_by_any_integers(name: str, dtype: torch.dtype) -> N
     found, expected = (cross() if name == "cross" else filled(name) for _ in range(2))
     expected.load_state_dict(found.state_dict())
     for operation, rows in (("reorder", [1, 0]), ("select", [0, 1, 1])):
-        getattr(found, operation)(torch.tensor(rows, dtype=dtype))
-        getattr(expected, operation)(torch.tensor(rows))
+        new = tokens(1, batch=len(rows))
+        for cache, index in ((found, torch.tensor(rows, dtype=dtype)), (expected, rows)):
+            getattr(cache, operation)(torch.as_tensor(index))
+            cache.update(*new)
         states = [cache.state_dict() for cache in (found, expected)]
         assert same(*(state.get("tensors", state) for state in states))
 

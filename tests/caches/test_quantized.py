@@ -38,6 +38,13 @@ def test_equal_features_and_the_ends_are_exact(bits: int) -> None:
     torch.testing.assert_close(found[2, [0, 2]], x[2, [0, 2]])
 
 
+def test_a_step_that_was_rounded_down_leads_to_no_code_too_many() -> None:
+    x = torch.tensor([[101.17707061767578, 94.93685913085938], [-82.14215087890625, 83.440834045]])
+    found = dequantize(*quantize(x, 8), 8, 2, x.dtype)
+    half_a_step = (x[:, :1] - x[:, 1:]).abs() / 255 / 2
+    assert ((found - x).abs() <= half_a_step * (1 + 1e-3)).all()
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_nan_stays_nan(bits: int) -> None:
     x = torch.tensor([[1.0, torch.nan, 2.0], [1.0, 2.0, 3.0]])

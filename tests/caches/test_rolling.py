@@ -5,6 +5,7 @@ import weakref
 import pytest
 import torch
 
+import zeta
 from tests.caches.histories import same
 from tests.caches.test_interface import tokens
 from zeta.caches import RollingCache
@@ -31,6 +32,13 @@ def test_a_single_token_gets_the_window_and_the_sinks_at_their_positions() -> No
         assert torch.equal(cached.key, key[:, :, positions[0]])
         assert torch.equal(cached.value, value[:, :, positions[0]])
         assert cached.mask is None
+
+
+def test_a_sink_is_not_seen_before_it_comes() -> None:
+    key, value = tokens(3)
+    cached = RollingCache(1, 2).update(key, value)
+    out = zeta.attention(key, cached.key, cached.value, mask=cached.mask)
+    torch.testing.assert_close(out[:, :, 0], value[:, :, 0])
 
 
 @pytest.mark.parametrize("sinks", [0, 2])

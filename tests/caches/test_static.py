@@ -351,6 +351,7 @@ def test_padding_may_become_a_number_to_add() -> None:
         assert expected is not None
         assert torch.equal(found, expected)
     assert torch.equal(*(cache.state_dict()["padding"] for cache in caches))
+    assert caches[0].state_dict()["padding"][0].tolist() == [-torch.inf, 0, 0, 0, -1.5, 0]
 
 
 def test_padding_that_was_cropped_does_not_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
