@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.caches.histories import same
-from tests.caches.test_interface import tokens
+from tests.caches.interfaces import tokens
 from zeta.caches import CrossCache
 from zeta.nn import MultiheadAttention
 

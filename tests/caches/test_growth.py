@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.caches.histories import same
-from tests.caches.test_interface import tokens
+from tests.caches.interfaces import tokens
 from zeta.caches import DictCache, DynamicCache, QuantizedCache, growth
 from zeta.caches.growth import append, nbytes, reclaim, take
 

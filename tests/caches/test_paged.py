@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tests.caches.histories import same
+from tests.caches.interfaces import tokens
 from tests.caches.kinds import new_pool
-from tests.caches.test_interface import tokens
 from zeta.caches import CacheFullError, PagedCache, PagePool
 
 

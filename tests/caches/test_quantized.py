@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import zeta
-from tests.caches.test_interface import tokens
+from tests.caches.interfaces import tokens
 from zeta.caches import QuantizedCache
 from zeta.caches.quantized import dequantize, quantize
 

@@ -7,7 +7,7 @@ import torch
 
 import zeta
 from tests.caches.histories import same
-from tests.caches.test_interface import tokens
+from tests.caches.interfaces import tokens
 from zeta.caches import RollingCache
 
 

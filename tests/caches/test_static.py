@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import zeta
 from tests.caches.histories import same
-from tests.caches.test_interface import tokens
+from tests.caches.interfaces import tokens
 from zeta import masks
 from zeta.bench import peak_bytes
 from zeta.caches import Cached, DecodingCache, DynamicCache, StaticCache
