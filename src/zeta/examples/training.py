@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
+from zeta.examples.muon import Muon
 from zeta.nn import RelativePositionBias
 
 
@@ -43,7 +44,7 @@ def optimizers(model: nn.Module, learning_rate: float) -> list[Optimizer]:
         {"params": tables, "lr": 10 * learning_rate},
     ]
     return [
-        Muon(hidden, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        Muon(hidden, learning_rate, weight_decay=0.1),
         AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
