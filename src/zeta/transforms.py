@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-FunctionT = TypeVar("FunctionT", bound=Callable[[], object])
+FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
 
 Results: TypeAlias = tuple[Tensor | None, ...]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zeta.nn.config import AttentionConfig
+from zeta.nn.projections import called
 from zeta.nn.tables import Positions
 
 Split: TypeAlias = int | Tensor
@@ -121,7 +122,7 @@ class Ways(nn.Module):
         for name, part in zip(self._names, torch.split(x, list(sizes), dim=self.dim), strict=True):
             # A way without tokens runs on none of them for the sake of its gradient.
             if part.shape[self.dim] or torch.is_grad_enabled():
-                parts.append(getattr(self, name)(part, **kwargs))
+                parts.append(called(getattr(self, name), part, **kwargs))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
     def _select(
@@ -138,7 +139,7 @@ class Ways(nn.Module):
             chosen = ways == way
             # Integers are looked up: a way must not meet another one's vocabulary.
             tokens = x if x.is_floating_point() else x.where(_over(chosen, x, self.dim), 0)
-            out: Tensor = getattr(self, name)(tokens, **kwargs)
+            out = called(getattr(self, name), tokens, **kwargs)
             selected = (
                 out
                 if selected is None

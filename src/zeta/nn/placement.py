@@ -12,6 +12,7 @@ from zeta.caches import Cache, CrossCache, DictCache
 from zeta.nn.anchors import Rotated, rotate_xpos
 from zeta.nn.multiway import Split
 from zeta.nn.positions import Rotation, XPos
+from zeta.nn.projections import called
 from zeta.nn.tables import Positions, last_positions
 from zeta.values import check_integers, check_positions_shape
 
@@ -30,7 +31,7 @@ def through(module: nn.Module, x: Tensor, route: Route | None) -> Tensor:
     """``module(x)``, along ``route`` if the module is multiway."""
     out: Tensor
     if route is None:
-        out = module(x)
+        out = called(module, x)
     else:
         out = module(x, split_position=route.split, token_positions=route.positions)
     return out
