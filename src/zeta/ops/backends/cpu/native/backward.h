@@ -60,7 +60,7 @@ inline void finish_queries(const ZetaCall &call, const BackwardShared &shared) {
 
 template <class Operands>
 inline int64_t backward_by(const ZetaCall &call, Unseen &unseen) {
-    const BackwardSizes sizes(call);
+    const BackwardSizes sizes(call, Operands::STEP);
     Pieces shared_count(nullptr);
     BackwardShared::plan(shared_count, call, sizes);
     const Shared memory(shared_count.bytes());
@@ -71,8 +71,9 @@ inline int64_t backward_by(const ZetaCall &call, Unseen &unseen) {
     if (call.offsets_HR) offsets = make_offsets(call, shared.offsets);
     int64_t answer = prepare_backward<Operands>(call, unseen, sizes, shared, offsets);
     if (answer != ZETA_DONE) return answer;
+    const TaskOrder order(call, sizes);
     Pieces count(nullptr);
-    BackwardBlock<Operands>::plan(count, call);
+    BackwardBlock<Operands>::plan(count, call, sizes);
     run_on_threads(sizes.tasks(call), call.num_threads, [&](Tasks &tasks) {
         Scratch scratch(count.bytes());
         if (!scratch.data()) {
@@ -81,9 +82,11 @@ inline int64_t backward_by(const ZetaCall &call, Unseen &unseen) {
         }
         [[maybe_unused]] const typename Operands::Session session;
         Pieces pieces(scratch.data());
-        BackwardBlock<Operands> block = BackwardBlock<Operands>::plan(pieces, call);
-        for (int64_t task; (task = tasks.take()) >= 0;)
-            BackwardTask<Operands>(call, unseen, sizes, shared, offsets, block, task).run(offsets);
+        BackwardBlock<Operands> block = BackwardBlock<Operands>::plan(pieces, call, sizes);
+        for (int64_t place; (place = tasks.take()) >= 0;)
+            BackwardTask<Operands>(call, unseen, sizes, shared, offsets, block,
+                                   order.number_at(place))
+                .run(offsets);
     });
     if (answer == ZETA_DONE && shared.grad_queries) finish_queries(call, shared);
     return answer;

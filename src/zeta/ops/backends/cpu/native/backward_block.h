@@ -1,14 +1,18 @@
 // What the backward pass computes in: sizes, what its tasks share, and the memory of one of them.
 
-constexpr int64_t BLOCK_KEYS = 256;
+constexpr int64_t MOST_BLOCK_KEYS = 256;
 
+// Tasks are numbered by batch, key head and block of keys.
 struct BackwardSizes {
-    int64_t group, key_blocks, query_blocks;
+    int64_t group, key_blocks, block_keys, query_blocks;
 
-    explicit BackwardSizes(const ZetaCall &call)
+    BackwardSizes(const ZetaCall &call, int64_t step)
         : group(call.heads / call.key_heads),
-          key_blocks((call.source + BLOCK_KEYS - 1) / BLOCK_KEYS),
-          query_blocks((call.target + BLOCK_QUERIES - 1) / BLOCK_QUERIES) {}
+          key_blocks(divide_up(call.source, MOST_BLOCK_KEYS)),
+          // Cut evenly: what blocks of a head add to the queries they add in turns, so that a short
+          // one would wait for a long one.
+          block_keys(key_blocks ? round_up(divide_up(call.source, key_blocks), step) : 0),
+          query_blocks(divide_up(call.target, BLOCK_QUERIES)) {}
 
     // Of a task: its query blocks, and what is done at the end of each head.
     int64_t steps_of_head() const { return query_blocks + 1; }
@@ -42,6 +46,31 @@ struct BackwardShared {
     }
 };
 
+// In which order the tasks are taken: block by block of several heads, since blocks of one head wait
+// for each other, under a causal mask for long.
+class TaskOrder {
+  public:
+    TaskOrder(const ZetaCall &call, const BackwardSizes &sizes)
+        : key_blocks_(sizes.key_blocks),
+          // Blocks that add to the same offsets do it sequence by sequence.
+          period_(call.grad_offsets_HR ? call.key_heads : call.batch * call.key_heads),
+          // A dense bias that all keys share is added to head by head.
+          bunch_(call.grad_dense.data && call.grad_dense.column == 0 ? 1 : 2 * call.num_threads) {}
+
+    // The number of the task that is taken as the `place`-th.
+    int64_t number_at(int64_t place) const {
+        const int64_t of_period = period_ * key_blocks_, of_bunch = bunch_ * key_blocks_;
+        const int64_t in_period = place % of_period, in_bunch = in_period % of_bunch;
+        const int64_t first = in_period / of_bunch * bunch_;
+        const int64_t heads = smaller(bunch_, period_ - first);
+        const int64_t head = place / of_period * period_ + first + in_bunch % heads;
+        return head * key_blocks_ + in_bunch / heads;
+    }
+
+  private:
+    const int64_t key_blocks_, period_, bunch_;
+};
+
 // A block of keys under way.
 template <class Operands>
 struct BackwardBlock {
@@ -56,9 +85,9 @@ struct BackwardBlock {
     KeyTile *tile;
     int64_t key_stride, value_stride, tile_stride, query_stride;
 
-    static BackwardBlock plan(Pieces &pieces, const ZetaCall &call) {
+    static BackwardBlock plan(Pieces &pieces, const ZetaCall &call, const BackwardSizes &sizes) {
         BackwardBlock block;
-        const int64_t length = smaller(BLOCK_KEYS, round_up(call.source, Operands::STEP));
+        const int64_t length = sizes.block_keys;
         const int64_t rows = smaller(BLOCK_QUERIES, round_up(call.target, Operands::STEP));
         const bool has_values = !call.grad_weights;
         block.tile_stride = row_stride(length);

@@ -24,8 +24,8 @@ struct BackwardTask {
           batch(number / sizes.key_blocks / call.key_heads),
           key_head(number / sizes.key_blocks % call.key_heads),
           key_block(number % sizes.key_blocks),
-          first_key(key_block * BLOCK_KEYS),
-          num_keys(smaller(BLOCK_KEYS, call.source - first_key)),
+          first_key(key_block * sizes.block_keys),
+          num_keys(smaller(sizes.block_keys, call.source - first_key)),
           sight(call, unseen, batch),
           dense{call, block.key_sums},
           band{block.band, offsets, 0, 0} {}

@@ -2,7 +2,8 @@
 
 constexpr int64_t KEPT_BYTES = 64 << 20;
 
-inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+inline int64_t round_up(int64_t x, int64_t step) { return divide_up(x, step) * step; }
 inline int64_t round_down(int64_t x, int64_t step) { return x / step * step; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }

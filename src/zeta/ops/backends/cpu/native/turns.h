@@ -2,7 +2,7 @@
 // made in one order, whichever thread takes which task.
 //
 // A task says how many of its steps are behind it; another waits for that. All wait only for tasks
-// of lower number, which have been taken before: somebody always goes on.
+// that have been taken before (see TaskOrder): somebody always goes on.
 
 class Turns {
   public:
