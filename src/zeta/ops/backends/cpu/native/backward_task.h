@@ -140,8 +140,8 @@ struct BackwardTask {
         if (key_block > 0)
             turns.wait(number - 1, is_after_all_heads ? same_of_last_head : step_number);
         if (!dense.is_wanted() || (shares_keys && key_block > 0)) return;
-        const bool shares_heads = call.grad_dense.head == 0 && call.key_heads > 1;
-        const bool shares_batch = call.grad_dense.batch == 0 && call.batch > 1;
+        const bool shares_heads = call.grad_dense.head == 0;
+        const bool shares_batch = call.grad_dense.batch == 0;
         // Who added last: the same block of keys of the heads before, or their last block where all
         // keys share the bias.
         const int64_t back = shares_keys ? 1 : sizes.key_blocks;
