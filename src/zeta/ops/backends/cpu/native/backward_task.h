@@ -154,17 +154,14 @@ struct BackwardTask {
     void add_queries(const Scores &scores, const QueryBlock &queries) const {
         HeadRows sums = shared.query_sums(call, batch, scores.head);
         const Floats factor = splat(static_cast<float>(call.scale));
-        for (int64_t row = 0; row < queries.count; ++row) {
+        for_vectors(sums, queries.count, call.head_dim, [&](int64_t row, int64_t column) {
             void *to = sums.at(queries.first + row);
-            const float *from = block.grad_queries + row * block.query_stride;
-            for (int64_t column = 0; column < call.head_dim; column += LANES) {
-                const int64_t count = call.head_dim - column;
-                Floats total = load(from + column) * factor;
-                if (sizes.key_blocks > 1)
-                    total = total + load_dtype(to, sums.dtype, column, count);
-                store_dtype(to, sums.dtype, column, total, count);
-            }
-        }
+            const int64_t count = call.head_dim - column;
+            Floats total = load(block.grad_queries + row * block.query_stride + column) * factor;
+            if (sizes.key_blocks > 1)
+                total = total + load_dtype(to, sums.dtype, column, count);
+            store_dtype(to, sums.dtype, column, total, count);
+        });
     }
 
     void clear_queries(const Scores &scores, const QueryBlock &queries) const {

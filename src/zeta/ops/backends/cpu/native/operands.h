@@ -40,11 +40,32 @@ inline void copy_row(const void *from, int64_t dtype, int64_t width, Floats fact
 
 inline void clear(float *to, int64_t count) { memset(to, 0, count * sizeof(float)); }
 
+// Every vector of `count` rows. Where heads lie side by side, the rows of one are apart from each
+// other, and the processor does not foresee the next: several at once come from memory together.
+template <class Body>
+inline __attribute__((always_inline)) void for_vectors(const HeadRows &rows, int64_t count,
+                                                       int64_t width, const Body &body) {
+    constexpr int64_t AT_ONCE = 8;
+    if (rows.row < 2 * width) {
+        for (int64_t row = 0; row < count; ++row)
+            for (int64_t column = 0; column < width; column += LANES) body(row, column);
+        return;
+    }
+    for (int64_t first = 0; first < count; first += AT_ONCE) {
+        const int64_t end = smaller(first + AT_ONCE, count);
+        for (int64_t column = 0; column < width; column += LANES)
+            for (int64_t row = first; row < end; ++row) body(row, column);
+    }
+}
+
 // A block of rows times a factor, padded to vectors: row i at to + i * stride.
 inline void copy_rows(const HeadRows &rows, int64_t first, int64_t count, int64_t width,
                       float factor, float *to, int64_t stride) {
-    for (int64_t row = 0; row < count; ++row)
-        copy_row(rows.at(first + row), rows.dtype, width, splat(factor), to + row * stride);
+    const Floats times = splat(factor);
+    for_vectors(rows, count, width, [&](int64_t row, int64_t column) {
+        store(to + row * stride + column,
+              load_dtype(rows.at(first + row), rows.dtype, column, width - column) * times);
+    });
 }
 
 // Keys or values of one head.
@@ -72,16 +93,27 @@ inline KeyRows values_of(const Sight &sight, int64_t key_head) {
             key_head};
 }
 
+// Which of the next keys there are, of `count`.
+struct IsThere {
+    bool at[LANES];
+
+    IsThere(const KeyRows &rows, int64_t first, int64_t count) {
+        for (int lane = 0; lane < LANES; ++lane)
+            at[lane] = lane < count && rows.has(first + lane);
+    }
+};
+
 // Rows of keys or values as columns of B: the panel p of PANEL features at to + p * panel, row i of
 // it at i * PANEL. Rows that are not there are zero.
 inline void copy_panels(const KeyRows &rows, int64_t first, int64_t count, float *to,
                         int64_t panel) {
-    for (int64_t row = 0; row < count; ++row) {
-        const bool is_there = rows.has(first + row);
-        for (int64_t column = 0; column < rows.width; column += LANES) {
+    for (int64_t start = 0; start < count; start += LANES) {
+        const IsThere is_there(rows, first + start, count - start);
+        for_vectors(rows.rows, LANES, rows.width, [&](int64_t lane, int64_t column) {
+            const int64_t row = start + lane;
             float *place = to + column / PANEL * panel + row * PANEL + column % PANEL;
-            store(place, is_there ? rows.load(first + row, column) : zeros());
-        }
+            store(place, is_there.at[lane] ? rows.load(first + row, column) : zeros());
+        });
     }
 }
 
@@ -91,13 +123,11 @@ inline void copy_transposed(const KeyRows &rows, int64_t first, int64_t count, f
     const int64_t width = rows.width;
     for (int64_t row = 0; row < round_up(count, PANEL); row += LANES) {
         float *panel = to + row / PANEL * PANEL * width + row % PANEL;
-        bool is_there[LANES];
-        for (int lane = 0; lane < LANES; ++lane)
-            is_there[lane] = row + lane < count && rows.has(first + row + lane);
+        const IsThere is_there(rows, first + row, count - row);
         for (int64_t column = 0; column < width; column += LANES) {
             Floats square[LANES];
             for (int lane = 0; lane < LANES; ++lane)
-                square[lane] = is_there[lane] ? rows.load(first + row + lane, column) : zeros();
+                square[lane] = is_there.at[lane] ? rows.load(first + row + lane, column) : zeros();
             transpose(square);
             const int64_t features = smaller(LANES, width - column);
             for (int64_t d = 0; d < features; ++d) store(panel + (column + d) * PANEL, square[d]);

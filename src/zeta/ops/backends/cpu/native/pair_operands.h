@@ -74,14 +74,12 @@ struct PairOperands {
 
         void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t place) const {
             for (int64_t row = 0; row < round_up(count, 16); row += LANES) {
-                bool is_there[LANES];
-                for (int lane = 0; lane < LANES; ++lane)
-                    is_there[lane] = row + lane < count && rows.has(first + row + lane);
+                const IsThere is_there(rows, first + row, count - row);
                 for (int64_t column = 0; column < round_up(width, TILE_DEPTH); column += LANES) {
                     Floats square[LANES];
                     for (int lane = 0; lane < LANES; ++lane)
                         square[lane] =
-                            is_there[lane] ? rows.load(first + row + lane, column) : zeros();
+                            is_there.at[lane] ? rows.load(first + row + lane, column) : zeros();
                     transpose(square);
                     uint32_t *to = data + (place + row) / 16 * panel + (place + row) % 16 +
                                    column / 2 * 16;
