@@ -58,6 +58,7 @@ def all_rows(quick: bool) -> list[Row]:
     shapes = cpu_rows.QUICK_SHAPES if quick else cpu_rows.SHAPES
     return [
         *cpu_rows.attention_rows(shapes),
+        *cpu_rows.length_rows(quick),
         *cpu_rows.decode_rows(quick),
         *cpu_rows.small_rows(quick),
         *cpu_compiled.compiled_rows(quick),

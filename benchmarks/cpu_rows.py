@@ -122,6 +122,9 @@ TABLE: tuple[tuple[str, str, Features, bool, Bars], ...] = (
 )
 
 
+LENGTHS = (197, 272, 320, 577, 784)
+"""Of 8 sequences and 8 heads of 64 side by side: lengths that no block of a kernel divides."""
+
 ALL_HEADS, ALL_LENGTHS = (1, 8, 32), (1, 2, 4, 8, 16, 32, 64)
 SOME_HEADS, SOME_LENGTHS = (1, 8), (4, 16, 64)
 
@@ -141,20 +144,36 @@ SMALL: tuple[tuple[str, Features, bool, tuple[int, ...], tuple[int, ...], Bar], 
 )
 
 
+def _drawn(shape: Shape, dtype: torch.dtype, side_by_side: bool) -> Tensor:
+    """Heads apart from each other, or side by side, as projections leave them."""
+    batch, heads, length, width = shape
+    if not side_by_side:
+        return torch.randn(shape).to(dtype)
+    return torch.randn(batch, length, heads, width).to(dtype).transpose(1, 2)
+
+
 class Problem:
     """Random inputs of one call, and the ways to do it."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, features: Features, train: bool) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        features: Features,
+        train: bool,
+        *,
+        side_by_side: bool = False,
+    ) -> None:
         batch, heads, length, _ = shape
         self.shape, self.dtype, self.features, self.train = shape, dtype, features, train
         self.leaves: Results = {
-            name: torch.randn(shape).to(dtype).requires_grad_(train)
+            name: _drawn(shape, dtype, side_by_side).requires_grad_(train)
             for name in ("query", "key", "value")
         }
         if features.t5:
             table = torch.randn(32, heads).to(dtype)
             self.leaves["table"] = table.requires_grad_(train)
-        self.incoming = torch.randn(shape).to(dtype)
+        self.incoming = _drawn(shape, dtype, side_by_side)
         self.lengths = length - 1 - torch.arange(batch) % PADDED
 
     def ours(self, backend: str = "auto") -> Results:
@@ -269,6 +288,31 @@ def _work(shape: Shape, dtype: torch.dtype, features: Features, train: bool) -> 
     bound = BOUNDS[dtype] if features.precision == "highest" else HIGH_BOUND
     checked = {"ours": problem.ours} | ({} if features.dropout_p else {"peer": peer})
     return Work(problem.ours, peer, problem.oracle, checked, bound)
+
+
+def length_rows(quick: bool) -> Iterator[Row]:
+    """Lengths as they come, and heads side by side."""
+    for dtype in DTYPES:
+        for name, features, train in (
+            ("forward", PLAIN, False),
+            ("training", PLAIN, True),
+            ("training causal", CAUSAL, True),
+        ):
+            for length in LENGTHS[:1] if quick else LENGTHS:
+
+                def make(
+                    length: int = length,
+                    dtype: str = dtype,
+                    features: Features = features,
+                    train: bool = train,
+                ) -> Work:
+                    kind = DTYPES[dtype]
+                    problem = Problem((8, 8, length, 64), kind, features, train, side_by_side=True)
+                    peer = problem.torch_does()
+                    checked = {"ours": problem.ours, "peer": peer}
+                    return Work(problem.ours, peer, problem.oracle, checked, BOUNDS[kind])
+
+                yield Row(f"{dtype} lengths {name}", f"T {length}", make)
 
 
 def _mean_weights(shape: Shape, dtype: torch.dtype) -> Work:
