@@ -6,6 +6,7 @@ Shape suffixes: B batch, H heads, G key heads, T length, S cached length, D head
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -260,15 +261,7 @@ def attention_rows(shapes: Mapping[str, Shape]) -> Iterator[Row]:
     """Attention forward, and forward and backward; then its average weights."""
     for name, dtype, features, train, (bars, aim) in TABLE:
         for label, shape in shapes.items():
-
-            def make(
-                shape: Shape = shape,
-                dtype: str = dtype,
-                features: Features = features,
-                train: bool = train,
-            ) -> Work:
-                return _work(shape, DTYPES[dtype], features, train)
-
+            make = partial(_work, shape, DTYPES[dtype], features, train)
             yield Row(f"{dtype} {name}", label, make, bars.get(label), aim)
     for dtype, bar, aim in (("bf16", 4.5, 7.5), ("fp32", 2.3, 3.5)):
         for label, shape in shapes.items():
@@ -279,8 +272,15 @@ def attention_rows(shapes: Mapping[str, Shape]) -> Iterator[Row]:
             yield Row(f"{dtype} forward and mean weights", label, make_weights, bar, aim)
 
 
-def _work(shape: Shape, dtype: torch.dtype, features: Features, train: bool) -> Work:
-    problem = Problem(shape, dtype, features, train)
+def _work(
+    shape: Shape,
+    dtype: torch.dtype,
+    features: Features,
+    train: bool,
+    *,
+    side_by_side: bool = False,
+) -> Work:
+    problem = Problem(shape, dtype, features, train, side_by_side=side_by_side)
     if features == EVERYTHING:
         peer = Problem(shape, dtype, CAUSAL, train).ours
     else:
@@ -299,19 +299,8 @@ def length_rows(quick: bool) -> Iterator[Row]:
             ("training causal", CAUSAL, True),
         ):
             for length in LENGTHS[:1] if quick else LENGTHS:
-
-                def make(
-                    length: int = length,
-                    dtype: str = dtype,
-                    features: Features = features,
-                    train: bool = train,
-                ) -> Work:
-                    kind = DTYPES[dtype]
-                    problem = Problem((8, 8, length, 64), kind, features, train, side_by_side=True)
-                    peer = problem.torch_does()
-                    checked = {"ours": problem.ours, "peer": peer}
-                    return Work(problem.ours, peer, problem.oracle, checked, BOUNDS[kind])
-
+                shape = (8, 8, length, 64)
+                make = partial(_work, shape, DTYPES[dtype], features, train, side_by_side=True)
                 yield Row(f"{dtype} lengths {name}", f"T {length}", make)
 
 

@@ -4,6 +4,7 @@ Several go at once for the few tokens of a decoding step. In half precision they
 on processors without instructions for it, on which torch takes several times as long.
 """
 
+import functools
 import platform
 from collections.abc import Sequence
 from itertools import chain
@@ -39,7 +40,7 @@ def project_heads(
     """
     layers = _few_layers(x, modules)
     found = None if layers is None else project_few_heads(x, layers, head_dim)
-    if found is None and x.dtype in HALVES:
+    if found is None:
         made = _in_float32(x, modules)
         if made is not None:
             batch, length, _ = x.shape
@@ -63,7 +64,7 @@ def called(module: nn.Module, x: Tensor, **options: Any) -> Tensor:
     """``module(x, **options)``; a plain linear layer with products in float32, where those in half
     precision take longer.
     """
-    made = _in_float32(x, (module,)) if x.dtype in HALVES and not options else None
+    made = None if options else _in_float32(x, (module,))
     out: Tensor = module(x, **options) if made is None else made[0]
     return out
 
@@ -72,7 +73,7 @@ def _in_float32(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor] | None:
     """``module(x)`` of each, rounded once to half precision; None where torch is sooner done, or
     has to see the layer. With a gradient the difference is a factor of 5 to 50 at 256 rows.
     """
-    if type(x) is not Tensor or not x.is_cpu or has_products(x.dtype):
+    if x.dtype not in HALVES or type(x) is not Tensor or not x.is_cpu or has_products(x.dtype):
         return None
     # A compiler's graph is not to be bound to a number of rows.
     if not torch.compiler.is_compiling() and x.numel() < MIN_ROWS * x.shape[-1]:
@@ -98,17 +99,19 @@ def has_products(dtype: torch.dtype) -> bool:
     """Whether torch multiplies matrices of this half precision as fast as those of float32 on this
     processor. On x86 it needs instructions for it; without, its loops are several times slower.
     """
+    return dtype in _halves_with_products()
+
+
+@functools.cache
+def _halves_with_products() -> tuple[torch.dtype, ...]:
+    # Every projection asks, and the processor stays the same.
     if platform.machine() not in ("x86_64", "AMD64"):
-        return True
+        return HALVES
     if not torch.backends.mkldnn.is_available():
-        return False
+        return ()
     onednn = torch.ops.mkldnn
-    answer: bool = (
-        onednn._is_mkldnn_bf16_supported()
-        if dtype == torch.bfloat16
-        else onednn._is_mkldnn_fp16_supported()
-    )
-    return answer
+    answers = onednn._is_mkldnn_bf16_supported(), onednn._is_mkldnn_fp16_supported()
+    return tuple(dtype for dtype, has in zip(HALVES, answers, strict=True) if has)
 
 
 def _few_layers(x: Tensor, modules: Sequence[nn.Module]) -> list[Layer] | None:
