@@ -1,5 +1,6 @@
 """Linear layers in half precision on processors without products for it."""
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,18 @@ def test_a_processor_with_products_uses_them(
     monkeypatch.setattr(projections, "has_products", lambda dtype: dtype == torch.float16)
     layer, x = nn.Linear(8, 8).to(dtype), torch.randn(1, MIN_ROWS, 8).to(dtype)
     assert products(lambda: called(layer, x)) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("machine", "onednn", "expected"), [("aarch64", True, True), ("x86_64", False, False)]
+)
+def test_other_machines_have_theirs_and_x86_needs_onednn(
+    monkeypatch: pytest.MonkeyPatch, machine: str, onednn: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+    found = projections._halves_with_products.__wrapped__()
+    assert [dtype in found for dtype in HALVES] == [expected, expected]
 
 
 def _spoilt_by_a_hook(layer: nn.Linear) -> None:
