@@ -26,8 +26,8 @@ struct DecodePlan {
           weight_stride(MOST_KEYS + LANES),
           sum_stride(round_up(call.value_dim, PAIR)) {
         const int64_t heads = call.batch * call.key_heads;
-        const int64_t most = (call.source + LEAST_KEYS - 1) / LEAST_KEYS;
-        parts = larger(1, smaller(most, (WANTED_TASKS + heads - 1) / heads));
+        const int64_t most = divide_up(call.source, LEAST_KEYS);
+        parts = larger(1, smaller(most, divide_up(WANTED_TASKS, heads)));
     }
 };
 

@@ -14,9 +14,9 @@ constexpr int64_t SHARED_QUERIES = 32;
 
 // Queries of a block: cut evenly where there are only a few blocks to share out among threads.
 inline int64_t queries_of_block(const ZetaCall &call) {
-    const int64_t blocks = (call.target + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
+    const int64_t blocks = divide_up(call.target, BLOCK_QUERIES);
     if (call.batch * call.heads * blocks >= FEW_TASKS) return BLOCK_QUERIES;
-    return round_up((call.target + blocks - 1) / blocks, 4);
+    return round_up(divide_up(call.target, blocks), 4);
 }
 
 // Keys and values of one head, packed to be multiplied.
@@ -192,7 +192,7 @@ inline int64_t forward_by_heads(const ZetaCall &call, Unseen &unseen, const Offs
                                 int64_t parts) {
     const int64_t group = call.heads / call.key_heads, block_size = queries_of_block(call);
     const int64_t of_part =
-        parts == 1 ? call.target : round_up((call.target + parts - 1) / parts, 4);
+        parts == 1 ? call.target : round_up(divide_up(call.target, parts), 4);
     Pieces count(nullptr);
     PackedHead<Operands>::plan(count, call);
     ForwardBlock<Operands>::plan(count, call);
@@ -238,7 +238,7 @@ inline int64_t forward_by_blocks(const ZetaCall &call, Unseen &unseen,
         Pieces pieces(shared.data() + head * head_bytes);
         return PackedHead<Operands>::plan(pieces, call);
     };
-    const int64_t parts = (call.source + TILE_KEYS - 1) / TILE_KEYS;
+    const int64_t parts = divide_up(call.source, TILE_KEYS);
     run(heads * parts, call.num_threads, [&](int64_t task) {
         const int64_t head = task / parts, first = task % parts * TILE_KEYS;
         const Sight sight(call, unseen, head / call.key_heads);
@@ -246,7 +246,7 @@ inline int64_t forward_by_blocks(const ZetaCall &call, Unseen &unseen,
                                smaller(TILE_KEYS, call.source - first));
     });
     const int64_t queries = queries_of_block(call);
-    const int64_t blocks = (call.target + queries - 1) / queries;
+    const int64_t blocks = divide_up(call.target, queries);
     const int64_t group = call.heads / call.key_heads;
     Pieces block_count(nullptr);
     ForwardBlock<Operands>::plan(block_count, call);

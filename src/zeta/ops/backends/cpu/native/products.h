@@ -69,7 +69,7 @@ inline BlockProduct block_product(int64_t rows) {
 template <class Product, int VECTORS, bool TRANSPOSED>
 inline void multiply_panel(int64_t rows, int64_t depth, Left a, Right b, float *c, int64_t c_row,
                            bool adds) {
-    const int64_t blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t blocks = divide_up(rows, BLOCK_ROWS);
     const int64_t least = rows / blocks, longer = rows % blocks;
     const auto short_block = block_product<Product, BLOCK_ROWS, VECTORS, TRANSPOSED>(least);
     const auto long_block = block_product<Product, BLOCK_ROWS, VECTORS, TRANSPOSED>(least + 1);

@@ -46,7 +46,7 @@ inline int64_t project_in(const ZetaProjection &call) {
         Products::take_query(static_cast<const T *>(call.x) + row * call.x_row, call.width, 1,
                              x + row * x_stride);
     const auto tasks_of = [&](int64_t layer) {
-        return (call.layers[layer].features + LAYER_FEATURES - 1) / LAYER_FEATURES;
+        return divide_up(call.layers[layer].features, LAYER_FEATURES);
     };
     int64_t num_tasks = 0, bytes = 0;
     for (int64_t layer = 0; layer < call.num_layers; ++layer) {

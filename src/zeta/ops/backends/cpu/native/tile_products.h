@@ -45,7 +45,7 @@ inline void multiply_tile_block(int64_t steps, PairLeft a, PairRight b, float *c
 template <int PARTS, int REACH>
 inline void multiply_pairs(int64_t rows, int64_t columns, int64_t depth, PairLeft a,
                               PairRight b, float *c, int64_t c_row, bool adds) {
-    const int64_t steps = (depth + TILE_DEPTH - 1) / TILE_DEPTH;
+    const int64_t steps = divide_up(depth, TILE_DEPTH);
     for (int64_t column = 0; column < columns; column += 32) {
         const PairRight right{b.data + column / 16 * b.panel, b.row, b.panel, b.part};
         const bool is_wide = column + 16 < columns;

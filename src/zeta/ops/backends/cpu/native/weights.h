@@ -14,11 +14,11 @@ struct WeightsPlan {
     int64_t stride, rows, blocks, num_tiles;
 
     explicit WeightsPlan(const ZetaCall &call) {
-        num_tiles = (call.source + MOST_KEYS - 1) / MOST_KEYS;
+        num_tiles = divide_up(call.source, MOST_KEYS);
         stride = row_stride(num_tiles * MOST_KEYS);
         rows = smaller(MOST_WEIGHT_ROWS, larger(16, round_down(WEIGHT_FLOATS / stride, 16)));
         rows = smaller(rows, round_up(call.target, 16));
-        blocks = (call.target + rows - 1) / rows;
+        blocks = divide_up(call.target, rows);
     }
 };
 
