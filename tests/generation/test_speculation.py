@@ -133,9 +133,10 @@ def exact(model: Toy, prompt: list[int], count: int, choose: Sampling) -> Tensor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("noise", [0.1, 2.0])
-@pytest.mark.parametrize("num_tokens", [1, 3])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    ("noise", "num_tokens", "batch"),
+    [(0.1, 1, 24), (0.1, 3, 24), (2.0, 1, 24), (2.0, 3, 24), (2.0, 3, 1)],
+)
 def test_the_distribution_is_that_of_the_model(noise: float, num_tokens: int, batch: int) -> None:
     model = Toy(VOCABULARY)
     with torch.no_grad():

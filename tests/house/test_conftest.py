@@ -39,6 +39,10 @@ def test_needs_a_gpu():
 def test_is_interpreted():
     import os
     assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"
+
+@pytest.mark.xdist_group("planted")
+def test_is_grouped():
+    pass
 """
 
 
@@ -79,6 +83,11 @@ def test_a_seed_does_not_depend_on_other_tests(report: str, tmp_path: Path) -> N
     drawn = [line for line in alone.splitlines() if line.startswith("drawn ")]
     assert len(drawn) == 1
     assert drawn[0] in report.splitlines()
+
+
+def test_a_group_stays_with_one_worker(tmp_path: Path) -> None:
+    report = run(tmp_path, "-k", "grouped", "--numprocesses", "1", "--dist", "loadgroup")
+    assert "PASSED tests/test_planted.py::test_is_grouped@planted" in report
 
 
 def test_an_unknown_marker_is_an_error(tmp_path: Path) -> None:

@@ -120,15 +120,17 @@ class Device:
             StuckError: Workers wait for each other.
         """
         resident = self.schedule.random.randint(1, RESIDENT)
-        tasks: list[Task] = []
+        running = 0
 
-        def has_place() -> bool:
-            return sum(task.begun and not task.finished for task in tasks) < resident
+        def program() -> None:
+            nonlocal running
+            running += 1
+            kernel()
+            running -= 1
 
         for number in range(num_programs):
-            worker = Program(self, number).worker(f"program {number}", kernel)
-            worker.task.ready = has_place
-            tasks.append(worker.task)
+            worker = Program(self, number).worker(f"program {number}", program)
+            worker.task.ready = lambda: running < resident
         self.schedule.run()
 
 

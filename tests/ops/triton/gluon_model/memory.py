@@ -19,8 +19,8 @@ READERS = 10
 COPIES = 23
 """A copy is in no order with those that were begun less than so many before it."""
 AGENTS = READERS + COPIES
-WRITER, WRITTEN, READ = 0, 1, 2
-"""Planes of the trace of an element: who wrote it, when, and when each agent read it."""
+WRITTEN, READ = 0, 1
+"""Planes of the trace of an element: when it was written, and by whom; when each agent read it."""
 
 
 class RaceError(Exception):
@@ -145,22 +145,23 @@ class Shared:
             RaceError: Someone may still read, or write, what was there.
         """
         self._check_writer(agent, "writes")
-        for reader, read in zip(self.agents[:READERS], self.trace[READ:], strict=True):
-            if (read > agent.clock[reader.number]).any():
-                raise RaceError(f"{agent.name} writes what {reader.name} may still read")
-        self.trace[WRITER].fill_(agent.number)
-        self.trace[WRITTEN].fill_(agent.tick())
+        read = self.trace[READ:].amax(tuple(range(1, self.trace.dim())))
+        unknown = (read > agent.clock[:READERS]).tolist()
+        if any(unknown):
+            reader = self.agents[unknown.index(True)]
+            raise RaceError(f"{agent.name} writes what {reader.name} may still read")
+        self.trace[WRITTEN].fill_(agent.tick() * AGENTS + agent.number)
         self.values.copy_(values)
 
     def _check_writer(self, agent: Agent, does: str) -> None:
-        writer, written = self.trace[WRITER].long(), self.trace[WRITTEN]
-        if (written > agent.clock[writer]).any():
-            raise RaceError(f"{agent.name} {does} what may not be written yet")
-        if agent.engine:
-            seen = torch.tensor(
-                [2**31 - 1 if other.engine else other.fenced for other in self.agents]
-            )
-            if (written > seen[writer]).any():
+        first, last = self.trace[WRITTEN].aminmax()
+        writes = [first] if first == last else self.trace[WRITTEN].unique()
+        for write in writes:
+            written, number = divmod(int(write), AGENTS)
+            writer = self.agents[number]
+            if written > agent.clock[number]:
+                raise RaceError(f"{agent.name} {does} what may not be written yet")
+            if agent.engine and not writer.engine and written > writer.fenced:
                 raise RaceError(f"{agent.name} {does} what no fence has shown to engines")
 
 

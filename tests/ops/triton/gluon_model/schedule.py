@@ -26,14 +26,13 @@ class Task:
         self.schedule, self.name, self.work = schedule, name, work
         self.ready: Callable[[], bool] = lambda: True
         self.waits_for = "its beginning"
-        self.begun = self.finished = False
+        self.finished = False
         self.turn = threading.Semaphore(0)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         self.turn.acquire()
-        self.begun = True
         try:
             if not self.schedule.failed:
                 self.work()

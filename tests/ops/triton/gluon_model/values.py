@@ -102,11 +102,11 @@ class Pointer:
 
 def binary(operation: Binary, left: Any, right: Any) -> Block:
     """Applies an operation in the type that Triton chooses."""
-    numbers = (to_numbers(left), to_numbers(right))
-    dtype = _common(left, right)
-    if any(number.dtype == torch.bool for number in numbers) and dtype == torch.bool:
-        return Block(operation(*numbers))
-    return Block(operation(*(number.to(dtype) for number in numbers)))
+    first, second = to_numbers(left), to_numbers(right)
+    if first.dtype != second.dtype:
+        dtype = _common(left, right, first.dtype, second.dtype)
+        first, second = first.to(dtype), second.to(dtype)
+    return Block(operation(first, second))
 
 
 def to_numbers(value: Any) -> Tensor:
@@ -118,12 +118,11 @@ def to_numbers(value: Any) -> Tensor:
     return torch.tensor(value)
 
 
-def _common(left: Any, right: Any) -> torch.dtype:
+def _common(left: Any, right: Any, first: torch.dtype, second: torch.dtype) -> torch.dtype:
     """A plain number takes the type of floats that it meets."""
-    if not isinstance(left, Block):
-        left, right = right, left
-    first, second = to_numbers(left).dtype, to_numbers(right).dtype
     if not isinstance(right, Block) and first.is_floating_point:
         return first
+    if not isinstance(left, Block) and second.is_floating_point:
+        return second
     # Of dimensions, so that none counts less for being a single number.
     return torch.promote_types(first, second)
