@@ -1,46 +1,64 @@
-// Operands of a few keys for a few queries: the keys are multiplied as they lie, where to bring them
-// across would take most of the time.
+// Operands of a few queries: keys and values are multiplied as they lie, where to bring them across
+// would take most of the time.
 
 #if defined(ZETA_EMULATE)
 constexpr int64_t FEW = 0;  // That library shows, on small calls, that the other products are right.
+constexpr int64_t FEW_QUERIES = 0;
 #else
-constexpr int64_t FEW = 16;
+constexpr int64_t FEW = 16;             // queries of as few keys
+constexpr int64_t FEW_QUERIES = BLOCK;  // of any number of keys
 #endif
 
 // For the gradient of an output, not of weights: large scores have few digits behind the point, and
 // must be rounded as they were, by zeta_decode and by zeta_weights.
 inline bool are_few(const ZetaCall &call) {
-    return call.source <= FEW && call.target <= FEW && !call.grad_weights;
+    const bool has_few_keys = call.source <= FEW && call.target <= FEW;
+    return (has_few_keys || call.target <= FEW_QUERIES) && !call.grad_weights;
 }
 
 struct FewOperands : FmaOperands {
-    struct Columns {
-        float *data;
+    // Keys or values, one after the other: where they lie, or copied.
+    struct Lines {
+        float *copies;
+        Stream<float> *lines;
         int64_t width, stride;
 
-        static Columns plan(Pieces &pieces, int64_t, int64_t width) {
+        static Lines plan(Pieces &pieces, int64_t length, int64_t width) {
             const int64_t stride = row_stride(width);
-            return {pieces.take<float>(FEW * stride), width, stride};
+            return {pieces.take<float>(round_up(length, LANES) * stride),
+                    pieces.take<Stream<float>>(1), width, stride};
         }
 
-        void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t place) const {
-            for (int64_t key = 0; key < count; ++key) {
-                float *to = data + (place + key) * stride;
-                if (rows.has(first + key))
-                    copy_row(rows.rows.at(first + key), rows.rows.dtype, width, splat(1), to);
-                else
-                    clear(to, width);
+        void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t) const {
+            bool has_all = rows.rows.dtype == ZETA_FLOAT32;
+            for (int64_t key = 0; has_all && key < count; ++key) has_all = rows.has(first + key);
+            if (has_all) {
+                *lines = {static_cast<const float *>(rows.rows.at(first)), rows.rows.row, count};
+                return;
             }
+            *lines = {copies, stride, count};
+            copy_keys(rows, first, count, [&](int64_t key, int64_t feature) {
+                return copies + key * stride + feature;
+            });
         }
     };
+    using Columns = Lines;
+    using Values = Lines;
 
     static void make_scores(const Rows &rows, int64_t count, const Columns &columns,
                             int64_t place, int64_t num_keys, float *scores, int64_t stride) {
         for (int64_t row = 0; row < count; ++row)
             for (int64_t key = 0; key < round_up(num_keys, LANES); key += LANES)
                 store(scores + row * stride + key, zeros());
-        const Stream<float> keys = {columns.data + place * columns.stride, columns.stride,
-                                    num_keys};
-        score_keys(rows.data, rows.stride, count, keys, columns.width, scores, stride, nullptr);
+        score_keys(rows.data, rows.stride, count, columns.lines->part(place, num_keys),
+                   columns.width, scores, stride, nullptr);
+    }
+
+    static void make_outputs(const Weights &weights, int64_t count, const Values &values,
+                             int64_t place, int64_t num_keys, float *outputs, int64_t stride,
+                             bool adds) {
+        if (!adds) clear(outputs, count * stride);
+        add_values(weights.data, weights.stride, count, values.lines->part(place, num_keys),
+                   values.width, outputs, stride, nullptr);
     }
 };

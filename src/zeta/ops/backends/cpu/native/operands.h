@@ -33,11 +33,6 @@ inline void store_dtype(void *to, int64_t dtype, int64_t offset, Floats x, int64
 // does not fall on few sets of the cache.
 inline int64_t row_stride(int64_t width) { return (round_up(width, 16) / 16 | 1) * 16; }
 
-inline void copy_row(const void *from, int64_t dtype, int64_t width, Floats factor, float *to) {
-    for (int64_t column = 0; column < width; column += LANES)
-        store(to + column, load_dtype(from, dtype, column, width - column) * factor);
-}
-
 inline void clear(float *to, int64_t count) { memset(to, 0, count * sizeof(float)); }
 
 // Every vector of `count` rows. Where heads lie side by side, the rows of one are apart from each
@@ -103,18 +98,26 @@ struct IsThere {
     }
 };
 
-// Rows of keys or values as columns of B: the panel p of PANEL features at to + p * panel, row i of
-// it at i * PANEL. Rows that are not there are zero.
-inline void copy_panels(const KeyRows &rows, int64_t first, int64_t count, float *to,
-                        int64_t panel) {
+// Rows of keys or values, `count` filled up to whole vectors: the vector of row i that begins with
+// feature d goes to place(i, d). Rows that are not there are zero.
+template <class Place>
+inline void copy_keys(const KeyRows &rows, int64_t first, int64_t count, const Place &place) {
     for (int64_t start = 0; start < count; start += LANES) {
         const IsThere is_there(rows, first + start, count - start);
         for_vectors(rows.rows, LANES, rows.width, [&](int64_t lane, int64_t column) {
             const int64_t row = start + lane;
-            float *place = to + column / PANEL * panel + row * PANEL + column % PANEL;
-            store(place, is_there.at[lane] ? rows.load(first + row, column) : zeros());
+            store(place(row, column),
+                  is_there.at[lane] ? rows.load(first + row, column) : zeros());
         });
     }
+}
+
+// The same as columns of B: the panel p of PANEL features at to + p * panel, row i of it at i * PANEL.
+inline void copy_panels(const KeyRows &rows, int64_t first, int64_t count, float *to,
+                        int64_t panel) {
+    copy_keys(rows, first, count, [&](int64_t row, int64_t column) {
+        return to + column / PANEL * panel + row * PANEL + column % PANEL;
+    });
 }
 
 // Rows of keys or values as rows of B's transpose: the panel p of PANEL keys at
