@@ -1,13 +1,15 @@
 """Every backend on one grid: outputs and all gradients against the reference in float64."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.ops.cases import CASES, Case, Made, assert_within_bound, reasons, widened
-from zeta import BackendUnsupported, attention, masks
+from zeta import BackendUnsupported, attention, biases, masks
 from zeta.ops.attention import run_with_weights
 from zeta.ops.call import AttentionCall
 
@@ -152,6 +154,25 @@ def test_nan_in_keys_that_no_query_sees_does_not_leak(
     expected = all_of(clean)
     for part, tensor in all_of(planted).items():
         torch.testing.assert_close(tensor, expected[part], msg=part)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("length", [45, 301])
+@pytest.mark.parametrize("backend", ["chunked", "cpu"])
+def test_biases_of_hidden_keys_do_not_matter(backend: str, length: int, bad: float) -> None:
+    query, key, value = (torch.randn(1, 2, length, 16) for _ in range(3))
+    table = torch.randn(32, 2)
+    spoilt = table.clone()
+    spoilt[17:] = bad  # Of the keys after a query.
+
+    def results(table: Tensor) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, table)]
+        bias = biases.Bucketed(leaves[3])
+        out = attention(*leaves[:3], mask=masks.Causal(), bias=bias, backend=backend)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    for actual, expected in zip(results(spoilt), results(table), strict=True):
+        assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("backend", [*EXACT, "sdpa"])

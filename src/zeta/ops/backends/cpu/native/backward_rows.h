@@ -3,7 +3,7 @@
 template <RowKind KIND>
 inline float largest_score(const ScoreRow &row, const float *products) {
     Floats highest = splat(-INFINITY), unused = zeros();
-    for (int64_t key = 0; key < row.tile.padded; key += LANES)
+    for (int64_t key = row.first; key < row.end; key += LANES)
         highest = max(highest, row.finish<KIND>(load(products + key), key, unused));
     return largest(highest);
 }
@@ -34,8 +34,12 @@ inline void backward_row(const ScoreRow &row, RowSums sums, float *weights, floa
         if (HAS_SLOPE) store(biased + key, grad_score);
         store(grads + key, HAS_SLOPE ? grad_score * slope : grad_score);
     };
+    const int64_t first = row.first, end = row.end;
+    fill_unseen(row, weights, 0);
+    fill_unseen(row, grads, 0);
+    if (HAS_SLOPE) fill_unseen(row, biased, 0);
     Floats total = zeros(), product = zeros();
-    for (int64_t key = 0; key < row.tile.padded; key += LANES) {
+    for (int64_t key = first; key < end; key += LANES) {
         Floats slope = splat(1.0f), score = load(weights + key), grad = load(grads + key);
         score = row.template finish<KIND>(score, key, slope);
         Floats weight = exp(score - base);
@@ -59,7 +63,7 @@ inline void backward_row(const ScoreRow &row, RowSums sums, float *weights, floa
     if (!TWICE) return;
     const float norm = is_whole ? 1 / sum(total) : sums.norm;
     const Floats delta = splat(is_whole ? sum(product) * norm + sums.delta : sums.delta);
-    for (int64_t key = 0; key < row.tile.padded; key += LANES)
+    for (int64_t key = first; key < end; key += LANES)
         finish(key, load(weights + key) * splat(norm), load(grads + key),
                HAS_SLOPE ? load(slopes + key) : splat(1.0f), delta);
 }

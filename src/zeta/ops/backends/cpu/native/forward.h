@@ -85,12 +85,14 @@ struct ForwardBlock {
 inline float exponentials(const ScoreRow &row, float *scores, float highest) {
     const ZetaCall &call = row.scores.call;
     const Floats base = splat(highest == -INFINITY ? 0 : highest);
+    const int64_t first = row.first, end = row.end;
+    fill_unseen(row, scores, 0);
     Floats total = zeros();
     if (call.dropout_p > 0) {
         const Ints hash =
             splat_int(static_cast<int32_t>(row_hash(row.scores.sequence, row.position)));
         const Ints threshold = splat_int(static_cast<int32_t>(call.dropout_threshold));
-        for (int64_t key = 0; key < row.tile.padded; key += LANES) {
+        for (int64_t key = first; key < end; key += LANES) {
             const Floats weight = exp(load(scores + key) - base);
             total = total + weight;
             const Mask drop = dropped(hash, load_ints(row.tile.hashes + key), threshold);
@@ -98,7 +100,7 @@ inline float exponentials(const ScoreRow &row, float *scores, float highest) {
         }
         return sum(total);
     }
-    for (int64_t key = 0; key < row.tile.padded; key += LANES) {
+    for (int64_t key = first; key < end; key += LANES) {
         const Floats weight = exp(load(scores + key) - base);
         total = total + weight;
         store(scores + key, weight);

@@ -108,6 +108,7 @@ struct ScoreRow {
     const KeyTile &tile;
     Range range;
     bool is_hidden, is_cut;
+    int64_t first, end;  // the vectors of keys with one that is seen, or more; the others are hidden
     int64_t position, document;
     const float *offsets;
     PlaneRow dense;
@@ -119,11 +120,17 @@ struct ScoreRow {
           range(scores.sight.of_position(scores.sight.position(query))),
           is_hidden(tile.highest < range.low || tile.lowest >= range.high),
           is_cut(tile.lowest < range.low || tile.highest >= range.high),
+          first(0),
+          end(tile.padded),
           position(scores.sight.position(query)),
           document(0),
           offsets(nullptr),
           dense{},
           keep(nullptr) {
+        if (is_cut && !is_hidden && !scores.sight.key_positions) {
+            first = round_down(larger(range.low - tile.first, 0), LANES);
+            end = smaller(round_up(range.high - tile.first, LANES), tile.padded);
+        }
         if (scores.is_plain()) return;
         const ZetaCall &call = scores.call;
         if (scores.offsets.data && !scores.sight.key_positions)
@@ -137,7 +144,8 @@ struct ScoreRow {
     }
 
     RowKind kind() const {
-        if (is_cut || !scores.has_at_most_offsets()) return RowKind::GENERAL;
+        if (!scores.has_at_most_offsets()) return RowKind::GENERAL;
+        if (is_cut && scores.sight.key_positions) return RowKind::GENERAL;
         if (!scores.offsets.data) return RowKind::PLAIN;
         return offsets ? RowKind::OFFSETS : RowKind::GENERAL;
     }
@@ -147,10 +155,14 @@ struct ScoreRow {
         return add(lane_numbers(), splat_int(static_cast<int32_t>(tile.first + key)));
     }
 
-    Mask visible(int64_t key) const {
+    Mask in_range(int64_t key) const {
         const Ints at = positions(key);
-        Mask seen = both(greater(at, splat_int(static_cast<int32_t>(range.low - 1))),
-                         greater(splat_int(static_cast<int32_t>(range.high)), at));
+        return both(greater(at, splat_int(static_cast<int32_t>(range.low - 1))),
+                    greater(splat_int(static_cast<int32_t>(range.high)), at));
+    }
+
+    Mask visible(int64_t key) const {
+        Mask seen = in_range(key);
         if (tile.has_documents) seen = both(seen, equal_long(tile.documents + key, document));
         if (keep) {
             const int64_t stride = scores.call.keep.column;
@@ -171,8 +183,11 @@ struct ScoreRow {
     template <RowKind KIND>
     __attribute__((always_inline)) Floats finish(Floats x, int64_t key, Floats &slope) const {
         x = x * splat(scores.factor);
-        if (KIND == RowKind::PLAIN) return x;
-        if (KIND == RowKind::OFFSETS) return x + load(offsets + key);
+        if (KIND != RowKind::GENERAL) {
+            if (KIND == RowKind::OFFSETS) x = x + load(offsets + key);
+            const bool is_between = first < key && key + LANES < end;
+            return is_cut && !is_between ? select(in_range(key), x, splat(-INFINITY)) : x;
+        }
         const ZetaCall &call = scores.call;
         if (call.softcap && call.softcap_first) x = capped(x, slope);
         if (offsets)
@@ -198,10 +213,23 @@ struct ScoreRow {
     }
 };
 
+inline void fill(float *to, int64_t first, int64_t end, float value) {
+    for (int64_t key = first; key < end; key += LANES) store(to + key, splat(value));
+}
+
+// The vectors of a row without a key that is seen.
+inline void fill_unseen(const ScoreRow &row, float *to, float value) {
+    if (!row.is_cut) return;
+    fill(to, 0, row.first, value);
+    fill(to, row.end, row.tile.padded, value);
+}
+
 template <RowKind KIND>
 inline Floats finish_row(const ScoreRow &row, float *products) {
+    fill_unseen(row, products, -INFINITY);
+    const int64_t end = row.end;
     Floats highest = splat(-INFINITY), unused = zeros();
-    for (int64_t key = 0; key < row.tile.padded; key += LANES) {
+    for (int64_t key = row.first; key < end; key += LANES) {
         const Floats score = row.finish<KIND>(load(products + key), key, unused);
         store(products + key, score);
         highest = max(highest, score);
@@ -212,13 +240,13 @@ inline Floats finish_row(const ScoreRow &row, float *products) {
 // Makes scores of a row of products, in place, and finds the largest.
 inline Floats finish_row(const ScoreRow &row, float *products) {
     if (row.is_hidden) {
-        for (int64_t key = 0; key < row.tile.padded; key += LANES)
-            store(products + key, splat(-INFINITY));
+        fill(products, 0, row.tile.padded, -INFINITY);
         return splat(-INFINITY);
     }
     switch (row.kind()) {
         case RowKind::PLAIN: {
-            if (row.scores.factor != 1) return finish_row<RowKind::PLAIN>(row, products);
+            if (row.is_cut || row.scores.factor != 1)
+                return finish_row<RowKind::PLAIN>(row, products);
             Floats highest = splat(-INFINITY);
             for (int64_t key = 0; key < row.tile.padded; key += LANES)
                 highest = max(highest, load(products + key));
