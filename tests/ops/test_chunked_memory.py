@@ -85,10 +85,10 @@ print(step({length}) // 1024)
 
 @pytest.mark.serial
 @pytest.mark.parametrize(
-    ("length", "most"), [(4096, 320), pytest.param(16384, 1024, marks=pytest.mark.slow)]
+    ("length", "most"), [(4096, 200), pytest.param(8192, 400, marks=pytest.mark.slow)]
 )
 def test_peak_memory_of_a_training_step(length: int, most: int) -> None:
-    """In MiB, over inputs and gradients; one copy of the scores takes 512 MiB and 8 GiB."""
+    """In MiB, over inputs and gradients; one copy of the scores takes 512 MiB and 2 GiB."""
     script = _PEAK.replace("{length}", str(length))
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
