@@ -110,7 +110,7 @@ inline float exponentials(const ScoreRow &row, float *scores, float highest) {
 
 template <class Operands>
 inline void forward_tile(ForwardBlock<Operands> &block, const QueryBlock &queries,
-                         const Scores &scores, const PackedHead<Operands> &packed) {
+                         const Scores &scores, const PackedHead<Operands> &packed, bool adds) {
     const ZetaCall &call = scores.call;
     const KeyTile &tile = *block.tile;
     Operands::make_scores(block.queries, queries.count, packed.keys, tile.first, tile.count,
@@ -127,7 +127,7 @@ inline void forward_tile(ForwardBlock<Operands> &block, const QueryBlock &querie
     }
     block.weights.take(block.scores, block.score_stride, queries.count, tile.count);
     Operands::make_outputs(block.weights, queries.count, packed.values, tile.first, tile.count,
-                           block.sums, block.sum_stride, true);
+                           block.sums, block.sum_stride, adds);
 }
 
 // A row of the output.
@@ -170,7 +170,7 @@ inline void forward_block(ForwardBlock<Operands> &block, const Scores &scores,
     const QueryBlock queries(scores.sight, first, smaller(most, call.target - first));
     const HeadRows query = head_rows(call.query, call.dtype, scores.batch, scores.head);
     block.queries.copy(query, first, queries.count, static_cast<float>(call.scale));
-    clear(block.sums, BLOCK_QUERIES * block.sum_stride);
+    bool has_sums = false;
     for (int64_t row = 0; row < queries.count; ++row) {
         block.maxima[row] = -INFINITY;
         block.totals[row] = 0;
@@ -181,8 +181,10 @@ inline void forward_block(ForwardBlock<Operands> &block, const Scores &scores,
         block.tile->set(scores.sight, key, smaller(TILE_KEYS, queries.keys.high - key));
         if (!queries.sees(scores.sight, *block.tile)) continue;
         if (call.dropout_p > 0) block.tile->set_hashes(scores.sight, salt);
-        forward_tile(block, queries, scores, packed);
+        forward_tile(block, queries, scores, packed, has_sums);
+        has_sums = true;
     }
+    if (!has_sums) clear(block.sums, queries.count * block.sum_stride);
     scores.sight.unseen.look_at(block.sums, queries.count, call.value_dim, block.sum_stride);
     store_block(block, queries, scores);
 }
