@@ -82,8 +82,7 @@ struct HeadCache {
 template <class Body>
 inline void for_runs(const Sight &sight, int64_t key_head, int64_t page_size, int64_t first,
                      int64_t end, const Body &body) {
-    const bool has_all = !sight.existing.positions && !sight.existing.keep &&
-                         !sight.unseen.are_left_out;
+    const bool has_all = sight.has_all(first, end - first);
     while (first < end) {
         int64_t last = smaller(end, page_size == INT64_MAX
                                         ? end : round_down(first, page_size) + page_size);

@@ -30,9 +30,7 @@ struct FewOperands : FmaOperands {
         }
 
         void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t) const {
-            bool has_all = rows.rows.dtype == ZETA_FLOAT32;
-            for (int64_t key = 0; has_all && key < count; ++key) has_all = rows.has(first + key);
-            if (has_all) {
+            if (rows.rows.dtype == ZETA_FLOAT32 && rows.sight.has_all(first, count)) {
                 *lines = {static_cast<const float *>(rows.rows.at(first)), rows.rows.row, count};
                 return;
             }

@@ -53,13 +53,34 @@ inline __attribute__((always_inline)) void for_vectors(const HeadRows &rows, int
     }
 }
 
+// Calls `body(load)`, where load(row, column) is a vector of a row: without a look at the dtype and at
+// how many numbers are left, as far as these are known.
+template <class Body>
+inline void with_loads(const HeadRows &rows, int64_t width, const Body &body) {
+    const auto of = [&](const auto *data) {
+        body([=, row_stride = rows.row](int64_t row, int64_t column) {
+            return load(data + row * row_stride + column);
+        });
+    };
+    if (width % LANES)
+        return body([&](int64_t row, int64_t column) {
+            return load_dtype(rows.at(row), rows.dtype, column, width - column);
+        });
+    switch (rows.dtype) {
+        case ZETA_BFLOAT16: return of(reinterpret_cast<const BFloat16 *>(rows.data));
+        case ZETA_FLOAT16: return of(reinterpret_cast<const Float16 *>(rows.data));
+        default: return of(reinterpret_cast<const float *>(rows.data));
+    }
+}
+
 // A block of rows times a factor, padded to vectors: row i at to + i * stride.
 inline void copy_rows(const HeadRows &rows, int64_t first, int64_t count, int64_t width,
                       float factor, float *to, int64_t stride) {
     const Floats times = splat(factor);
-    for_vectors(rows, count, width, [&](int64_t row, int64_t column) {
-        store(to + row * stride + column,
-              load_dtype(rows.at(first + row), rows.dtype, column, width - column) * times);
+    with_loads(rows, width, [&](const auto &load_vector) {
+        for_vectors(rows, count, width, [&](int64_t row, int64_t column) {
+            store(to + row * stride + column, load_vector(first + row, column) * times);
+        });
     });
 }
 
@@ -93,8 +114,9 @@ struct IsThere {
     bool at[LANES];
 
     IsThere(const KeyRows &rows, int64_t first, int64_t count) {
+        const bool has_all = count >= LANES && rows.sight.has_all(first, LANES);
         for (int lane = 0; lane < LANES; ++lane)
-            at[lane] = lane < count && rows.has(first + lane);
+            at[lane] = has_all || (lane < count && rows.has(first + lane));
     }
 };
 
@@ -102,14 +124,16 @@ struct IsThere {
 // feature d goes to place(i, d). Rows that are not there are zero.
 template <class Place>
 inline void copy_keys(const KeyRows &rows, int64_t first, int64_t count, const Place &place) {
-    for (int64_t start = 0; start < count; start += LANES) {
-        const IsThere is_there(rows, first + start, count - start);
-        for_vectors(rows.rows, LANES, rows.width, [&](int64_t lane, int64_t column) {
-            const int64_t row = start + lane;
-            store(place(row, column),
-                  is_there.at[lane] ? rows.load(first + row, column) : zeros());
-        });
-    }
+    with_loads(rows.rows, rows.width, [&](const auto &load_vector) {
+        for (int64_t start = 0; start < count; start += LANES) {
+            const IsThere is_there(rows, first + start, count - start);
+            for_vectors(rows.rows, LANES, rows.width, [&](int64_t lane, int64_t column) {
+                const int64_t row = start + lane;
+                store(place(row, column),
+                      is_there.at[lane] ? load_vector(first + row, column) : zeros());
+            });
+        }
+    });
 }
 
 // The same as columns of B: the panel p of PANEL features at to + p * panel, row i of it at i * PANEL.
@@ -124,16 +148,20 @@ inline void copy_panels(const KeyRows &rows, int64_t first, int64_t count, float
 // to + p * PANEL * width, feature d of it at d * PANEL. `count` is filled up to a whole panel.
 inline void copy_transposed(const KeyRows &rows, int64_t first, int64_t count, float *to) {
     const int64_t width = rows.width;
-    for (int64_t row = 0; row < round_up(count, PANEL); row += LANES) {
-        float *panel = to + row / PANEL * PANEL * width + row % PANEL;
-        const IsThere is_there(rows, first + row, count - row);
-        for (int64_t column = 0; column < width; column += LANES) {
-            Floats square[LANES];
-            for (int lane = 0; lane < LANES; ++lane)
-                square[lane] = is_there.at[lane] ? rows.load(first + row + lane, column) : zeros();
-            transpose(square);
-            const int64_t features = smaller(LANES, width - column);
-            for (int64_t d = 0; d < features; ++d) store(panel + (column + d) * PANEL, square[d]);
+    with_loads(rows.rows, width, [&](const auto &load_vector) {
+        for (int64_t row = 0; row < round_up(count, PANEL); row += LANES) {
+            float *panel = to + row / PANEL * PANEL * width + row % PANEL;
+            const IsThere is_there(rows, first + row, count - row);
+            for (int64_t column = 0; column < width; column += LANES) {
+                Floats square[LANES];
+                for (int lane = 0; lane < LANES; ++lane)
+                    square[lane] =
+                        is_there.at[lane] ? load_vector(first + row + lane, column) : zeros();
+                transpose(square);
+                const int64_t features = smaller(LANES, width - column);
+                for (int64_t d = 0; d < features; ++d)
+                    store(panel + (column + d) * PANEL, square[d]);
+            }
         }
-    }
+    });
 }

@@ -101,6 +101,12 @@ struct Sight {
         return existing.has(key) && (!unseen.are_left_out || is_seen(key, key_head));
     }
 
+    // Whether it has some keys one after the other, where that is known without looking at each.
+    bool has_all(int64_t first, int64_t count) const {
+        return first >= existing.first && first + count <= existing.length &&
+               !existing.positions && !existing.keep && !unseen.are_left_out;
+    }
+
     int64_t position(int64_t query) const {
         return query_positions ? query_positions[query] : query + source - target;
     }
