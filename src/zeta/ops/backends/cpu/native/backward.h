@@ -94,8 +94,6 @@ inline int64_t backward_by(const ZetaCall &call, Unseen &unseen) {
 
 template <class Operands>
 inline int64_t backward_with(const ZetaCall &call) {
-    return run_without_unseen(call, [&](Unseen &unseen) {
-        return are_few(call) ? backward_by<FewOperands>(call, unseen)
-                             : backward_by<Operands>(call, unseen);
-    });
+    return run_without_unseen(
+        call, [&](Unseen &unseen) { return backward_by<Operands>(call, unseen); });
 }

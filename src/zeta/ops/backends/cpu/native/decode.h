@@ -360,18 +360,9 @@ inline int64_t decode_in(const ZetaCall &call, Unseen &unseen) {
     return answer;
 }
 
-template <class Q>
-inline int64_t decode_of(const ZetaCall &call) {
-    return run_without_unseen(call, [&](Unseen &unseen) {
-        return call.key_factor_BGS ? decode_in<Q, int8_t>(call, unseen)
-                                   : decode_in<Q, Q>(call, unseen);
-    });
-}
-
-inline int64_t decode(const ZetaCall *call) {
-    switch (call->dtype) {
-        case ZETA_BFLOAT16: return decode_of<BFloat16>(*call);
-        case ZETA_FLOAT16: return decode_of<Float16>(*call);
-        default: return decode_of<float>(*call);
-    }
+// Q is the dtype of the call, K that of its keys and values.
+template <class Q, class K>
+inline int64_t decode_with(const ZetaCall &call) {
+    return run_without_unseen(
+        call, [&](Unseen &unseen) { return decode_in<Q, K>(call, unseen); });
 }

@@ -46,8 +46,7 @@ struct FewOperands : FmaOperands {
     static void make_scores(const Rows &rows, int64_t count, const Columns &columns,
                             int64_t place, int64_t num_keys, float *scores, int64_t stride) {
         for (int64_t row = 0; row < count; ++row)
-            for (int64_t key = 0; key < round_up(num_keys, LANES); key += LANES)
-                store(scores + row * stride + key, zeros());
+            fill(scores + row * stride, 0, num_keys, 0);
         score_keys(rows.data, rows.stride, count, columns.lines->part(place, num_keys),
                    columns.width, scores, stride, nullptr);
     }

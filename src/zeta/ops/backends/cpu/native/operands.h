@@ -35,6 +35,11 @@ inline int64_t row_stride(int64_t width) { return (round_up(width, 16) / 16 | 1)
 
 inline void clear(float *to, int64_t count) { memset(to, 0, count * sizeof(float)); }
 
+// Whole vectors, from `first` up to `end`.
+inline void fill(float *to, int64_t first, int64_t end, float value) {
+    for (int64_t place = first; place < end; place += LANES) store(to + place, splat(value));
+}
+
 // Every vector of `count` rows. Where heads lie side by side, the rows of one are apart from each
 // other, and the processor does not foresee the next: several at once come from memory together.
 template <class Body>

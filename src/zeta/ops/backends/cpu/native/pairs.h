@@ -9,6 +9,15 @@
 constexpr int64_t TILE_ROWS = 16;
 constexpr int64_t TILE_DEPTH = 32;
 
+// The unit for what is not multiplied in pairs.
+inline const ZetaPasses &without_pairs() {
+#if defined(ZETA_EMULATE)
+    return zeta_passes_avx2;
+#else
+    return zeta_passes_avx512;
+#endif
+}
+
 // A: rows of bfloat16 along the depth. B: rows of pairs (2k, 2k + 1), in panels of 16 columns.
 // Depths are filled up with zeros to a multiple of TILE_DEPTH; `part` is the distance between
 // parts.

@@ -202,7 +202,8 @@ inline bool make_call(ZetaCall &call, const Plain &given, Numbers &numbers) {
         out.dtype() != call.dtype || !query.are_rows() || !key.are_rows() || !value.are_rows() ||
         !out.are_rows() || !query.has_sizes_of(out) || !key.has_sizes_of(value) ||
         query.shape[0] != key.shape[0] || query.shape[1] % key.shape[1] ||
-        query.shape[3] != key.shape[3] || query.shape[3] > ZETA_MOST_FEATURES)
+        query.shape[3] != key.shape[3] || query.shape[3] > ZETA_MOST_FEATURES ||
+        !__builtin_isfinite(given.scale))
         return false;
     call.bytes = sizeof call;
     call.precision = given.precision;

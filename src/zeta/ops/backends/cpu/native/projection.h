@@ -32,7 +32,7 @@ inline void project_features(const ZetaProjection &call, const ZetaLayer &layer,
 }
 
 template <class T>
-inline int64_t project_in(const ZetaProjection &call) {
+inline int64_t project_with(const ZetaProjection &call) {
     using Products = RowProducts<T, T>;
     using Number = typename Products::Number;
     const int64_t x_stride = round_up(call.width, PAIR) + PAIR;
@@ -62,12 +62,4 @@ inline int64_t project_in(const ZetaProjection &call) {
                             smaller(LAYER_FEATURES, layer.features - first));
     });
     return ZETA_DONE;
-}
-
-inline int64_t project(const ZetaProjection *call) {
-    switch (call->dtype) {
-        case ZETA_BFLOAT16: return project_in<BFloat16>(*call);
-        case ZETA_FLOAT16: return project_in<Float16>(*call);
-        default: return project_in<float>(*call);
-    }
 }

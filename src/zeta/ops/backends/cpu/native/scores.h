@@ -213,10 +213,6 @@ struct ScoreRow {
     }
 };
 
-inline void fill(float *to, int64_t first, int64_t end, float value) {
-    for (int64_t key = first; key < end; key += LANES) store(to + key, splat(value));
-}
-
 // The vectors of a row without a key that is seen.
 inline void fill_unseen(const ScoreRow &row, float *to, float value) {
     if (!row.is_cut) return;

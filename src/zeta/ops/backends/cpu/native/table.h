@@ -5,7 +5,7 @@
 //     extern "C" const ZetaPasses zeta_passes_avx2 = {forward, backward, weights, decode, project};
 //
 // The tables are weak here: a unit whose instructions the compiler does not know is left out of the
-// library.
+// library, and so are those after it, which hand on to it what they do no better.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,6 @@
 // The passes of a unit with tiles: bfloat16 as it is, float16 in two parts, which hold all of its
-// bits, float32 in three, or in two where the caller is content with that.
+// bits, float32 in three, or in two where the caller is content with that. What cannot be taken apart
+// is float32 in the unit without; few rows are for the unit with dot products.
 
 // Whether numbers can be taken apart: the parts of infinity, and products near the largest float32,
 // would make NaN where the whole does not.
@@ -40,7 +41,7 @@ using HighestOperands = PairOperands<3, 2>;
 inline int64_t forward(const ZetaCall *given) {
     const ZetaCall &call = *given;
     if (call.dtype == ZETA_BFLOAT16) return forward_with<BFloat16Operands>(call);
-    if (!can_split(call)) return forward_with<FmaOperands>(call);
+    if (!can_split(call)) return without_pairs().forward(given);
     if (call.dtype == ZETA_FLOAT16) return forward_with<Float16Operands>(call);
     return call.precision == ZETA_HIGH ? forward_with<HighOperands>(call)
                                        : forward_with<HighestOperands>(call);
@@ -48,8 +49,9 @@ inline int64_t forward(const ZetaCall *given) {
 
 inline int64_t backward(const ZetaCall *given) {
     const ZetaCall &call = *given;
+    if (are_few(call)) return without_pairs().backward(given);
     if (call.dtype == ZETA_BFLOAT16) return backward_with<BFloat16Operands>(call);
-    if (!can_split(call)) return backward_with<FmaOperands>(call);
+    if (!can_split(call)) return without_pairs().backward(given);
     if (call.dtype == ZETA_FLOAT16) return backward_with<Float16Operands>(call);
     return call.precision == ZETA_HIGH ? backward_with<HighOperands>(call)
                                        : backward_with<HighestOperands>(call);
@@ -57,9 +59,15 @@ inline int64_t backward(const ZetaCall *given) {
 
 inline int64_t weights(const ZetaCall *given) {
     const ZetaCall &call = *given;
-    if (call.dtype == ZETA_BFLOAT16) return weights_with<BFloat16Operands>(call);
-    if (!can_split(call)) return weights_with<FmaOperands>(call);
-    if (call.dtype == ZETA_FLOAT16) return weights_with<Float16Operands>(call);
-    return call.precision == ZETA_HIGH ? weights_with<HighOperands>(call)
-                                       : weights_with<HighestOperands>(call);
+    if (call.dtype == ZETA_BFLOAT16) return weights_with<BFloat16, BFloat16Operands>(call);
+    if (!can_split(call)) return without_pairs().weights(given);
+    if (call.dtype == ZETA_FLOAT16) return weights_with<Float16, Float16Operands>(call);
+    return call.precision == ZETA_HIGH ? weights_with<float, HighOperands>(call)
+                                       : weights_with<float, HighestOperands>(call);
+}
+
+inline int64_t decode(const ZetaCall *call) { return zeta_passes_avx512_bf16.decode(call); }
+
+inline int64_t project(const ZetaProjection *call) {
+    return zeta_passes_avx512_bf16.project(call);
 }

@@ -266,13 +266,9 @@ inline int64_t weights_in(const ZetaCall &call, Unseen &unseen) {
     return answer;
 }
 
-template <class Operands>
+// T is the dtype of the call.
+template <class T, class Operands>
 inline int64_t weights_with(const ZetaCall &call) {
-    return run_without_unseen(call, [&](Unseen &unseen) {
-        switch (call.dtype) {
-            case ZETA_BFLOAT16: return weights_in<BFloat16, Operands>(call, unseen);
-            case ZETA_FLOAT16: return weights_in<Float16, Operands>(call, unseen);
-            default: return weights_in<float, Operands>(call, unseen);
-        }
-    });
+    return run_without_unseen(
+        call, [&](Unseen &unseen) { return weights_in<T, Operands>(call, unseen); });
 }
