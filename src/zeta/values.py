@@ -6,6 +6,7 @@ Shape suffixes: B batch, H heads, T target length, S source length.
 import dataclasses
 import functools
 import json
+import math
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
@@ -210,6 +211,13 @@ def check_number(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a number, which neither a bool nor a tensor is."""
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} must be a number; got {kind(value)}")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is a finite one."""
+    check_number(name, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite; got {value}")
 
 
 def check_size(name: str, size: int) -> None:

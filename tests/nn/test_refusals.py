@@ -31,6 +31,8 @@ def make(args: Any = None, **options: Any) -> MultiheadAttention:
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\); got 1.0"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\); got -0.1"),
         ({"dropout": float("nan")}, r"dropout must be in \[0, 1\); got nan"),
+        ({"scale": float("nan")}, "scale must be finite; got nan"),
+        ({"scale": float("inf")}, "scale must be finite; got inf"),
         (
             {"self_attention": True, "encoder_decoder_attention": True},
             "at most one of self_attention and encoder_decoder_attention can be True; got both",
@@ -261,6 +263,10 @@ CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"rel_pos": ALiBi(8)}, ValueError, "rel_pos must be for 4 heads; got one for 8"),
     ({"rel_pos": masks.Causal()}, TypeError, "rel_pos must be a tensor, .*; got Causal"),
     ({"need_weights": "all"}, ValueError, "need_weights must be .*; got 'all'"),
+    *(
+        ({"is_causal": given}, TypeError, "is_causal must be True or False; got")
+        for given in ("no", None, torch.tensor([True, False]))
+    ),
     *(
         ({"need_weights": given}, TypeError, f"need_weights must be .*; got {given!r}")
         for given in (1, 0, 1.0, np.False_)

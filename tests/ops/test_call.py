@@ -57,6 +57,8 @@ def test_shapes_that_do_not_fit(shapes: dict[str, tuple[int, ...]], words: str) 
         ({"dropout_p": "a"}, TypeError, "dropout_p must be a number; got str"),
         ({"dropout_p": torch.tensor(0.5)}, TypeError, "dropout_p .* got a torch.float32 tensor"),
         ({"scale": "a"}, TypeError, "scale must be a number; got str"),
+        ({"scale": float("nan")}, ValueError, "scale must be finite; got nan"),
+        ({"scale": -float("inf")}, ValueError, "scale must be finite; got -inf"),
         ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an integer; got float"),
         ({"dropout_p": 0.1, "seed": "a"}, TypeError, "seed must be an integer; got str"),
         (
@@ -164,6 +166,22 @@ def test_a_scale_is_no_tensor_in_compiled_code_either() -> None:
 
     with pytest.raises(TypeError, match=r"scale must be a number; got a torch.float32 tensor"):
         compiled(SCALE)
+
+
+def test_a_scale_is_finite_in_compiled_code_too() -> None:
+    torch._dynamo.reset()
+    made = tensors()
+
+    @torch.compile(backend="eager")
+    def compiled(scale: float) -> torch.Tensor:
+        return zeta.attention(**made, scale=scale)
+
+    # Of the second number on it is a symbol.
+    for scale in (0.5, 0.25, 0.125):
+        torch.testing.assert_close(compiled(scale), zeta.attention(**made, scale=scale))
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="scale must be finite"):
+            compiled(scale)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "chunked", "sdpa", "cpu"])

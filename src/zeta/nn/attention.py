@@ -218,7 +218,7 @@ class MultiheadAttention(nn.Module):
             )  # fmt: skip
         checks.check_query(query, self.embed_dim)
         need_weights = self.need_weights if need_weights is None else need_weights
-        checks.check_need_weights(need_weights)
+        checks.check_options(need_weights, is_causal)
         cache = None
         if incremental_state is not None:
             cache = open_state(

@@ -6,7 +6,7 @@ Shapes: B batch, T target length, S source length, E embedding.
 from torch import Tensor, nn
 
 from zeta.nn.positions import Rotation, XPos
-from zeta.values import check_integer, check_number, check_size, check_tensor
+from zeta.values import check_finite, check_integer, check_number, check_size, check_tensor
 
 
 def check_sizes(
@@ -36,12 +36,14 @@ def check_sizes(
 
 
 def check_numbers(dropout: float, scale: float | None) -> None:
-    """Raise TypeError unless they are numbers, ValueError unless the first is a probability."""
+    """Raise TypeError unless they are numbers, ValueError unless the first is a probability and the
+    second finite.
+    """
     check_number("dropout", dropout)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1); got {dropout}")
     if scale is not None:
-        check_number("scale", scale)
+        check_finite("scale", scale)
 
 
 def check_flags(**flags: object) -> None:
@@ -93,6 +95,13 @@ def check_need_weights(need_weights: object) -> None:
         raise (ValueError if is_string else TypeError)(
             f"need_weights must be 'lazy', True, False or 'mean'; got {need_weights!r:.80}"
         )
+
+
+def check_options(need_weights: object, is_causal: object) -> None:
+    """As `check_need_weights` and `check_flags`: what a call may choose."""
+    check_need_weights(need_weights)
+    if not isinstance(is_causal, bool):
+        check_flags(is_causal=is_causal)
 
 
 def check_position(

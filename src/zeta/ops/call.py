@@ -19,6 +19,7 @@ from zeta.values import (
     ALL,
     Tile,
     check_device,
+    check_finite,
     check_floating,
     check_integer,
     check_number,
@@ -308,7 +309,7 @@ def _check_numbers(dropout_p: float, scale: float | None) -> None:
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
     if scale is not None:
-        check_number("scale", scale)
+        check_finite("scale", scale)
 
 
 def _check_sinks(sinks: Tensor, heads: int, device: torch.device) -> None:

@@ -196,6 +196,8 @@ def attend(
         return None
     if heads % key_heads or head_dim > MAX_HEAD_DIM or library.obstacle() is not None:
         return None
+    if scale is not None and not -math.inf < scale < math.inf:
+        return None
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     is_high = query.dtype == torch.float32 and float32_precision() == "high"
     numbers = scale, causal, 0, 0.0, False, 0.0, is_high
