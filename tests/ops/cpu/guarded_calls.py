@@ -3,7 +3,7 @@
 A read or write outside of a buffer ends the process; the last line that it printed names the call.
 Outputs must be, bit for bit, what the same call makes in ordinary memory.
 
-    python -m tests.ops.cpu.guarded_calls bfloat16 [--spoil PASS FIELD CHANGE] [--library FILE]
+    python -m tests.ops.cpu.guarded_calls bfloat16 [--library FILE]
 """
 
 import argparse
@@ -275,32 +275,42 @@ def spoil(name: str, field: str, change: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--spoil", nargs=3, metavar=("PASS", "FIELD", "CHANGE"))
-    parser.add_argument("--only", default="", help="a part of the names of the calls to make")
     parser.add_argument("--library", type=Path, help="another library than the installed one")
     parser.add_argument("--ordinary", action="store_true", help="in ordinary memory alone")
     arguments = parser.parse_args()
     if arguments.library:
         library.PATH = arguments.library.resolve()
+    for run in named_calls(getattr(torch, arguments.dtype)):
+        expected = run(None)
+        if arguments.ordinary:
+            continue
+        for at_end in (True, False):
+            compare(run(at_end), expected)
+    print("done")
+
+
+def named_calls(dtype: torch.dtype, only: str = "") -> Iterator[Callable[[bool | None], Results]]:
+    """All calls whose names have a part, with every instruction set; the names are printed."""
     native = library.load()
     torch.set_num_threads(2)
     # A process that ends as it should leaves nothing behind.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if arguments.spoil:
-        spoil(*arguments.spoil[:2], int(arguments.spoil[2]))
     for number, instructions in enumerate(library.INSTRUCTION_SETS, 1):
         if instructions not in native.usable:
             continue
         native.instruction_set = number
-        for name, run in calls(getattr(torch, arguments.dtype), arguments.only):
+        for name, run in calls(dtype, only):
             print(f"{instructions}: {name}", flush=True)
-            if arguments.ordinary:
-                run(None)
-                continue
-            expected = None if arguments.spoil else run(None)
+            yield run
+
+
+def make_spoilt(name: str, field: str, change: int, only: str, names: Path) -> None:
+    """Make calls that are spoilt so, and write down their names."""
+    with names.open("w") as output, contextlib.redirect_stdout(output):
+        spoil(name, field, change)
+        for run in named_calls(torch.float32, only):
             for at_end in (True, False):
-                compare(run(at_end), expected)
-    print("done")
+                run(at_end)
 
 
 def compare(actual: Results, expected: Results | None) -> None:

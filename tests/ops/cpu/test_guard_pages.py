@@ -4,17 +4,19 @@ Every operand, table, output and gradient lies against an inaccessible page, fir
 then with its beginning; memory that nothing has written holds NaN. See guarded_calls.py.
 """
 
+import multiprocessing
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.ops.cases import Case, assert_within_bound
+from tests.ops.cpu import guarded_calls
 from tests.ops.cpu.caches import CACHES, Cache
-from tests.ops.cpu.guarded_calls import compare
 from tests.ops.cpu.guards import Guards, guarded
 from zeta import attention_with_lse, masks
 from zeta.ops.backends.cpu import library
@@ -41,31 +43,51 @@ def test_nothing_outside_of_a_buffer_is_touched(dtype: str) -> None:
 
 # What a pass is told wrongly, and in which call.
 SPOILT = {
-    "forward reads too many keys": ("forward", "source", "1", "long"),
-    "forward writes too many rows": ("forward", "target", "1", "long"),
-    "forward reads before the queries": ("forward", "query", "-4", "long"),
-    "backward reads too many keys": ("backward", "source", "1", "long"),
-    "weights reads too many keys": ("weights", "source", "1", "plain, weights each"),
-    "weights writes too many rows": ("weights", "target", "1", "plain, weights mean"),
-    "decode reads too many keys": ("decode", "source", "1", "in one piece"),
-    "decode reads too many features": ("decode", "head_dim", "1", "in one piece"),
-    "decode reads too many factors": ("decode", "source", "1", "int8"),
-    "decode reads before the values": ("decode", "value", "-4", "in one piece"),
+    "forward reads too many keys": ("forward", "source", 1, "long"),
+    "forward writes too many rows": ("forward", "target", 1, "long"),
+    "forward reads before the queries": ("forward", "query", -4, "long"),
+    "backward reads too many keys": ("backward", "source", 1, "long"),
+    "weights reads too many keys": ("weights", "source", 1, "plain, weights each"),
+    "weights writes too many rows": ("weights", "target", 1, "plain, weights mean"),
+    "decode reads too many keys": ("decode", "source", 1, "in one piece"),
+    "decode reads too many features": ("decode", "head_dim", 1, "in one piece"),
+    "decode reads too many factors": ("decode", "source", 1, "int8"),
+    "decode reads before the values": ("decode", "value", -4, "in one piece"),
 }
 
 
+def run_spoilt(kernel: str, field: str, change: int, only: str, names: Path) -> tuple[Any, str]:
+    """How a process ends that makes spoilt calls, and the last call's name."""
+    # A fork of one that imports for all of them; under the guards' mode, torch's compiler too.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.ops.cpu.guarded_calls", "torch._dynamo"])
+    arguments = kernel, field, change, only, names
+    process = context.Process(target=guarded_calls.make_spoilt, args=arguments)
+    process.start()
+    process.join()
+    return process.exitcode, names.read_text().splitlines()[-1]
+
+
 @pytest.mark.slow
+@pytest.mark.xdist_group("spoilt calls")
 @pytest.mark.parametrize("name", SPOILT)
-def test_the_guards_catch(name: str) -> None:
-    kernel, field, change, only = SPOILT[name]
-    found = run("float32", "--spoil", kernel, field, change, "--only", only)
-    assert found.returncode in (-signal.SIGSEGV, -signal.SIGBUS), found.stderr
-    assert only in found.stdout.splitlines()[-1]
+def test_the_guards_catch(name: str, tmp_path: Path) -> None:
+    exit_code, last = run_spoilt(*SPOILT[name], tmp_path / "names")
+    assert exit_code in (-signal.SIGSEGV, -signal.SIGBUS)
+    assert SPOILT[name][-1] in last
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("spoilt calls")
+def test_the_guards_catch_nothing_else(tmp_path: Path) -> None:
+    exit_code, last = run_spoilt("forward", "source", 0, "long", tmp_path / "names")
+    assert exit_code == 0
+    assert "long" in last
 
 
 def test_a_changed_result_is_caught() -> None:
     with pytest.raises(AssertionError, match="out"):
-        compare({"out": torch.tensor([1.0])}, {"out": torch.tensor([1.0000001])})
+        guarded_calls.compare({"out": torch.tensor([1.0])}, {"out": torch.tensor([1.0000001])})
 
 
 @pytest.mark.parametrize("at_end", [True, False])
@@ -118,6 +140,6 @@ def test_long_caches_are_cut_alike_for_any_number_of_threads(threads: int) -> No
         torch.set_num_threads(1)
         expected = case.run(made, "cpu")
         torch.set_num_threads(threads)
-        compare({"out": case.run(made, "cpu")["out"]}, {"out": expected["out"]})
+        guarded_calls.compare({"out": case.run(made, "cpu")["out"]}, {"out": expected["out"]})
     finally:
         torch.set_num_threads(before)
