@@ -156,26 +156,21 @@ def test_a_scale_is_no_tensor(function: Callable[..., object], backend: str) -> 
             function(**tensors(), mask=mask, scale=SCALE, backend=backend)
 
 
-def test_a_scale_is_no_tensor_in_compiled_code_either() -> None:
+def compiled_attention(made: dict[str, torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    """Of a scale."""
     torch._dynamo.reset()
-    made = tensors()
+    return torch.compile(lambda scale: zeta.attention(**made, scale=scale), backend="eager")
 
-    @torch.compile(backend="eager")
-    def compiled(scale: Any) -> torch.Tensor:
-        return zeta.attention(**made, scale=scale)
 
+def test_a_scale_is_no_tensor_in_compiled_code_either() -> None:
+    compiled = compiled_attention(tensors())
     with pytest.raises(TypeError, match=r"scale must be a number; got a torch.float32 tensor"):
         compiled(SCALE)
 
 
 def test_a_scale_is_finite_in_compiled_code_too() -> None:
-    torch._dynamo.reset()
     made = tensors()
-
-    @torch.compile(backend="eager")
-    def compiled(scale: float) -> torch.Tensor:
-        return zeta.attention(**made, scale=scale)
-
+    compiled = compiled_attention(made)
     # Of the second number on it is a symbol.
     for scale in (0.5, 0.25, 0.125):
         torch.testing.assert_close(compiled(scale), zeta.attention(**made, scale=scale))

@@ -313,9 +313,9 @@ def make_spoilt(name: str, field: str, change: int, only: str, names: Path) -> N
                 run(at_end)
 
 
-def compare(actual: Results, expected: Results | None) -> None:
+def compare(actual: Results, expected: Results) -> None:
     """Fail where results are not the same bits."""
-    for name, tensor in (expected or {}).items():
+    for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=0, msg=name)
 
 

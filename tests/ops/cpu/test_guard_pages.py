@@ -27,15 +27,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tests.ops.cpu.guarded_calls", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_nothing_outside_of_a_buffer_is_touched(dtype: str) -> None:
-    found = run(dtype)
+    command = [sys.executable, "-m", "tests.ops.cpu.guarded_calls", dtype]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     last = found.stdout.splitlines()[-1:]
     assert found.returncode == 0, f"exit {found.returncode} in {last}: {found.stderr}"
     assert last == ["done"]
