@@ -213,10 +213,15 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number; got {kind(value)}")
 
 
+def is_finite(value: float) -> bool:
+    """Not by `math.isfinite`, which a compiler cannot ask of a number that it does not know."""
+    return -math.inf < value < math.inf
+
+
 def check_finite(name: str, value: float) -> None:
     """Raise TypeError unless ``value`` is a number, ValueError unless it is a finite one."""
     check_number(name, value)
-    if not math.isfinite(value):
+    if not is_finite(value):
         raise ValueError(f"{name} must be finite; got {value}")
 
 

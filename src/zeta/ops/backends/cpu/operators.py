@@ -20,6 +20,7 @@ from zeta.ops.backends.cpu.passes import Gradients
 from zeta.ops.buffers import empty_contiguous, empty_rows
 from zeta.ops.precision import float32_precision
 from zeta.ops.registration import operator
+from zeta.values import is_finite
 
 
 @operator("cpu_attention")
@@ -196,7 +197,7 @@ def attend(
         return None
     if heads % key_heads or head_dim > MAX_HEAD_DIM or library.obstacle() is not None:
         return None
-    if scale is not None and not -math.inf < scale < math.inf:
+    if scale is not None and not is_finite(scale):
         return None
     scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
     is_high = query.dtype == torch.float32 and float32_precision() == "high"
