@@ -45,7 +45,7 @@ $(VENV)/.ready-native: $(NATIVE) | $(VENV)/.ready-dev
 	@$(call BUILD_NATIVE,native,ZETA_IN_SOURCE)
 	@touch $@
 
-# What runs on AMX and AVX-512 BF16, with software for their products: for tests.
+# What runs beyond AVX2, with software for its instructions: for tests.
 $(VENV)/.ready-emulated: $(NATIVE) | $(VENV)/.ready-dev
 	@$(call BUILD_NATIVE,emulated,ZETA_EMULATE)
 	@touch $@
@@ -71,7 +71,7 @@ test: $(VENV)/.ready-dev $(VENV)/.ready-native $(VENV)/.ready-emulated ## Run ev
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not serial" $(ARGS) $(NONE_IS_FINE)
 	$(PYTEST) -m serial $(ARGS) $(NONE_IS_FINE)
 
-test-fast: $(VENV)/.ready-dev $(VENV)/.ready-native ## Run the tests that take less than five seconds each.
+test-fast: $(VENV)/.ready-dev $(VENV)/.ready-native $(VENV)/.ready-emulated ## Run the tests that take less than five seconds each.
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not slow and not serial" $(ARGS)
 
 histories: $(VENV)/.ready-dev $(VENV)/.ready-native ## Run 100,000 random histories of caches: up to an hour.

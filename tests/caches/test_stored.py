@@ -12,6 +12,7 @@ import zeta
 from tests.caches import stored as cases
 from tests.caches.stored import BATCH, HEAD_DIM, HEADS, KINDS, features, filled, is_read
 from tests.ops.cases import assert_within_bound
+from tests.ops.cpu import units
 from zeta import biases, masks
 from zeta.caches import Cached, DynamicCache, PagedCache, QuantizedCache, quantized
 from zeta.caches.pool import PagePool
@@ -100,18 +101,16 @@ def test_they_are_read_where_they_lie(
 
 
 @native
+@pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_instruction_set(
-    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    native_library = library.load()
-    for name in native_library.usable:
-        number = library.INSTRUCTION_SETS.index(name) + 1
-        monkeypatch.setattr(native_library, "instruction_set", number)
-        cached = filled(kind, dtype).update(*cases.new_tokens(2, dtype))
-        query = torch.randn(BATCH, HEADS, 2, HEAD_DIM).to(dtype)
-        assert_read_in_place(query, cached, **options("window", "t5", cached))
+    units.use(name, monkeypatch)
+    cached = filled(kind, dtype).update(*cases.new_tokens(2, dtype))
+    query = torch.randn(BATCH, HEADS, 2, HEAD_DIM).to(dtype)
+    assert_read_in_place(query, cached, **options("window", "t5", cached))
 
 
 @native

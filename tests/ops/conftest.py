@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.ops.cpu import units
 from zeta.ops.backends.chunked import blocks
 from zeta.ops.backends.cpu import library
 
@@ -20,11 +21,7 @@ def poisoned() -> Iterator[None]:
 @pytest.fixture(params=library.INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The native CPU kernel runs on each."""
-    native = library.load()
-    if request.param not in native.usable:
-        pytest.skip(f"no {request.param} here")
-    number = library.INSTRUCTION_SETS.index(request.param) + 1
-    monkeypatch.setattr(native, "instruction_set", number)
+    units.use(request.param, monkeypatch)
 
 
 @pytest.fixture

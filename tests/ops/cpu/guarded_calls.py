@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import math
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import CASES, Case, far_from_zero, reasons
+from tests.ops.cpu import units
 from tests.ops.cpu.caches import CACHES, Cache
 from tests.ops.cpu.guards import Guards, guarded
 from tests.ops.cpu.layers import PROJECTIONS, Projection
@@ -86,8 +87,9 @@ def calls(dtype: torch.dtype, only: str) -> Iterator[tuple[str, Callable[[bool |
 
 
 def _all_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[bool | None], Results]]]:
-    # The dtype changes how rows are read and written, not what is asked for.
-    for case in CASES[:: 1 if dtype == torch.float32 else 4] + ODD:
+    # The dtype changes how rows are read and written, not what is asked for; nor does software.
+    asks_all = dtype == torch.float32 and library.load().path != units.EMULATED
+    for case in CASES[:: 1 if asks_all else 4] + ODD:
         if not reasons(case, "cpu"):
             yield case.name, lambda at_end, case=case: _attention(case, dtype, at_end)
             for reduce in (None, "mean"):
@@ -276,11 +278,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--library", type=Path, help="another library than the installed one")
+    parser.add_argument(
+        "--emulated", action="store_true", help="the instruction sets that the processor has not"
+    )
     parser.add_argument("--ordinary", action="store_true", help="in ordinary memory alone")
     arguments = parser.parse_args()
-    if arguments.library:
+    names: Iterable[str] = library.INSTRUCTION_SETS
+    if arguments.emulated:
+        usable = library.Library(library.PATH).usable
+        names = [name for name in names if name not in usable]
+        library.PATH = units.EMULATED
+    elif arguments.library:
         library.PATH = arguments.library.resolve()
-    for run in named_calls(getattr(torch, arguments.dtype)):
+    for run in named_calls(getattr(torch, arguments.dtype), names=names):
         expected = run(None)
         if arguments.ordinary:
             continue
@@ -289,16 +299,18 @@ def main() -> None:
     print("done")
 
 
-def named_calls(dtype: torch.dtype, only: str = "") -> Iterator[Callable[[bool | None], Results]]:
-    """All calls whose names have a part, with every instruction set; the names are printed."""
+def named_calls(
+    dtype: torch.dtype, only: str = "", names: Iterable[str] = library.INSTRUCTION_SETS
+) -> Iterator[Callable[[bool | None], Results]]:
+    """All calls whose names have a part, with these instruction sets; the names are printed."""
     native = library.load()
     torch.set_num_threads(2)
     # A process that ends as it should leaves nothing behind.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    for number, instructions in enumerate(library.INSTRUCTION_SETS, 1):
+    for instructions in names:
         if instructions not in native.usable:
             continue
-        native.instruction_set = number
+        native.instruction_set = library.INSTRUCTION_SETS.index(instructions) + 1
         for name, run in calls(dtype, only):
             print(f"{instructions}: {name}", flush=True)
             yield run

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.ops.cases import Case, assert_within_bound
-from tests.ops.cpu import guarded_calls
+from tests.ops.cpu import guarded_calls, units
 from tests.ops.cpu.caches import CACHES, Cache
 from tests.ops.cpu.guards import Guards, guarded
 from zeta import attention_with_lse, masks
@@ -28,9 +28,13 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("emulated", [False, True], ids=["usable", "emulated"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_nothing_outside_of_a_buffer_is_touched(dtype: str) -> None:
+def test_nothing_outside_of_a_buffer_is_touched(dtype: str, emulated: bool) -> None:
     command = [sys.executable, "-m", "tests.ops.cpu.guarded_calls", dtype]
+    if emulated:
+        units.needs_compiler()
+        command.append("--emulated")
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     last = found.stdout.splitlines()[-1:]
     assert found.returncode == 0, f"exit {found.returncode} in {last}: {found.stderr}"

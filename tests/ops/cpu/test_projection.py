@@ -39,16 +39,8 @@ def assert_exact(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PROJECTIONS, ids=lambda case: case.name)
-@pytest.mark.parametrize("instructions", library.INSTRUCTION_SETS)
-def test_outputs(
-    case: Projection, dtype: torch.dtype, instructions: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    native = library.load()
-    if instructions not in native.usable:
-        pytest.skip(f"no {instructions} here")
-    number = library.INSTRUCTION_SETS.index(instructions) + 1
-    monkeypatch.setattr(native, "instruction_set", number)
-    monkeypatch.setattr(projection, "FEW_ROWS_BESIDE_TILES", projection.MOST_ROWS)
+@pytest.mark.usefixtures("instruction_set")
+def test_outputs(case: Projection, dtype: torch.dtype) -> None:
     x, layers = case.tensors(dtype)
     for out, (weight, bias) in zip(case.run(x, layers).values(), layers, strict=True):
         assert_exact(out, x, weight, bias)

@@ -1,5 +1,4 @@
-// The kernels on AMX tiles, and AVX-512 between them. With -DZETA_EMULATE software stands in
-// for the tiles, and any vectors will do.
+// The kernels on AMX tiles, and AVX-512 between them.
 
 #include <immintrin.h>
 #include <math.h>

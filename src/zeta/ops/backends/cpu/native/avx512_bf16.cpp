@@ -1,5 +1,4 @@
-// The kernels in AVX-512 with products of bfloat16 (BF16). With -DZETA_EMULATE software stands in for
-// these, and any vectors will do.
+// The kernels in AVX-512 with products of bfloat16 (BF16).
 
 #include <immintrin.h>
 #include <math.h>
@@ -8,6 +7,8 @@
 #include <string.h>
 
 #include "table.h"
+
+#define ZETA_HAS_PAIRS
 
 namespace zeta_avx512_bf16 {
 #include "kernels.h"

@@ -9,7 +9,7 @@ inline int64_t forward(const ZetaCall *call) {
 }
 
 inline int64_t backward(const ZetaCall *call) {
-    return call->dtype == ZETA_BFLOAT16 && !are_few(*call) ? backward_with<BFloat16Operands>(*call)
+    return call->dtype == ZETA_BFLOAT16 && !are_too_few(*call) ? backward_with<BFloat16Operands>(*call)
                                                            : without_pairs().backward(call);
 }
 

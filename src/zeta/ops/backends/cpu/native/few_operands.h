@@ -1,13 +1,8 @@
 // Operands of a few queries: keys and values are multiplied as they lie, where to bring them across
 // would take most of the time.
 
-#if defined(ZETA_EMULATE)
-constexpr int64_t FEW = 0;  // That library shows, on small calls, that the other products are right.
-constexpr int64_t FEW_QUERIES = 0;
-#else
 constexpr int64_t FEW = 16;             // queries of as few keys
 constexpr int64_t FEW_QUERIES = BLOCK;  // of any number of keys
-#endif
 
 // For the gradient of an output, not of weights: large scores have few digits behind the point, and
 // must be rounded as they were, by zeta_decode and by zeta_weights.

@@ -55,15 +55,16 @@ bool has_avx2(uint64_t saved) {
     return all(saved, 0x6) && all(cpuid(1, 0).c, wanted) && all(cpuid(7, 0).b, bit_AVX2);
 }
 
+#ifdef ZETA_EMULATE
+bool has_avx512(uint64_t saved) { return has_avx2(saved); }
+bool has_avx512_bf16(uint64_t saved) { return has_avx2(saved); }
+bool has_amx(uint64_t saved) { return has_avx2(saved); }
+#else
 bool has_avx512(uint64_t saved) {
     const unsigned wanted = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
     return has_avx2(saved) && all(saved, 0xe6) && all(cpuid(7, 0).b, wanted);
 }
 
-#ifdef ZETA_EMULATE
-bool has_avx512_bf16(uint64_t saved) { return has_avx2(saved); }
-bool has_amx(uint64_t saved) { return has_avx2(saved); }
-#else
 bool has_avx512_bf16(uint64_t saved) {
     return has_avx512(saved) && all(cpuid(7, 1).a, 1u << 5);
 }

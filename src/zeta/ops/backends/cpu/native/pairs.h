@@ -10,11 +10,15 @@ constexpr int64_t TILE_ROWS = 16;
 constexpr int64_t TILE_DEPTH = 32;
 
 // The unit for what is not multiplied in pairs.
-inline const ZetaPasses &without_pairs() {
+inline const ZetaPasses &without_pairs() { return zeta_passes_avx512; }
+
+// Whether the gradient of few queries is for that unit too. Not with -DZETA_EMULATE: there small calls
+// show that pairs are right.
+inline bool are_too_few(const ZetaCall &call) {
 #if defined(ZETA_EMULATE)
-    return zeta_passes_avx2;
+    return false;
 #else
-    return zeta_passes_avx512;
+    return are_few(call);
 #endif
 }
 

@@ -94,8 +94,8 @@ inline Floats multiply_keys(const float *queries, int64_t query_stride, const St
                                   __attribute__((always_inline)) {
         unrolled<ROWS>([&](auto r) {
             Floats query = load(queries + r * query_stride + feature);
-            // Into a register: else each product loads it again, and the loads take the time.
-            if (TOGETHER > 1) __asm__("" : "+v"(query));
+            // Else each product loads it again, and the loads take the time.
+            if (TOGETHER > 1) keep_in_register(query);
             unrolled<TOGETHER>([&](auto k) {
                 Floats &sum = sums[r * KEYS + first + k];
                 sum = fma(query, key[k], sum);

@@ -29,23 +29,24 @@ __attribute__((always_inline)) inline void unrolled(const Body &body) {
     }
 }
 
-#if defined(__AVX512F__)
+#if defined(ZETA_EMULATE)
+#include "emulated_avx512.h"
+#include "simd_avx512.h"
+#elif defined(__AVX512F__)
 #include "simd_avx512.h"
 #else
 #include "simd_avx2.h"
 #endif
 
+#if defined(ZETA_HAS_PAIRS)
 // c + the products of a's and b's pairs of bfloat16, lane by lane. The processor takes denormal
-// numbers for zero, as AMX does. With -DZETA_EMULATE two fused multiply-adds do it.
+// numbers for zero, as AMX does.
+inline Floats add_pair_products(Ints a, Ints b, Floats c) {
 #if defined(ZETA_EMULATE)
-#define ZETA_HAS_PAIRS
-inline Floats add_pair_products(Ints a, Ints b, Floats c) {
     return fma(high_halves(a), high_halves(b), fma(low_halves(a), low_halves(b), c));
-}
-#elif defined(__AVX512BF16__)
-#define ZETA_HAS_PAIRS
-inline Floats add_pair_products(Ints a, Ints b, Floats c) {
+#else
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+#endif
 }
 #endif
 

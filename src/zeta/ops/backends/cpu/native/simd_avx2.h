@@ -76,6 +76,8 @@ inline void store_masked(float *to, Floats x, Mask mask) {
     _mm256_maskstore_ps(to, _mm256_castps_si256(mask.bits), x);
 }
 
+inline void keep_in_register(Floats &x) { __asm__("" : "+v"(x)); }
+
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
 // The second where either is NaN, as the processor has it.

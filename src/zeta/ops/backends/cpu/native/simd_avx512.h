@@ -80,6 +80,12 @@ inline void store_masked(float *to, Floats x, Mask mask) {
     _mm512_mask_storeu_ps(to, mask.bits, x);
 }
 
+#if defined(ZETA_EMULATE)
+inline void keep_in_register(Floats &) {}  // It is two.
+#else
+inline void keep_in_register(Floats &x) { __asm__("" : "+v"(x)); }
+#endif
+
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }
 // The second where either is NaN, as the processor has it.

@@ -49,7 +49,7 @@ inline int64_t forward(const ZetaCall *given) {
 
 inline int64_t backward(const ZetaCall *given) {
     const ZetaCall &call = *given;
-    if (are_few(call)) return without_pairs().backward(given);
+    if (are_too_few(call)) return without_pairs().backward(given);
     if (call.dtype == ZETA_BFLOAT16) return backward_with<BFloat16Operands>(call);
     if (!can_split(call)) return without_pairs().backward(given);
     if (call.dtype == ZETA_FLOAT16) return backward_with<Float16Operands>(call);

@@ -1,26 +1,17 @@
-"""The kernels for pairs of bfloat16 with software for their products: the grid, in any processor.
+"""The kernels beyond AVX2, emulated: the grid, on any processor.
 
-``make test`` builds that library, in ``build/emulated``. It takes the way of larger calls, for
-float32 too, where the library proper has another for the grid's few queries and keys.
+Pairs of bfloat16 are multiplied there for the grid's few queries and keys too, which the library
+proper leaves to the unit without pairs.
 """
-
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.ops.cases import CASES, Case, assert_within_bound, far_from_zero, reasons, widened
+from tests.ops.cpu import units
 from zeta import attention, masks, set_float32_precision
-from zeta.ops.backends.cpu import library
 
-PATH = Path(__file__).parents[3] / "build" / "emulated" / "libzeta_cpu.so"
-COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler to build it with"),
-]
+pytestmark = pytest.mark.slow
 TAKEN = [case for case in CASES if not reasons(case, "cpu")]
 # Rows of a key head that share its keys, past those that are decoded; several tiles of each side.
 TILED = Case("tiled", target=150, source=170, head_dim=40, value_dim=72, key_heads=2, batch=1)
@@ -28,6 +19,7 @@ TILED = Case("tiled", target=150, source=170, head_dim=40, value_dim=72, key_hea
 FAR = far_from_zero(-1e9, target=30, source=290, key_heads=2, batch=1)
 
 UNITS = [
+    *(("AVX-512", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
     *(("AVX-512 BF16", dtype) for dtype in (torch.float32, torch.bfloat16)),
     *(("AMX", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
 ]
@@ -36,11 +28,8 @@ UNITS = [
 
 @pytest.fixture(autouse=True, params=UNITS, ids=lambda pair: f"{pair[0]} {pair[1]}")
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
-    assert PATH.exists(), "run `make test`, or `make .venv/.ready-emulated`"
     name, found = request.param
-    emulated = library.Library(PATH)
-    emulated.instruction_set = library.INSTRUCTION_SETS.index(name) + 1
-    monkeypatch.setattr(library, "load", lambda: emulated)
+    units.use(name, monkeypatch, emulated=True)
     assert isinstance(found, torch.dtype)
     return found
 
