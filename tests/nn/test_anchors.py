@@ -164,6 +164,21 @@ def test_masks_and_biases_of_a_call_with_many_anchors() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-2)
 
 
+@torch.no_grad()
+def test_the_parts_of_a_chunk_may_be_of_different_backends() -> None:
+    module = attention(0.1, torch.float64)
+    half = Blocks.of(module.xpos, torch.float64).half
+    # `sdpa` takes the row that is left over, and returns no log-sum-exp where it need not.
+    sizes = [4, half + 1, 2 * half + 1]
+    x = torch.randn(2, sum(sizes), E, dtype=torch.float64)
+    options = {"rel_pos": RelativePositionBias(False, n_heads=H).double(), "is_causal": True}
+    one_by_one: dict[str, Tensor] = {}
+    expected = [module(y, y, y, one_by_one, **options)[0] for y in x.split(1, dim=1)]
+    state: dict[str, Tensor] = {}
+    found = [module(part, part, part, state, **options)[0] for part in x.split(sizes, dim=1)]
+    torch.testing.assert_close(torch.cat(found, dim=1), torch.cat(expected, dim=1))
+
+
 def test_gradients_of_a_call_with_many_anchors() -> None:
     exact, module = attention(0.4, torch.float64), attention(0.4)
     exact.load_state_dict(module.state_dict())

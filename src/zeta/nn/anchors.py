@@ -74,7 +74,9 @@ class Blocks(NamedTuple):
         parts = self._key_blocks(call)
         if parts is None:
             outs, lses = zip(*[run(part) for part in self._parts(call)], strict=True)
-            return torch.cat(outs, dim=2), None if lses[0] is None else torch.cat(lses, dim=2)
+            # Of parts that do not ask for it, some backends return it and others do not.
+            lse = torch.cat(lses, dim=2) if call.result == "lse" else None
+            return torch.cat(outs, dim=2), lse
         results = (
             run(dataclasses.replace(part, query=_times(call.query, factor_D)))
             for part, factor_D in parts
