@@ -137,6 +137,38 @@ def test_decoding_goes_on_from_a_copied_cache(
     assert torch.equal(step(x[:, :1], other), step(x[:, :1], cache))
 
 
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
+def test_a_cache_that_is_copied_in_inference_mode_goes_on_outside(
+    make: Callable[[], Any], copied: Callable[[Any], Any]
+) -> None:
+    attention = MultiheadAttention(
+        {"xpos_rel_pos": True}, EMBED, HEADS, self_attention=True, need_weights=False
+    ).eval()
+    x, hidden = tokens(3, 10), torch.arange(6) < torch.tensor([[0], [2], [1]])
+    at = torch.arange(10) - hidden.sum(1, keepdim=True)
+
+    def step(cache: Any, start: int, stop: int, hidden: Tensor | None = None) -> Tensor:
+        part, positions = x[:, start:stop], at[:, start:stop]
+        out, _ = attention(part, part, part, cache, hidden, is_causal=True, positions=positions)
+        return out
+
+    cache = make()
+    with torch.inference_mode():
+        step(cache, 0, 6, hidden)
+        if not isinstance(cache, dict):
+            cache.fork()
+            step(cache, 6, 7)
+        duplicate = copied(cache)
+    with torch.no_grad():
+        if not isinstance(cache, dict):
+            for either in (cache, duplicate):
+                either.crop(6)
+                either.rollback()
+        for size in (1, 3):
+            assert torch.equal(step(duplicate, 6, 6 + size), step(cache, 6, 6 + size))
+
+
 @pytest.mark.parametrize("copied", [*COPIES.values(), copy.copy], ids=[*COPIES, "copy"])
 @pytest.mark.parametrize("used", [False, True])
 def test_copied_weights_are_plain(copied: Callable[[Any], Any], used: bool) -> None:

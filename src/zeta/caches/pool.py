@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zeta.caches.form import Form
 from zeta.caches.interface import CacheFullError
+from zeta.caches.slots import own
 from zeta.stored import Pages
 from zeta.values import check_size
 
@@ -76,6 +77,9 @@ class PagePool:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._lock = threading.RLock()
+        if self._key_PSGD.is_inference():
+            # Made as a copy, in that mode.
+            self._key_PSGD, self._value_PSGD = own(self._key_PSGD), own(self._value_PSGD)
 
     @property
     def num_free(self) -> int:

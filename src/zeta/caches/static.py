@@ -65,6 +65,12 @@ class StaticCache:
         self._before: tuple[int, Tensor | None, Tensor | None] = (0, None, None)
         self._forks: Forks[_Kept] = Forks()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._slots is not None:
+            # What was copied in inference mode could only be written to there.
+            self.to(self._slots.form.device)
+
     def allocate(
         self,
         batch: int,
