@@ -169,6 +169,63 @@ def test_a_cache_that_is_copied_in_inference_mode_goes_on_outside(
             assert torch.equal(step(duplicate, 6, 6 + size), step(cache, 6, 6 + size))
 
 
+def pages(num_tokens: int, pool: PagePool, fill: int) -> PagedCache:
+    cache = PagedCache(pool)
+    cache.update(*torch.full((2, 1, HEADS, num_tokens, 4), float(fill)))
+    return cache
+
+
+@pytest.mark.parametrize("copied", [*COPIES.values(), copy.copy], ids=[*COPIES, "copy"])
+def test_every_copy_of_a_paged_cache_gives_its_own_pages_back(
+    copied: Callable[[Any], Any],
+) -> None:
+    pool = PagePool(12, 4, num_kv_heads=HEADS, head_dim=4)
+    cache, other = pages(6, pool, 1), pages(9, pool, 2)
+    cache.fork()
+    cache.update(*torch.full((2, 1, HEADS, 3, 4), 3.0))
+    before = cache.state_dict()
+    duplicate = copied(cache)
+    theirs = duplicate.pool
+    assert (theirs is pool) == (copied is copy.copy)
+    num_free = pool.num_free
+    # The pages of a cache that was not copied are nobody's in a pool of the copy's own.
+    assert theirs.num_free == num_free + (0 if theirs is pool else 3)
+    duplicate.rollback()
+    assert (duplicate.length, cache.length) == (6, 9)
+    duplicate.reset()
+    assert theirs.num_free == (num_free if theirs is pool else 12)
+    pages(4 * theirs.num_free, theirs, 4)
+    assert torch.equal(cache.state_dict()["key"], before["key"])
+    cache.rollback()
+    assert bool((cache.state_dict()["key"] == 1).all())
+    cache.reset()
+    other.reset()
+    assert pool.num_free == 12
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_what_is_copied_together_shares_its_pages(copied: Callable[[Any], Any]) -> None:
+    pool = PagePool(12, 4, num_kv_heads=HEADS, head_dim=4)
+    first = pages(6, pool, 1)
+    caches = copied([first, first.duplicate()])
+    theirs = caches[0].pool
+    assert theirs is caches[1].pool
+    assert theirs.num_free == 10
+    caches[0].update(*torch.full((2, 1, HEADS, 1, 4), 2.0))
+    assert theirs.num_free == 9
+    assert bool((caches[1].state_dict()["key"] == 1).all())
+
+
+@pytest.mark.parametrize("copied", [*COPIES.values(), copy.copy], ids=[*COPIES, "copy"])
+def test_a_pool_that_is_copied_alone_is_free(copied: Callable[[Any], Any]) -> None:
+    pool = PagePool(3, 4, num_kv_heads=HEADS, head_dim=4)
+    cache = pages(6, pool, 1)
+    duplicate = copied(pool)
+    assert (pool.num_free, duplicate.num_free) == (1, 3)
+    pages(12, duplicate, 2)
+    assert bool((cache.state_dict()["key"] == 1).all())
+
+
 @pytest.mark.parametrize("copied", [*COPIES.values(), copy.copy], ids=[*COPIES, "copy"])
 @pytest.mark.parametrize("used", [False, True])
 def test_copied_weights_are_plain(copied: Callable[[Any], Any], used: bool) -> None:

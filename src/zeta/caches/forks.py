@@ -1,5 +1,6 @@
 """The states that open forks go back to."""
 
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 State = TypeVar("State")
@@ -8,8 +9,8 @@ State = TypeVar("State")
 class Forks(Generic[State]):
     """A stack of states; a state is never written to once it is here."""
 
-    def __init__(self) -> None:
-        self.states: list[State] = []
+    def __init__(self, states: Iterable[State] = ()) -> None:
+        self.states = list(states)
 
     def __len__(self) -> int:
         return len(self.states)

@@ -51,6 +51,13 @@ class PagedCache:
         self._forks: Forks[Rows | None] = Forks()
         self._table: Tensor | None = None
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # A copy of the same pool's, or of the copy that came with it, has uses of its own.
+        self._forks = Forks(self._forks.states)
+        for rows in (self._rows, *self._forks.states):
+            self.pool.claim(() if rows is None else rows.pages)
+
     def __del__(self) -> None:
         if hasattr(self, "_table"):
             self.reset()

@@ -3,6 +3,7 @@
 Shapes: P pages, S page size, G key heads, D head dimension, M tokens.
 """
 
+import copy
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ class PagePool:
 
     One pool serves any number of caches, of all layers with the same heads, and any number of
     threads with a cache each. A copy, pickled or not, has its own pages: what is copied together
-    goes on sharing them.
+    goes on sharing them, and pages of caches that were not copied are free in it.
 
     Args:
         num_pages: Pages.
@@ -71,6 +72,9 @@ class PagePool:
         # A cache that becomes garbage while pages are counted gives its own back in that thread.
         self._lock = threading.RLock()
 
+    def __copy__(self) -> "PagePool":
+        return copy.deepcopy(self)
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
@@ -80,6 +84,9 @@ class PagePool:
         if self._key_PSGD.is_inference():
             # Made as a copy, in that mode.
             self._key_PSGD, self._value_PSGD = own(self._key_PSGD), own(self._value_PSGD)
+        # The caches that are copied with it count theirs.
+        self._uses = [0] * self.num_pages
+        self._free = list(range(self.num_pages - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
@@ -122,6 +129,12 @@ class PagePool:
         with self._lock:
             for page in pages:
                 self._uses[page] += 1
+
+    def claim(self, pages: Iterable[int]) -> None:
+        """Count one more use of pages, whether they are in use or free."""
+        with self._lock:
+            self.share(pages)
+            self._free = [page for page in self._free if not self._uses[page]]
 
     def give_back(self, pages: Iterable[int]) -> None:
         """Count one use less; a page without any is free."""
