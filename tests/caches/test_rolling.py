@@ -1,5 +1,6 @@
 """`RollingCache`: constant memory, and what a crop can bring back."""
 
+import itertools
 import weakref
 
 import pytest
@@ -9,6 +10,8 @@ import zeta
 from tests.caches.histories import same
 from tests.caches.interfaces import tokens
 from zeta.caches import RollingCache
+
+PADDINGS = (torch.bool, torch.float32, torch.float64)
 
 
 @pytest.mark.parametrize("sinks", [0, 3])
@@ -107,6 +110,23 @@ def test_padding_that_a_crop_brings_back_is_that_of_the_fork(padded: bool) -> No
     assert same(plain.state_dict(), forked.state_dict())
     forked.rollback()
     assert same(forked.state_dict(), before)
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(PADDINGS, 2)))
+def test_padding_that_a_crop_brings_back_may_be_of_another_dtype(
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> None:
+    plain, forked = RollingCache(4), RollingCache(4)
+    key, value = tokens(17)
+    masks = torch.rand(2, 17).round().split((14, 3), dim=1)
+    before, after = (mask.to(dtype) for mask, dtype in zip(masks, dtypes, strict=True))
+    for cache in (plain, forked):
+        cache.update(key[:, :, :14], value[:, :, :14], before)
+    forked.fork()
+    forked.update(key[:, :, 14:], value[:, :, 14:], after)
+    forked.crop(15)
+    plain.update(key[:, :, 14:15], value[:, :, 14:15], after[:, :1])
+    assert same(plain.state_dict(), forked.state_dict())
 
 
 def test_nothing_is_held_after_a_reset() -> None:

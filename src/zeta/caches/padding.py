@@ -43,9 +43,14 @@ def extend_padding(
         raise ValueError(f"key_padding_mask must have shape {either}; got {tuple(new.shape)}")
     if remembered is None:
         remembered = new.new_zeros(batch, length - added)
-    elif remembered.dtype != new.dtype:
-        remembered, new = _as_added(remembered), _as_added(new)
-    return torch.cat((remembered, new), dim=1)
+    return torch.cat(alike(remembered, new), dim=1)
+
+
+def alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two padding masks of which either both are bool or both floating point."""
+    if first.dtype == second.dtype:
+        return first, second
+    return _as_added(first), _as_added(second)
 
 
 def _as_added(padding: Tensor) -> Tensor:

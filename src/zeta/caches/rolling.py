@@ -13,7 +13,7 @@ from zeta.caches import checks
 from zeta.caches.forks import Forks
 from zeta.caches.form import Form, placed
 from zeta.caches.interface import Cached
-from zeta.caches.padding import extend_padding
+from zeta.caches.padding import alike, extend_padding
 from zeta.caches.ring import Ring
 from zeta.caches.slots import Slots
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
@@ -261,9 +261,10 @@ class RollingCache:
             slots.scatter(at, kept.slots.key[:, :, at], kept.slots.value[:, :, at])
             padding = state.padding_BC
             if padding is not None:
-                padding = padding.clone()
-                old = kept.padding_BC
-                padding[:, at] = padding.new_zeros(()) if old is None else old[:, at]
+                old = torch.zeros_like(padding) if kept.padding_BC is None else kept.padding_BC
+                padding, old = alike(padding, old)
+                is_back_C = torch.zeros(slots.num_slots, dtype=torch.bool, device=at.device)
+                padding = torch.where(is_back_C.index_fill(0, at, True), old, padding)
             return slots, padding
         raise ValueError(
             f"length must leave the last {self.window} tokens, but tokens {start} to {stop - 1} "
