@@ -93,6 +93,24 @@ def test_a_fork_has_nothing_of_sequences_in_another_order() -> None:
         cache.crop(15)
 
 
+@pytest.mark.parametrize("change", ["reorder", "crop"])
+def test_a_fork_has_all_of_it_again_after_a_rollback_inside(change: str) -> None:
+    cache = RollingCache(4)
+    key, value = tokens(12)
+    cache.update(key[:, :, :3], value[:, :, :3])
+    before = cache.state_dict()
+    cache.fork()
+    cache.update(key[:, :, 3:], value[:, :, 3:])
+    cache.fork()
+    if change == "crop":
+        cache.crop(1)
+    else:
+        cache.reorder(torch.tensor([1, 0]))
+    cache.rollback()
+    cache.crop(3)
+    assert same(cache.state_dict(), before)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_padding_that_a_crop_brings_back_is_that_of_the_fork(padded: bool) -> None:
     plain, forked = RollingCache(4), RollingCache(4)

@@ -41,10 +41,17 @@ class _Overwritten(NamedTuple):
 
 
 class _Kept(NamedTuple):
-    """An open fork, and how many first tokens the present state has in common with it."""
+    """An open fork.
+
+    Attributes:
+        state: What it goes back to.
+        common: How many first tokens the present state has in common with it.
+        outer: How many ``state`` has in common with each of the forks that it was opened inside of.
+    """
 
     state: _State | None
     common: int
+    outer: tuple[int, ...]
 
 
 class RollingCache:
@@ -253,7 +260,7 @@ class RollingCache:
 
     def _brought_back(self, state: _State, start: int, stop: int) -> tuple[Slots, Tensor | None]:
         """The slots and padding with tokens ``start`` to ``stop``, which a fork must have."""
-        for kept, common in reversed(self._forks.states):
+        for kept, common, _ in reversed(self._forks.states):
             if kept is None or common < stop or kept.length - self.window > start:
                 continue
             slots = self._unshared(state)
@@ -273,7 +280,8 @@ class RollingCache:
 
     def fork(self) -> None:
         """See `DecodingCache`."""
-        self._forks.open(_Kept(self._state, self.length))
+        outer = tuple(kept.common for kept in self._forks.states)
+        self._forks.open(_Kept(self._state, self.length, outer))
 
     def commit(self) -> None:
         """See `DecodingCache`."""
@@ -281,7 +289,9 @@ class RollingCache:
 
     def rollback(self) -> None:
         """See `DecodingCache`."""
-        self._state = self._forks.close("rollback").state
+        self._state, _, outer = self._forks.close("rollback")
+        pairs = zip(self._forks.states, outer, strict=True)
+        self._forks.states = [kept._replace(common=common) for kept, common in pairs]
 
     def reset(self) -> None:
         """See `DecodingCache`."""
