@@ -199,6 +199,29 @@ def test_tokens_count_from_where_the_first_of_them_did(name: str, begin: list[in
     assert cache.origin(other) is other
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("name", KINDS)
+def test_padding_is_remembered_as_it_was_given(name: str, dtype: torch.dtype) -> None:
+    ours, theirs = KINDS[name].make(2), KINDS[name].make(2)
+    key, value = tokens(4)
+    padding = torch.tensor([[True, False, False, True], [False, True, False, False]]).to(dtype)
+    # Of the new tokens, and of all.
+    for new, given in ((slice(0, 3), padding[:, :3]), (slice(3, 4), padding)):
+        buffer = given.clone()
+        for cache, mask in ((ours, buffer), (theirs, given)):
+            cache.update(key[:, :, new], value[:, :, new], mask)
+        # As a server does that fills the same one for each call.
+        buffer.zero_()
+        assert same(ours.state_dict(), theirs.state_dict())
+
+
+def test_padding_of_a_source_is_remembered_as_it_was_given() -> None:
+    cache, buffer = CrossCache(), torch.tensor([[True, False, False]] * 2)
+    cache.update(*tokens(3), buffer)
+    buffer.zero_()
+    assert cache.reuse(2).padding.tolist() == [[True, False, False]] * 2
+
+
 def test_a_dynamic_cache_keeps_the_gradient() -> None:
     cache = DynamicCache()
     key, value = tokens(4)

@@ -13,7 +13,7 @@ from zeta.caches import checks
 from zeta.caches.dictionary import KEY, PADDING, QUERIES, STATIC, VALUE
 from zeta.caches.forks import Forks
 from zeta.caches.interface import Cached
-from zeta.caches.padding import extend_padding
+from zeta.caches.padding import extend_padding, kept_padding
 from zeta.values import check_integer
 
 
@@ -48,7 +48,7 @@ class CrossCache:
     def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
         """Keep projected keys ``(B, G, S, D)`` and values, in place of any that are there."""
         batch, _, source, _ = key.shape
-        padding = extend_padding(None, key_padding_mask, batch=batch, length=source, added=source)
+        padding = kept_padding(None, key_padding_mask, batch=batch, length=source, added=source)
         self._before = dict(self._state)
         self._state[KEY], self._state[VALUE] = key, value
         self._state[STATIC] = torch.ones(batch, dtype=torch.bool, device=key.device)

@@ -13,7 +13,7 @@ from zeta.caches import checks, growth
 from zeta.caches.forks import Forks
 from zeta.caches.form import Form, placed
 from zeta.caches.interface import Cached
-from zeta.caches.padding import extend_padding
+from zeta.caches.padding import kept_padding
 from zeta.caches.states import origin_of
 
 
@@ -88,7 +88,7 @@ class GrowingCache(abc.ABC):
             self._state.form.check(form)
             remembered, length = self._state.padding, self._state.length
         added = key.shape[2]
-        padding = extend_padding(
+        padding = kept_padding(
             remembered, key_padding_mask, batch=form.batch, length=length + added, added=added
         )
         origin = None if origin is None else origin.expand(form.batch)

@@ -46,6 +46,14 @@ def extend_padding(
     return torch.cat(alike(remembered, new), dim=1)
 
 
+def kept_padding(
+    remembered: Tensor | None, new: Tensor | None, *, batch: int, length: int, added: int
+) -> Tensor | None:
+    """`extend_padding`, to be remembered: whoever gave ``new`` may write to it afterwards."""
+    padding = extend_padding(remembered, new, batch=batch, length=length, added=added)
+    return padding.clone() if padding is not None and padding is new else padding
+
+
 def alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two padding masks of which either both are bool or both floating point."""
     if first.dtype == second.dtype:

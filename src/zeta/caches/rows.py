@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from zeta.caches.padding import extend_padding
+from zeta.caches.padding import kept_padding
 
 
 class Rows(NamedTuple):
@@ -54,7 +54,7 @@ class Rows(NamedTuple):
         batch, before = len(self.lengths), max(self.lengths)
         counts = (added,) * batch
         for_all = new is not None and before > 0 and new.shape == (batch, before + added)
-        padding = extend_padding(self.padding, new, batch=batch, length=before + added, added=added)
+        padding = kept_padding(self.padding, new, batch=batch, length=before + added, added=added)
         if padding is None:
             return None, counts
         if new is not None and new.dtype == torch.bool and not for_all:
