@@ -197,6 +197,8 @@ def test_tokens_count_from_where_the_first_of_them_did(name: str, begin: list[in
     # Nothing is left of those that counted from there.
     cache.crop(0)
     assert cache.origin(other) is other
+    cache.update(*tokens(2))
+    assert cache.origin(other) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])

@@ -172,6 +172,8 @@ class StaticCache:
         slots.write(first, key, value)
         if padding is not None:
             self._keep_padding(padding)
+        if origin is None:
+            self._origin_B = None
         self._keep_origin(origin, form.batch)
         assert self._count is not None
         self._count.fill_(total)
