@@ -83,6 +83,37 @@ def test_a_generation_through_the_module_compiles_twice(xpos: bool) -> None:
     torch.compiler.reset()
 
 
+def test_a_compiled_step_counts_from_where_the_eager_ones_did() -> None:
+    torch.compiler.reset()
+    config = {"xpos_rel_pos": True, "xpos_scale_base": 2}
+    attention = MultiheadAttention(config, 16, 2, self_attention=True).double().eval()
+    x = torch.randn(2, 8, 16, dtype=torch.float64)
+    at = torch.arange(5) - torch.tensor([[2], [0]])
+    caches = StaticCache(16), StaticCache(16)
+
+    def step(cache: StaticCache, part: Tensor, positions: Tensor | None) -> Tensor:
+        options = {"is_causal": True, "need_weights": False, "positions": positions}
+        return attention(part, part, part, cache, **options)[0]
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for cache in caches:
+            step(cache, x[:, :5], at)
+        for part in x[:, 5:].split(1, dim=1):
+            found, expected = (
+                f(c, part, None) for f, c in zip((compiled, step), caches, strict=True)
+            )
+            torch.testing.assert_close(found, expected)
+        # Of new sequences nobody says that they begin elsewhere.
+        for cache in caches:
+            cache.crop(0)
+        found, expected = (
+            f(c, x[:, :1], None) for f, c in zip((compiled, step), caches, strict=True)
+        )
+        torch.testing.assert_close(found, expected)
+    torch.compiler.reset()
+
+
 def test_a_compiled_step_on_a_full_cache_fails_and_writes_nothing() -> None:
     torch.compiler.reset()
     cache = StaticCache(3).allocate(2, 2, 6, value_dim=5, dtype=torch.float64)

@@ -129,8 +129,10 @@ class StaticCache:
     def origin(self, first: Tensor | None) -> Tensor | None:
         """See `Cache`."""
         if self._count is not None and is_recorded(self._count.device):
-            kept = 0 if self._origin_B is None else self._origin_B
-            return None if first is None else torch.where(self._count == 0, first, kept)
+            if first is None and self._origin_B is None:
+                return None
+            begun, kept = (0 if tensor is None else tensor for tensor in (first, self._origin_B))
+            return torch.where(self._count == 0, begun, kept)
         return self._origin_B if self.length else first
 
     def update(
