@@ -1,6 +1,7 @@
 """Decoding with a plain dict: in any steps, with padding and biases, it equals the full pass."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from zeta.caches import CrossCache
 from zeta.nn import ALiBi, MultiheadAttention, RelativePositionBias, RotaryEmbedding
 
 H, E, T = 4, 16, 9
@@ -224,8 +226,8 @@ def test_training_through_the_cache_gives_the_gradients_of_the_full_pass() -> No
         torch.testing.assert_close(ours, theirs, **EXACT)
 
 
-def cross() -> MultiheadAttention:
-    return make(encoder_decoder_attention=True)
+def cross(**options: Any) -> MultiheadAttention:
+    return make(encoder_decoder_attention=True, **options)
 
 
 def test_encoder_keys_are_projected_once_and_padding_is_remembered() -> None:
@@ -356,6 +358,34 @@ def test_cross_attention_refuses_what_it_cannot_know() -> None:
         ValueError, match=r"key_padding_mask must have shape \(2, 5\); got \(2, 4\)"
     ):
         cross()(tokens(1), None, None, state, torch.zeros(2, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}])
+@pytest.mark.parametrize("make_state", [dict, CrossCache])
+def test_encoder_keys_of_another_form_are_refused(
+    make_state: Callable[[], Any], options: dict[str, Any]
+) -> None:
+    module, state, source = cross(**options), make_state(), tokens(5)
+    expected = module(tokens(2), source, source, state)[0]
+    others: list[tuple[MultiheadAttention, str]] = [
+        (cross(num_kv_heads=1), r"'prev_key'\] must have shape \(2, 1, length, 4\)"),
+        (cross(head_dim=8, **options), r"'prev_key'\] must have shape \(2, \d, length, 8\)"),
+        (cross(**options).float(), "must be torch.float32 on cpu; got torch.float64 on cpu"),
+        (cross(**options).bfloat16(), "must be torch.bfloat16 on cpu; got torch.float64 on cpu"),
+    ]
+    for other, message in others:
+        query = tokens(1).to(other.q_proj.weight.dtype)
+        with pytest.raises(ValueError, match=message):
+            other(query, None, None, state)
+    assert module(tokens(2), None, None, state)[0].shape == expected.shape
+
+
+def test_encoder_values_of_another_length_are_refused() -> None:
+    state, source = {}, tokens(5)
+    cross()(tokens(1), source, source, state)
+    state["prev_value"] = state["prev_value"][:, :, :4]
+    with pytest.raises(ValueError, match="as many values as keys; got 4 and 5"):
+        cross()(tokens(1), None, None, state)
 
 
 @pytest.mark.parametrize("state", [[], "state", 3, torch.zeros(2)])

@@ -78,6 +78,11 @@ class CrossCache:
                 f"incremental_state must hold keys of {batch} sequences; "
                 f"got shape {tuple(key.shape)}"
             )
+        if value.shape[2] != length:
+            raise ValueError(
+                f"incremental_state must hold as many values as keys; "
+                f"got {value.shape[2]} and {length}"
+            )
         if source is not None and source != length:
             raise ValueError(
                 f"key must be None or have the length of the cached source, {length}; "

@@ -237,8 +237,7 @@ class MultiheadAttention(nn.Module):
         )
         extra = self._extra_keys(query_BHTD) if self.num_extra_keys else None
         if isinstance(cache, CrossCache) and cache.length:
-            source = None if key is None else key.shape[1]
-            cached, blocks = cache.reuse(query.shape[0], source, key_padding_mask), None
+            cached, blocks = self._reused(query_BHTD, key, key_padding_mask, cache), None
         else:
             query_BHTD, cached, blocks = self._remember(
                 query_BHTD, key, value, key_padding_mask, cache, place, projected[1:]
@@ -318,6 +317,19 @@ class MultiheadAttention(nn.Module):
     def _extra_keys(self, query_BHTD: Tensor) -> ExtraKeys:
         """The module's own keys, for queries before their rotation: these have no position."""
         return ExtraKeys(query_BHTD, self.bias_k, self.bias_v, self.add_zero_attn)
+
+    def _reused(
+        self,
+        query_BHTD: Tensor,
+        key: Tensor | None,
+        key_padding_mask: Tensor | None,
+        cache: CrossCache,
+    ) -> Cached:
+        """Keys and values that a cross-attention has kept."""
+        source = None if key is None else key.shape[1]
+        cached = cache.reuse(query_BHTD.shape[0], source, key_padding_mask)
+        checks.check_reused(cached, query_BHTD, self.num_kv_heads)
+        return cached
 
     def _remember(
         self,

@@ -1,10 +1,12 @@
 """What `MultiheadAttention` refuses, with the argument, what was expected and what came.
 
-Shapes: B batch, T target length, S source length, E embedding.
+Shapes: B batch, H heads, T target length, S source length, E embedding, D head dimension.
 """
 
 from torch import Tensor, nn
 
+from zeta.caches import Cached
+from zeta.caches.dictionary import KEY, VALUE, check_fits
 from zeta.nn.positions import Rotation, XPos
 from zeta.values import check_finite, check_integer, check_number, check_size, check_tensor
 
@@ -203,3 +205,13 @@ def checked_source(
     if k[1] == 0:
         raise ValueError(f"key must not be empty; got {tuple(k)}")
     return key, value
+
+
+def check_reused(cached: Cached, query_BHTD: Tensor, num_kv_heads: int) -> None:
+    """Raise ValueError unless keys and values that a cross-attention kept are such as it projects.
+
+    It may have another dtype since, or they may be another one's.
+    """
+    like = query_BHTD[:, :num_kv_heads]
+    check_fits(KEY, cached.key, like)
+    check_fits(VALUE, cached.value, like)
