@@ -344,6 +344,9 @@ def test_state_of_another_attention_is_refused() -> None:
         cross()(tokens(1), source, source, filled(decoder()))
     with pytest.raises(ValueError, match="rotated keys, of an attention with positions"):
         step(decoder(), filled(decoder(**FEATURES["rotary"])))
+    for name in ("rotary", "xPos"):
+        with pytest.raises(ValueError, match="keys of a self-attention; give each attention its"):
+            cross()(tokens(1), None, None, filled(decoder(**FEATURES[name])))
 
 
 def test_cross_attention_refuses_what_it_cannot_know() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zeta.caches import checks
-from zeta.caches.dictionary import KEY, PADDING, QUERIES, STATIC, VALUE
+from zeta.caches.dictionary import KEY, PADDING, QUERIES, ROTATED, STATIC, VALUE
 from zeta.caches.forks import Forks
 from zeta.caches.interface import Cached
 from zeta.caches.padding import extend_padding, kept_padding
@@ -27,7 +27,7 @@ class CrossCache:
         state: A dict to keep them in, as an ``incremental_state``; a new one by default.
 
     Raises:
-        ValueError: The dict holds only one of keys and values.
+        ValueError: The dict holds only one of keys and values, or a self-attention's rotated keys.
     """
 
     def __init__(self, state: MutableMapping[str, Any] | None = None) -> None:
@@ -35,6 +35,11 @@ class CrossCache:
         if (KEY in self._state) != (VALUE in self._state):
             raise ValueError(
                 f"incremental_state must hold both of {KEY!r} and {VALUE!r}, or neither"
+            )
+        if ROTATED in self._state:
+            raise ValueError(
+                "incremental_state holds the keys of a self-attention; "
+                "give each attention its own dict"
             )
         self._forks: Forks[dict[str, Any]] = Forks()
         self._before: dict[str, Any] | None = None
