@@ -334,6 +334,30 @@ def test_a_state_of_something_else_than_tensors_is_refused(name: str) -> None:
         step(decoder(), state)
 
 
+@pytest.mark.parametrize("hidden", [None, torch.zeros(2, 1, dtype=torch.bool)])
+@pytest.mark.parametrize("is_cross", [False, True])
+@pytest.mark.parametrize(
+    ("padding", "message"),
+    [
+        ([[True]], "must be a tensor; got list"),
+        (torch.ones(2, 3, dtype=torch.uint8), "must be bool or floating point; got torch.uint8"),
+        (torch.zeros(2, 4, dtype=torch.bool), r"must have shape \(2, 3\); got \(2, 4\)"),
+        (torch.zeros(1, 3, dtype=torch.bool), r"must have shape \(2, 3\); got \(1, 3\)"),
+        (torch.zeros(3), r"must have shape \(2, 3\); got \(3,\)"),
+    ],
+)
+def test_spoilt_padding_is_refused(
+    padding: Any, message: str, is_cross: bool, hidden: Tensor | None
+) -> None:
+    module = cross() if is_cross else decoder()
+    state = filled(module)
+    state["prev_key_padding_mask"] = padding
+    x = tokens(1)
+    source = (None, None) if is_cross else (x, x)
+    with pytest.raises((TypeError, ValueError), match=message):
+        module(x, *source, state, None if is_cross else hidden)
+
+
 def test_state_of_another_attention_is_refused() -> None:
     encoder_state: dict[str, Any] = {}
     source = tokens(5)

@@ -13,7 +13,7 @@ from zeta.caches import checks
 from zeta.caches.dictionary import KEY, PADDING, QUERIES, ROTATED, STATIC, VALUE
 from zeta.caches.forks import Forks
 from zeta.caches.interface import Cached
-from zeta.caches.padding import extend_padding, kept_padding
+from zeta.caches.padding import check_padding, extend_padding, kept_padding
 from zeta.values import check_integer
 
 
@@ -94,7 +94,11 @@ class CrossCache:
                 f"got {source}. Give each attention, and each source, its own incremental_state"
             )
         padding = extend_padding(None, key_padding_mask, batch=batch, length=length, added=length)
-        return Cached(key, value, None, self._state.get(PADDING) if padding is None else padding)
+        if padding is None:
+            padding = self._state.get(PADDING)
+            if padding is not None:
+                check_padding(f"incremental_state[{PADDING!r}]", padding, batch, length)
+        return Cached(key, value, None, padding)
 
     def take_back(self) -> None:
         """Undo the `update` of a call that has failed."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zeta.caches.growth import append
 from zeta.caches.interface import Cached
-from zeta.caches.padding import kept_padding
+from zeta.caches.padding import check_padding, kept_padding
 from zeta.values import check_tensor
 
 KEY, VALUE, PADDING = "prev_key", "prev_value", "prev_key_padding_mask"
@@ -103,8 +103,11 @@ class DictCache:
                     f"incremental_state must hold as many values as keys; "
                     f"got {before_value.shape[2]} and {before_key.shape[2]}"
                 )
+        remembered = state.get(PADDING)
+        if remembered is not None:
+            check_padding(f"incremental_state[{PADDING!r}]", remembered, batch, length - added)
         padding = kept_padding(
-            state.get(PADDING), key_padding_mask, batch=batch, length=length, added=added
+            remembered, key_padding_mask, batch=batch, length=length, added=added
         )
         if before_key is not None and self._rotate is not None and ROTATED not in state:
             before_key = self._rotate(before_key)

@@ -6,6 +6,8 @@ Shapes: B batch, N new tokens, L all tokens so far.
 import torch
 from torch import Tensor
 
+from zeta.values import check_tensor
+
 
 def extend_padding(
     remembered: Tensor | None, new: Tensor | None, *, batch: int, length: int, added: int
@@ -52,6 +54,21 @@ def kept_padding(
     """`extend_padding`, to be remembered: whoever gave ``new`` may write to it afterwards."""
     padding = extend_padding(remembered, new, batch=batch, length=length, added=added)
     return padding.clone() if padding is not None and padding is new else padding
+
+
+def check_padding(name: str, padding: object, batch: int, length: int) -> None:
+    """Check a padding mask that something else than a cache may have written.
+
+    Raises:
+        TypeError: It is no tensor, or neither bool nor floating point.
+        ValueError: It is not ``(batch, length)``.
+    """
+    check_tensor(name, padding)
+    assert isinstance(padding, Tensor)
+    if padding.dtype != torch.bool and not padding.is_floating_point():
+        raise TypeError(f"{name} must be bool or floating point; got {padding.dtype}")
+    if padding.shape != (batch, length):
+        raise ValueError(f"{name} must have shape ({batch}, {length}); got {tuple(padding.shape)}")
 
 
 def alike(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
