@@ -43,7 +43,7 @@ __attribute__((always_inline)) inline void unrolled(const Body &body) {
 // numbers for zero, as AMX does.
 inline Floats add_pair_products(Ints a, Ints b, Floats c) {
 #if defined(ZETA_EMULATE)
-    return fma(high_halves(a), high_halves(b), fma(low_halves(a), low_halves(b), c));
+    return fma(low_halves(a), low_halves(b), fma(high_halves(a), high_halves(b), c));
 #else
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 #endif

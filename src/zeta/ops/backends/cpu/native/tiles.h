@@ -6,7 +6,7 @@
 
 #if defined(ZETA_EMULATE)
 
-static thread_local uint32_t emulated_tiles[8][16][16];
+static thread_local float emulated_tiles[8][16][16];
 
 inline void configure_tiles() {}
 inline void release_tiles() {}
@@ -28,27 +28,24 @@ inline void store_tile(void *to, int64_t stride_bytes) {
         memcpy(static_cast<char *>(to) + row * stride_bytes, emulated_tiles[TILE][row], 64);
 }
 
+// As the processor does it: a chain of fused multiply-adds for each number of a pair, from zero, then
+// one addition to C; denormal numbers are zero.
 template <int C, int A, int B>
 inline void multiply_tiles() {
+    const uint32_t mode = _mm_getcsr();
+    _mm_setcsr(mode | _MM_FLUSH_ZERO_ON | _MM_DENORMALS_ZERO_ON);
     for (int row = 0; row < 16; ++row) {
-        float sums[16], left[32], right[32];
-        memcpy(sums, emulated_tiles[C][row], sizeof sums);
+        float *sums = emulated_tiles[C][row];
+        Floats even = zeros(), odd = zeros();
         for (int pair = 0; pair < 16; ++pair) {
-            const uint32_t a = emulated_tiles[A][row][pair];
-            const uint32_t even = a << 16, odd = a & 0xffff0000u;
-            memcpy(left, &even, 4);
-            memcpy(left + 1, &odd, 4);
-            for (int column = 0; column < 16; ++column) {
-                const uint32_t b = emulated_tiles[B][pair][column];
-                const uint32_t low = b << 16, high = b & 0xffff0000u;
-                memcpy(right, &low, 4);
-                memcpy(right + 1, &high, 4);
-                sums[column] += left[0] * right[0];
-                sums[column] += left[1] * right[1];
-            }
+            const Ints a = as_ints(splat(emulated_tiles[A][row][pair]));
+            const Ints b = as_ints(load(emulated_tiles[B][pair]));
+            even = fma(low_halves(a), low_halves(b), even);
+            odd = fma(high_halves(a), high_halves(b), odd);
         }
-        memcpy(emulated_tiles[C][row], sums, sizeof sums);
+        store(sums, load(sums) + (even + odd));
     }
+    _mm_setcsr(mode);
 }
 
 #else
