@@ -415,6 +415,20 @@ def test_encoder_values_of_another_length_are_refused() -> None:
         cross()(tokens(1), None, None, state)
 
 
+def test_a_source_kept_under_autocast_is_for_autocast() -> None:
+    module, x, source = cross().float(), tokens(2).float(), tokens(5).float()
+    wide: dict[str, Any] = {}
+    narrow: dict[str, Any] = {}
+    module(x, source, source, wide)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, _ = module(x, source, source, narrow)
+        assert torch.equal(module(x, None, None, narrow)[0], expected)
+        with pytest.raises(ValueError, match="must be torch.bfloat16 on cpu; got torch.float32"):
+            module(x, None, None, wide)
+    with pytest.raises(ValueError, match="must be torch.float32 on cpu; got torch.bfloat16"):
+        module(x, None, None, narrow)
+
+
 @pytest.mark.parametrize("state", [[], "state", 3, torch.zeros(2)])
 def test_something_that_is_no_state_is_refused(state: Any) -> None:
     with pytest.raises(TypeError, match="incremental_state must be a dict or a cache"):

@@ -176,6 +176,32 @@ def test_every_projection_of_the_module(dtype: torch.dtype, options: dict[str, b
     assert products(lambda: module(x, source, source)) == [torch.float32] * 4
 
 
+class _Returns(nn.Module):
+    """A layer of another library, which returns what it computes with."""
+
+    def __init__(self, features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, features, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.to(self.layer.weight.dtype))
+
+
+@pytest.mark.parametrize("has_gradient", [True, False])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+@pytest.mark.parametrize(
+    ("features", "dtype", "message"),
+    [(16, torch.float64, "query's dtype and device"), (8, torch.float32, "same heads|multiple of")],
+)
+def test_layers_that_return_something_else_are_refused(
+    name: str, features: int, dtype: torch.dtype, message: str, has_gradient: bool
+) -> None:
+    module, x = MultiheadAttention(None, 16, 4), torch.randn(2, 5, 16)
+    setattr(module, name, _Returns(features, dtype))
+    with torch.set_grad_enabled(has_gradient), pytest.raises(ValueError, match=message):
+        module(x, x, x)
+
+
 @pytest.mark.parametrize("split", [MIN_ROWS, torch.tensor(MIN_ROWS)], ids=["int", "tensor"])
 def test_every_way_of_a_multiway_network(split: int | Tensor) -> None:
     network = MultiwayNetwork(nn.Linear(8, 8)).bfloat16()

@@ -70,8 +70,8 @@ def attention_call(
         mask = cached.mask if mask is None else mask & cached.mask
     if attn_mask is not None or rel_pos is not None or cached.padding is not None:
         mask, bias = join(attn_mask, cached.padding, rel_pos, mask, sizes, query_BHTD.device)
-    if mask is None and bias is None and not dropout_p and cached.positions is None:
-        # The plain call. What `checked` asks, the projections have made certain.
+    is_plain = mask is None and bias is None and not dropout_p and cached.positions is None
+    if is_plain and _fit(query_BHTD, cached.key, cached.value):
         return AttentionCall(query_BHTD, cached.key, cached.value, scale=scale)
     query_positions = cached.query_positions
     if query_positions is not None:
@@ -87,6 +87,24 @@ def attention_call(
         scale=scale,
         query_positions=query_positions,
         key_positions=cached.positions,
+    )
+
+
+def _fit(query_BHTD: Tensor, key_BGSD: Tensor, value_BGSD: Tensor) -> bool:
+    """Whether `AttentionCall.checked` has nothing to refuse or to cast in a plain call, asked in
+    less time. Layers of other libraries may return another dtype than the others do, and a cache
+    may be of a time before the module was cast, or under autocast.
+    """
+    query, key = query_BHTD.shape, key_BGSD.shape
+    return (
+        query_BHTD.dtype == key_BGSD.dtype == value_BGSD.dtype
+        and query_BHTD.device == key_BGSD.device == value_BGSD.device
+        and len(key) == 4
+        and key == value_BGSD.shape
+        and key[0] == query[0]
+        and key[3] == query[3]
+        and key[1] > 0
+        and query[1] % key[1] == 0
     )
 
 
