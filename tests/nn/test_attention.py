@@ -110,6 +110,21 @@ def test_unbatched_equals_a_batch_of_one() -> None:
     assert state["prev_key"].shape == (1, H, T, 4)
 
 
+class _Doubled(MultiheadAttention):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out, weights = super().forward(*args, **kwargs)
+        return 2.0 * out, weights
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_forward_of_a_subclass_runs_once(dim: int) -> None:
+    module, x = _Doubled(None, E, H), torch.randn(1, T, E)
+    plain = MultiheadAttention(None, E, H)
+    plain.load_state_dict(module.state_dict())
+    x = x if dim == 3 else x[0]
+    torch.testing.assert_close(module(x, x, x)[0], 2.0 * plain(x, x, x)[0])
+
+
 def test_every_way_of_asking_for_weights_agrees() -> None:
     module, x = make(self_attention=True), tokens(T)
     found = {

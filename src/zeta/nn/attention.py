@@ -374,8 +374,9 @@ class MultiheadAttention(nn.Module):
         key, value = (None if part is None else part.unsqueeze(0) for part in source)
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
-        out, weights = self.forward(
-            query.unsqueeze(0), key, value, incremental_state, key_padding_mask, *arguments,
+        # Not `self.forward`: that of a subclass, or in its place, is the one that has come here.
+        out, weights = MultiheadAttention.forward(
+            self, query.unsqueeze(0), key, value, incremental_state, key_padding_mask, *arguments,
             split_position=batched_split(split_position), **options,
         )  # fmt: skip
         return out.squeeze(0), None if weights is None else without_batch(weights)
