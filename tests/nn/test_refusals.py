@@ -350,3 +350,13 @@ def test_positions_are_those_of_queries_and_keys(make_one: Callable[[], nn.Modul
             make_one()(query, key, key, positions=torch.arange(target))
         with pytest.raises(ValueError, match=r"positions must have shape"):
             make_one()(query, key, key, positions=torch.arange(source))
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "out_proj"])
+@pytest.mark.parametrize("args", [None, {"multiway": True}], ids=str)
+def test_other_layers_are_not_drawn(args: Any, name: str) -> None:
+    module = make(args)
+    part = module.get_submodule(name)
+    setattr(part if args else module, "B" if args else name, nn.Identity())
+    with pytest.raises(TypeError, match=r"projections that are nn\.Linear; got Identity"):
+        module.reset_parameters()

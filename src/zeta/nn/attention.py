@@ -151,6 +151,9 @@ class MultiheadAttention(nn.Module):
         Xavier uniform (Glorot and Bengio, 2010) with gain ``1 / sqrt(2)`` for queries, keys and
         values and gain 1 for the output, whose bias is 0; norms are reset; other biases as in
         ``nn.Linear``; ``bias_k`` and ``bias_v`` Xavier normal.
+
+        Raises:
+            TypeError: A projection has been replaced by a layer that is no ``nn.Linear``.
         """
         draw_inputs((self.q_proj, self.k_proj, self.v_proj))
         draw_output(self.out_proj)

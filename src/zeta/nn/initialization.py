@@ -15,9 +15,16 @@ def draw_projection(projection: nn.Module, gain: float) -> None:
     Args:
         projection: ``nn.Linear``, or a multiway module of them.
         gain: Factor of the weights' standard deviation.
+
+    Raises:
+        TypeError: It is another layer, such as an adapter or a quantised one.
     """
     for linear in ways_of(projection):
-        assert isinstance(linear, nn.Linear)
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(
+                "reset_parameters draws projections that are nn.Linear; "
+                f"got {type(linear).__name__} in the place of one"
+            )
         linear.reset_parameters()
         nn.init.xavier_uniform_(linear.weight, gain=gain)
 
