@@ -137,6 +137,11 @@ def test_shape_is_the_shape_of_the_values() -> None:
             TypeError,
             "slopes .* got a torch.int32 tensor",
         ),
+        (
+            lambda: biases.Bucketed(torch.randn(32, 2), bidirectional="False"),
+            TypeError,
+            "bidirectional must be True or False; got 'False'",
+        ),
         (lambda: biases.Bucketed([[1.0]]), TypeError, "table must be a floating-point .* got list"),
         (
             lambda: biases.Bucketed(torch.ones(32, 2).long()),

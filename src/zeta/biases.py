@@ -19,6 +19,7 @@ from zeta.values import (
     as_scores,
     broadcast_shape,
     check_device,
+    check_flag,
     check_floating,
     check_integer,
     check_number,
@@ -141,7 +142,8 @@ class Bucketed(OffsetBias):
         max_distance: Distances from here on share the last bucket.
 
     Raises:
-        TypeError: ``table`` is not floating point, or ``max_distance`` no integer.
+        TypeError: ``table`` is not floating point, ``bidirectional`` no flag, or ``max_distance``
+            no integer.
         ValueError: The table has too few buckets, or they reach no further than the exact ones.
     """
 
@@ -151,6 +153,7 @@ class Bucketed(OffsetBias):
 
     def __post_init__(self) -> None:
         check_floating("table", self.table)
+        check_flag("bidirectional", self.bidirectional)
         check_integer("max_distance", self.max_distance)
         if self.table.dim() != 2:
             raise ValueError(

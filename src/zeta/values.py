@@ -213,6 +213,12 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a number; got {kind(value)}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless it is True or False, or 1 or 0: any other text would be true."""
+    if not isinstance(value, int) or value not in (0, 1):
+        raise TypeError(f"{name} must be True or False; got {value!r:.80}")
+
+
 def is_finite(value: float) -> bool:
     """Not by `math.isfinite`, which a compiler cannot ask of a number that it does not know."""
     return -math.inf < value < math.inf

@@ -118,3 +118,8 @@ def test_the_largest_tensor_is_noticed() -> None:
 def test_wrong_buckets_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="max_distance must exceed"):
         RelativePositionBias(**options)
+
+
+def test_direction_that_is_no_flag_is_refused() -> None:
+    with pytest.raises(TypeError, match="bidirectional must be True or False; got None"):
+        RelativePositionBias(bidirectional=None)

@@ -283,3 +283,11 @@ def test_the_buffer_of_xpos_is_whole_after_any_move() -> None:
     with torch.device("meta"):
         moved = XPos(8).to_empty(device="cpu")
     assert torch.equal(moved.scale, expected)
+
+
+@pytest.mark.parametrize("flag", ["False", None, 2, 1.0])
+def test_flags_are_true_or_false(flag: Any) -> None:
+    with pytest.raises(TypeError, match="interleaved must be True or False; got"):
+        RotaryEmbedding(D, interleaved=flag)
+    with pytest.raises(TypeError, match="downscale must be True or False; got"):
+        XPos(D)(torch.ones(1, 1, 1, D), 0, flag)

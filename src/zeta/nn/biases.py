@@ -33,7 +33,7 @@ class RelativePositionBias(nn.Module):
         dtype: Of the parameter.
 
     Raises:
-        TypeError: A number is no integer.
+        TypeError: A number is no integer, or ``bidirectional`` neither True nor False.
         ValueError: There are no heads, too few buckets, or they reach no further than the exact
             ones.
     """

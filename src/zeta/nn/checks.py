@@ -8,7 +8,14 @@ from torch import Tensor, nn
 from zeta.caches import Cached
 from zeta.caches.dictionary import KEY, VALUE, check_fits
 from zeta.nn.positions import Rotation, XPos
-from zeta.values import check_finite, check_integer, check_number, check_size, check_tensor
+from zeta.values import (
+    check_finite,
+    check_flag,
+    check_integer,
+    check_number,
+    check_size,
+    check_tensor,
+)
 
 
 def check_sizes(
@@ -49,10 +56,9 @@ def check_numbers(dropout: float, scale: float | None) -> None:
 
 
 def check_flags(**flags: object) -> None:
-    """Raise TypeError unless each is True or False, or 1 or 0: any other text would be true."""
+    """As `check_flag`, of each."""
     for name, flag in flags.items():
-        if not isinstance(flag, int) or flag not in (0, 1):
-            raise TypeError(f"{name} must be True or False; got {flag!r:.80}")
+        check_flag(name, flag)
 
 
 def check_kind(

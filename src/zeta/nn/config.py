@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zeta.values import check_number
+from zeta.values import check_flag, check_number
 
 # Values that are certainly no configuration, most often an argument in the wrong place.
 _NOT_A_CONFIGURATION = (str, bytes, int, float, complex, list, tuple, set, frozenset, Tensor)
@@ -44,9 +44,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         for name in ("xpos_rel_pos", "flash_attention"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value not in (0, 1):
-                raise TypeError(f"args.{name} must be True or False; got {value!r}")
+            check_flag(f"args.{name}", getattr(self, name))
         if not isinstance(self.multiway, int):
             raise TypeError(
                 f"args.multiway must be a bool or a number of ways; got {self.multiway!r}"

@@ -27,7 +27,7 @@ from zeta.nn.tables import (
 )
 from zeta.ops.rotation import Table, rotate_both, rotate_one
 from zeta.positions import xpos_rates, xpos_scale
-from zeta.values import check_integer, check_number, check_size
+from zeta.values import check_flag, check_integer, check_number, check_size
 
 
 class Rotation(nn.Module):
@@ -66,7 +66,8 @@ class RotaryEmbedding(Rotation):
             ``base``.
 
     Raises:
-        TypeError: ``scaling`` is something else, a dimension no integer or ``base`` no number.
+        TypeError: ``scaling`` is something else, a dimension no integer, ``base`` no number or
+            ``interleaved`` neither True nor False.
         ValueError: ``rotary_dim`` is odd, not positive, or more than ``head_dim``; ``base`` is not
             positive.
     """
@@ -82,6 +83,7 @@ class RotaryEmbedding(Rotation):
     ) -> None:
         super().__init__()
         check_integer("head_dim", head_dim)
+        check_flag("interleaved", interleaved)
         self.head_dim = head_dim
         self.rotary_dim = head_dim if rotary_dim is None else rotary_dim
         _check_pairs("head_dim" if rotary_dim is None else "rotary_dim", self.rotary_dim)
@@ -210,8 +212,10 @@ class XPos(Rotation):
             The shape and dtype of ``x``.
 
         Raises:
+            TypeError: ``downscale`` is neither True nor False.
             ValueError: A position that ``offset`` implies is out of reach.
         """
+        check_flag("downscale", downscale)
         return self._turn(
             x, offset if positions is None else positions, anchor, -1 if downscale else 1
         )
