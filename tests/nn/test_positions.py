@@ -291,3 +291,32 @@ def test_flags_are_true_or_false(flag: Any) -> None:
         RotaryEmbedding(D, interleaved=flag)
     with pytest.raises(TypeError, match="downscale must be True or False; got"):
         XPos(D)(torch.ones(1, 1, 1, D), 0, flag)
+
+
+@pytest.mark.parametrize("rotation", [RotaryEmbedding(D), XPos(D)], ids=["rotary", "xpos"])
+@pytest.mark.parametrize(
+    ("shape", "options", "error", "message"),
+    [
+        ((2, 1, 3, D + 2), {}, ValueError, rf"x must have shape \(..., length, {D}\); got"),
+        ((2, 1, 3, D - 2), {}, ValueError, rf"x must have shape \(..., length, {D}\); got"),
+        ((D,), {}, ValueError, rf"x must have shape \(..., length, {D}\); got"),
+        ((3, D), {"offset": 1.0}, TypeError, "offset must be an integer; got float"),
+        ((3, D), {"positions": [0, 1, 2]}, TypeError, "positions must be a tensor; got list"),
+        ((3, D), {"positions": torch.tensor(0)}, ValueError, r"positions must have shape \(3,\)"),
+        ((3, D), {"positions": torch.arange(4)}, ValueError, r"positions must have shape \(3,\)"),
+        ((3, D), {"positions": torch.arange(3)[None]}, ValueError, "x must be .batch, heads"),
+        (
+            (2, 1, 3, D),
+            {"positions": torch.arange(9).view(3, 3)},
+            ValueError,
+            r"positions must have shape \(3,\) or \(1 or 2, 3\); got \(3, 3\)",
+        ),
+    ],
+)
+def test_wrong_tokens_are_refused(
+    rotation: Any, shape: Any, options: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        rotation(torch.ones(shape), **options)
+    with pytest.raises(TypeError, match="x must be a floating-point tensor"):
+        rotation(torch.ones(3, D, dtype=torch.int64))

@@ -27,7 +27,15 @@ from zeta.nn.tables import (
 )
 from zeta.ops.rotation import Table, rotate_both, rotate_one
 from zeta.positions import xpos_rates, xpos_scale
-from zeta.values import check_flag, check_integer, check_number, check_size
+from zeta.values import (
+    check_flag,
+    check_floating,
+    check_integer,
+    check_number,
+    check_positions_shape,
+    check_size,
+    check_tensor,
+)
 
 
 class Rotation(nn.Module):
@@ -111,7 +119,12 @@ class RotaryEmbedding(Rotation):
 
         Returns:
             The shape and dtype of ``x``.
+
+        Raises:
+            TypeError: ``x`` is not floating point, or positions are no tensor.
+            ValueError: A shape is wrong.
         """
+        _check_tokens(x, self.head_dim, offset, positions)
         return self._turn(x, offset if positions is None else positions)
 
     def queries(self, x: Tensor, positions: Positions, anchor: int = 0) -> Tensor:
@@ -212,9 +225,11 @@ class XPos(Rotation):
             The shape and dtype of ``x``.
 
         Raises:
-            TypeError: ``downscale`` is neither True nor False.
-            ValueError: A position that ``offset`` implies is out of reach.
+            TypeError: ``downscale`` is neither True nor False, ``x`` is not floating point, or
+                positions are no tensor.
+            ValueError: A shape is wrong, or a position that ``offset`` implies is out of reach.
         """
+        _check_tokens(x, self.head_dim, offset, positions)
         check_flag("downscale", downscale)
         return self._turn(
             x, offset if positions is None else positions, anchor, -1 if downscale else 1
@@ -305,6 +320,22 @@ class XPos(Rotation):
 
 XPOS = XPos
 """TorchScale's spelling."""
+
+
+def _check_tokens(x: Tensor, head_dim: int, offset: int, positions: Tensor | None) -> None:
+    check_floating("x", x)
+    if x.dim() < 2 or x.shape[-1] != head_dim:
+        raise ValueError(f"x must have shape (..., length, {head_dim}); got {tuple(x.shape)}")
+    if positions is None:
+        check_integer("offset", offset)
+        return
+    check_tensor("positions", positions)
+    if positions.dim() == 2 and x.dim() != 4:
+        raise ValueError(
+            f"x must be (batch, heads, length, {head_dim}) for positions with a batch dimension; "
+            f"got {tuple(x.shape)}"
+        )
+    check_positions_shape("positions", positions.shape, x.shape[0], x.shape[-2])
 
 
 def _check_pairs(name: str, dim: int) -> None:
