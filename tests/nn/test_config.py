@@ -86,6 +86,8 @@ def test_something_that_is_no_configuration_is_refused(args: Any) -> None:
         ("xpos_rel_pos", "true", TypeError),
         ("xpos_scale_base", -512, ValueError),
         ("xpos_scale_base", True, TypeError),
+        ("xpos_scale_base", float("inf"), ValueError),
+        ("layernorm_eps", float("inf"), ValueError),
         ("flash_attention", 2, TypeError),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zeta.values import check_flag, check_number
+from zeta.values import check_finite, check_flag
 
 # Values that are certainly no configuration, most often an argument in the wrong place.
 _NOT_A_CONFIGURATION = (str, bytes, int, float, complex, list, tuple, set, frozenset, Tensor)
@@ -53,7 +53,7 @@ class AttentionConfig:
             raise ValueError(f"args.multiway must not be negative; got {self.multiway}")
         for name in ("layernorm_eps", "xpos_scale_base"):
             value = getattr(self, name)
-            check_number(f"args.{name}", value)
+            check_finite(f"args.{name}", value)
             if not value > 0:
                 raise ValueError(f"args.{name} must be positive; got {value}")
 

@@ -28,10 +28,10 @@ from zeta.nn.tables import (
 from zeta.ops.rotation import Table, rotate_both, rotate_one
 from zeta.positions import xpos_rates, xpos_scale
 from zeta.values import (
+    check_finite,
     check_flag,
     check_floating,
     check_integer,
-    check_number,
     check_positions_shape,
     check_size,
     check_tensor,
@@ -77,7 +77,7 @@ class RotaryEmbedding(Rotation):
         TypeError: ``scaling`` is something else, a dimension no integer, ``base`` no number or
             ``interleaved`` neither True nor False.
         ValueError: ``rotary_dim`` is odd, not positive, or more than ``head_dim``; ``base`` is not
-            positive.
+            positive and finite.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class RotaryEmbedding(Rotation):
         _check_pairs("head_dim" if rotary_dim is None else "rotary_dim", self.rotary_dim)
         if self.rotary_dim > head_dim:
             raise ValueError(f"rotary_dim must be at most head_dim = {head_dim}; got {rotary_dim}")
-        check_number("base", base)
+        check_finite("base", base)
         if not base > 0.0:
             raise ValueError(f"base must be positive; got {base}")
         if scaling is not None and not isinstance(scaling, Scaling):
@@ -170,7 +170,7 @@ class XPos(Rotation):
 
     Raises:
         TypeError: ``head_dim`` is no integer, or ``scale_base`` no number.
-        ValueError: ``head_dim`` is odd or not positive, or ``scale_base`` not positive.
+        ValueError: ``head_dim`` is odd or not positive, or ``scale_base`` not positive and finite.
     """
 
     scale: Tensor
@@ -184,7 +184,7 @@ class XPos(Rotation):
     ) -> None:
         super().__init__()
         _check_pairs("head_dim", head_dim)
-        check_number("scale_base", scale_base)
+        check_finite("scale_base", scale_base)
         if not scale_base > 0.0:
             raise ValueError(f"scale_base must be positive; got {scale_base}")
         self.head_dim = head_dim
