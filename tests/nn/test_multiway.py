@@ -343,3 +343,19 @@ def test_distributed_data_parallel_finds_no_unused_parameter(tmp_path: Any) -> N
             module(x, x, x)[0].sum().backward()
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MultiwayNetwork(nn.Linear(2, 2), dim=1.0), "dim must be an integer; got float"),
+        (lambda: MultiwayNetwork(nn.Linear(2, 2), num_ways="2"), "num_ways must be an integer"),
+        (lambda: MultiwayNetwork(torch.relu), "module must be a module; got builtin_function"),
+        (lambda: MultiwayEmbedding(nn.Embedding(3, 2)), "modules must be a sequence of modules"),
+        (lambda: MultiwayEmbedding([nn.Embedding(3, 2), None]), "a way must be a module; got None"),
+        (lambda: MultiwayWrapper(nn.Linear(2, 2), None), "module must be a module; got NoneType"),
+    ],
+)
+def test_what_is_no_module_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make()

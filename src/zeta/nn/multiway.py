@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zeta.nn.config import AttentionConfig
 from zeta.nn.projections import called
 from zeta.nn.tables import Positions
+from zeta.values import check_integer
 
 Split: TypeAlias = int | Tensor
 """Which tokens go which way:
@@ -43,11 +44,15 @@ class Ways(nn.Module):
         dim: Dimension of the input along which tokens lie.
 
     Raises:
+        TypeError: A way is no module, or ``dim`` no integer.
         ValueError: There are fewer than two ways, or more than the alphabet has letters.
     """
 
     def __init__(self, ways: Sequence[nn.Module], dim: int) -> None:
         super().__init__()
+        check_integer("dim", dim)
+        for way in ways:
+            _check_module("a way", way)
         if not 2 <= len(ways) <= MAX_WAYS:
             raise ValueError(f"a multiway module must have 2 to {MAX_WAYS} ways; got {len(ways)}")
         self.dim = dim
@@ -163,9 +168,15 @@ class MultiwayNetwork(Ways):
         module: The first way. Its copies are initialised anew by their ``reset_parameters``.
         dim: Dimension of the input along which tokens lie.
         num_ways: Ways, together with the first.
+
+    Raises:
+        TypeError: ``module`` is none, or a number no integer.
+        ValueError: There are fewer than two ways, or more than the alphabet has letters.
     """
 
     def __init__(self, module: nn.Module, dim: int = 1, *, num_ways: int = 2) -> None:
+        _check_module("module", module)
+        check_integer("num_ways", num_ways)
         super().__init__([module, *(_anew(module) for _ in range(num_ways - 1))], dim)
 
 
@@ -175,9 +186,17 @@ class MultiwayEmbedding(Ways):
     Args:
         modules: One a way.
         dim: Dimension of the input along which tokens lie.
+
+    Raises:
+        TypeError: ``modules`` is no sequence of modules, or ``dim`` no integer.
+        ValueError: There are fewer than two, or more than the alphabet has letters.
     """
 
     def __init__(self, modules: Sequence[nn.Module], dim: int = 1) -> None:
+        if not isinstance(modules, Sequence | nn.ModuleList):
+            raise TypeError(
+                f"modules must be a sequence of modules, one a way; got {type(modules).__name__}"
+            )
         super().__init__(modules, dim)
 
 
@@ -188,7 +207,12 @@ def MultiwayWrapper(args: Any, module: nn.Module, dim: int = 1) -> nn.Module:
         args: As for `AttentionConfig`.
         module: The first way.
         dim: Dimension of the input along which tokens lie.
+
+    Raises:
+        TypeError: ``module`` is none, or as `AttentionConfig.from_args`.
+        ValueError: As `AttentionConfig.from_args`.
     """
+    _check_module("module", module)
     num_ways = AttentionConfig.from_args(args).num_ways
     return module if num_ways == 1 else MultiwayNetwork(module, dim, num_ways=num_ways)
 
@@ -207,6 +231,11 @@ def set_split_position(position: Split) -> Callable[[nn.Module], None]:
             setattr(module, "split_position", position)  # noqa: B010 - whatever module that is
 
     return apply
+
+
+def _check_module(name: str, module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name} must be a module; got {type(module).__name__}")
 
 
 def check_split(name: str, split: object) -> None:
