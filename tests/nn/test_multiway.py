@@ -359,3 +359,10 @@ def test_distributed_data_parallel_finds_no_unused_parameter(tmp_path: Any) -> N
 def test_what_is_no_module_is_refused(make: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make()
+
+
+@pytest.mark.parametrize("shape", [(B,), (B, T)], ids=str)
+def test_split_on_another_device_is_refused(shape: tuple[int, ...]) -> None:
+    split = torch.zeros(shape, dtype=torch.int64, device="meta")
+    with pytest.raises(ValueError, match="split_position must be on the tokens' device cpu"):
+        network()(tokens(), split_position=split)

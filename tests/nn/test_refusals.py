@@ -326,6 +326,7 @@ def test_the_unchanged_call_is_fine() -> None:
         (torch.zeros(3, T, dtype=torch.long), ValueError, r"got \(3, 5\)"),
         (torch.zeros(T), TypeError, "positions must be an integer tensor; got a torch.float32"),
         (list(range(T)), TypeError, "positions must be an integer tensor; got list"),
+        (torch.arange(T, device="meta"), ValueError, "positions must be on the query's device cpu"),
         (3, TypeError, "positions must be an integer tensor; got int"),
     ],
 )

@@ -107,7 +107,8 @@ class Ways(nn.Module):
 
         Raises:
             TypeError: The split is neither an int nor an integer or bool tensor.
-            ValueError: Its shape does not fit ``x``, or it names a way that is not there.
+            ValueError: Its shape does not fit ``x``, it is on another device, or it names a way
+                that is not there.
         """
         if split_position is not None:
             check_split("split_position", split_position)
@@ -263,11 +264,15 @@ def way_ids(split: Tensor, x: Tensor, dim: int, positions: Positions = 0) -> Ten
         positions: Of the first token, or of all.
 
     Raises:
-        ValueError: The split is not for this batch or this length.
+        ValueError: The split is not for this batch or this length, or on another device.
     """
     batch, length = x.shape[0], x.shape[dim]
     if split.dim() and dim % x.dim() != 1:
         raise ValueError(f"a split of each sequence or token needs dim=1; got dim={dim}")
+    if split.dim() and split.device != x.device:
+        raise ValueError(
+            f"split_position must be on the tokens' device {x.device}; got {split.device}"
+        )
     if split.dim() == 2:
         if split.shape != (batch, length):
             raise ValueError(

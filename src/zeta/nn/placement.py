@@ -14,7 +14,7 @@ from zeta.nn.multiway import Split
 from zeta.nn.positions import Rotation, XPos
 from zeta.nn.projections import called
 from zeta.nn.tables import Positions, last_positions
-from zeta.values import check_integers, check_positions_shape
+from zeta.values import check_device, check_integers, check_positions_shape
 
 SplitArgument: TypeAlias = Split | tuple[Split, Split]
 """One for queries and keys, or one for each."""
@@ -92,8 +92,8 @@ class Placement(NamedTuple):
 
         Raises:
             TypeError: ``positions`` are not integers.
-            ValueError: Their shape is wrong, they are not as many as ``keys``, the module has no
-                use for an argument, or there are more queries than keys beside a cache.
+            ValueError: Their shape or device is wrong, they are not as many as ``keys``, the module
+                has no use for an argument, or there are more queries than keys beside a cache.
         """
         # Not asked with `isinstance(cache, Cache)`: a protocol takes microseconds to say no.
         given = positions is not None
@@ -174,6 +174,7 @@ def _checked_positions(positions: Tensor, query: Tensor, keys: Tensor | None) ->
     """As int64: differences of narrower integers would wrap around."""
     check_integers("positions", positions)
     check_positions_shape("positions", positions.shape, *query.shape[:2])
+    check_device("positions", positions, query.device)
     # A key of another shape is refused later, whether there are positions or not.
     if keys is not None and keys.dim() == 3 and keys.shape[1] != query.shape[1]:
         raise ValueError(
