@@ -123,3 +123,20 @@ def test_wrong_buckets_are_refused(options: dict[str, Any]) -> None:
 def test_direction_that_is_no_flag_is_refused() -> None:
     with pytest.raises(TypeError, match="bidirectional must be True or False; got None"):
         RelativePositionBias(bidirectional=None)
+
+
+@pytest.mark.parametrize("module", [RelativePositionBias(n_heads=2), ALiBi(2)], ids=["t5", "alibi"])
+@pytest.mark.parametrize(
+    ("sizes", "error", "message"),
+    [
+        ((-1, 3, 5), ValueError, "batch_size must be positive; got -1"),
+        ((1, 0, 5), ValueError, "qlen must be positive; got 0"),
+        ((1, 3, 5.0), TypeError, "klen must be an integer; got float"),
+        ((1, 3, 5, 1.5), TypeError, "step must be an integer; got float"),
+    ],
+)
+def test_wrong_sizes_are_refused(
+    module: Any, sizes: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        module(*sizes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from zeta import biases
 from zeta.positions import alibi_slopes
-from zeta.values import Tile, check_size
+from zeta.values import Tile, check_integer, check_size
 
 
 class RelativePositionBias(nn.Module):
@@ -83,6 +83,10 @@ class RelativePositionBias(nn.Module):
 
         Returns:
             ``(B * H, T, S)``, in the parameter's dtype.
+
+        Raises:
+            TypeError: A number is no integer.
+            ValueError: A size is not positive.
         """
         return _dense(self.value(), batch_size, qlen, klen, step)
 
@@ -128,6 +132,10 @@ class ALiBi(nn.Module):
 def _dense(
     bias: biases.OffsetBias, batch_size: int, target: int, source: int, step: int | None
 ) -> Tensor:
+    for name, size in (("batch_size", batch_size), ("qlen", target), ("klen", source)):
+        check_size(name, size)
+    if step is not None:
+        check_integer("step", step)
     device = bias.tensors()[0].device
     first = 0 if step is None else step
     query_position_T = torch.arange(first, first + target, device=device)
