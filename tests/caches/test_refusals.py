@@ -13,7 +13,9 @@ from zeta.caches import (
     CacheFullError,
     CrossCache,
     DecodingCache,
+    DictCache,
     PagedCache,
+    PagePool,
     QuantizedCache,
     RollingCache,
     StaticCache,
@@ -185,6 +187,29 @@ def test_a_refused_padding_mask_of_integers_changes_nothing(name: str, length: i
     assert same(before, cache.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (lambda c: c.update([1.0], tokens(1)[1]), "key must be a tensor; got list"),
+        (lambda c: c.update(tokens(1)[0], None), "value must be a tensor; got NoneType"),
+        (
+            lambda c: c.update(*tokens(1), [[True], [False]]),
+            "key_padding_mask must be a tensor; got list",
+        ),
+        (lambda c: c.load_state_dict(None), "state must be that of a .*Cache; got NoneType"),
+    ],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_refused_type_changes_nothing(
+    name: str, act: Callable[[DecodingCache], object], words: str
+) -> None:
+    cache = filled(name)
+    before = cache.state_dict()
+    with pytest.raises(TypeError, match=words):
+        act(cache)
+    assert same(before, cache.state_dict())
+
+
 def test_arguments_of_constructors_are_checked() -> None:
     with pytest.raises(ValueError, match="max_length must be positive; got 0"):
         StaticCache(0)
@@ -204,6 +229,14 @@ def test_arguments_of_constructors_are_checked() -> None:
         (lambda: RollingCache(2.5), "window must be an integer; got float"),
         (lambda: RollingCache(3, 1.0), "sinks must be an integer; got float"),
         (lambda: QuantizedCache(8.0), "bits must be an integer; got float"),
+        (lambda: PagedCache(None), "pool must be a PagePool; got NoneType"),
+        (lambda: PagedCache(PagePool), "pool must be a PagePool; got type"),
+        (lambda: DictCache([]), "state must be a dict; got list"),
+        (lambda: CrossCache([]), "state must be a dict; got list"),
+        (
+            lambda: PagePool(2, 2, num_kv_heads=1, head_dim=4, dtype=torch.int64),
+            "dtype must be a floating-point dtype; got torch.int64",
+        ),
         (lambda: new_pool(2.5, 2), "num_pages must be an integer; got float"),
         (lambda: new_pool(2, "2"), "page_size must be an integer; got str"),
         (lambda: new_pool(2, 2, value_dim=3.5), "value_dim must be an integer; got float"),

@@ -1,5 +1,6 @@
 """What caches refuse, with the argument, what was expected and what came."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -81,7 +82,14 @@ def check_crop(length: int, present: int) -> None:
 
 
 def check_state(state: dict[str, Any], kind: str, names: set[str]) -> None:
-    """Raise ValueError unless ``state`` is the state dict of this kind of cache."""
+    """Raise unless ``state`` is the state dict of this kind of cache.
+
+    Raises:
+        TypeError: It is no dict.
+        ValueError: It is that of another kind.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be that of a {kind}; got {type(state).__name__}")
     found = state.get(KIND)
     if found != kind:
         raise ValueError(f"state must be that of a {kind}; got that of {found or 'something else'}")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from zeta.caches import checks
-from zeta.caches.dictionary import KEY, PADDING, QUERIES, ROTATED, STATIC, VALUE
+from zeta.caches.dictionary import KEY, PADDING, QUERIES, ROTATED, STATIC, VALUE, check_dict
 from zeta.caches.forks import Forks
 from zeta.caches.interface import Cached
 from zeta.caches.padding import check_padding, extend_padding, kept_padding
-from zeta.values import check_integer
+from zeta.values import check_integer, check_tensor
 
 
 class CrossCache:
@@ -27,11 +27,13 @@ class CrossCache:
         state: A dict to keep them in, as an ``incremental_state``; a new one by default.
 
     Raises:
-        ValueError: The dict holds only one of keys and values, or a self-attention's rotated keys.
+        TypeError: It is no dict, or holds keys or values that are no tensors.
+        ValueError: It holds only one of the two, or a self-attention's rotated keys.
     """
 
     def __init__(self, state: MutableMapping[str, Any] | None = None) -> None:
         self._state: MutableMapping[str, Any] = {} if state is None else state
+        check_dict(self._state)
         if (KEY in self._state) != (VALUE in self._state):
             raise ValueError(
                 f"incremental_state must hold both of {KEY!r} and {VALUE!r}, or neither"
@@ -41,6 +43,9 @@ class CrossCache:
                 "incremental_state holds the keys of a self-attention; "
                 "give each attention its own dict"
             )
+        for name in (KEY, VALUE):
+            if name in self._state:
+                check_tensor(f"incremental_state[{name!r}]", self._state[name])
         self._forks: Forks[dict[str, Any]] = Forks()
         self._before: dict[str, Any] | None = None
 

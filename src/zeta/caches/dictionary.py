@@ -41,13 +41,14 @@ class DictCache:
             does not.
 
     Raises:
-        TypeError: It holds keys or values that are no tensors.
+        TypeError: It is no dict, or holds keys or values that are no tensors.
         ValueError: The dict belongs to another kind of attention, or holds only one of the two.
     """
 
     def __init__(
         self, state: MutableMapping[str, Any], rotate: Callable[[Tensor], Tensor] | None = None
     ) -> None:
+        check_dict(state)
         if STATIC in state:
             raise ValueError(
                 "incremental_state holds the keys of a cross-attention; "
@@ -126,6 +127,12 @@ class DictCache:
         """Undo the last `update`: the call that it was for has failed."""
         self._state.clear()
         self._state.update(self._before)
+
+
+def check_dict(state: object) -> None:
+    """Raise TypeError unless ``state`` is a dict, or like one."""
+    if not isinstance(state, MutableMapping):
+        raise TypeError(f"state must be a dict; got {type(state).__name__}")
 
 
 def check_fits(name: str, before: Tensor, new: Tensor) -> None:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zeta.values import check_tensor
+
 
 class Form(NamedTuple):
     """Sizes, dtype and device of keys ``(B, G, any, D)`` and values ``(B, G, any, Dv)``."""
@@ -24,9 +26,12 @@ class Form(NamedTuple):
         """The form of these tokens.
 
         Raises:
+            TypeError: One is no tensor.
             ValueError: They are not keys ``(B, G, N, D)`` and values ``(B, G, N, Dv)``, or empty,
                 or of two dtypes or devices.
         """
+        check_tensor("key", key)
+        check_tensor("value", value)
         k, v = key.shape, value.shape
         if len(k) != 4 or 0 in k:
             raise ValueError(

@@ -26,12 +26,13 @@ def extend_padding(
 
     Raises:
         ValueError: ``new`` has another shape.
-        TypeError: ``new`` is neither bool nor floating point.
+        TypeError: ``new`` is no tensor, or neither bool nor floating point.
     """
     if new is None:
         if remembered is None:
             return None
         return torch.cat((remembered, remembered.new_zeros(batch, added)), dim=1)
+    check_tensor("key_padding_mask", new)
     if new.dtype != torch.bool and not new.is_floating_point():
         raise TypeError(f"key_padding_mask must be bool or floating point; got {new.dtype}")
     if new.shape == (batch, length):

@@ -20,7 +20,7 @@ from zeta.caches.rows import Rows
 from zeta.caches.sequences import Sequences
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
 from zeta.stored import can_defer
-from zeta.values import check_integer
+from zeta.values import check_integer, kind
 
 _NAMES = STATE_NAMES | {"lengths"}
 
@@ -42,9 +42,14 @@ class PagedCache:
 
     Args:
         pool: Where the pages are.
+
+    Raises:
+        TypeError: It is no `PagePool`.
     """
 
     def __init__(self, pool: PagePool) -> None:
+        if not isinstance(pool, PagePool):
+            raise TypeError(f"pool must be a PagePool; got {kind(pool)}")
         self.pool = pool
         self._rows: Rows | None = None
         self._before: Rows | None = None
@@ -96,8 +101,8 @@ class PagedCache:
             ValueError: The tokens do not fit the pool, or those that are there.
             CacheFullError: The pool has too few free pages. Free some, and call again.
         """
-        checks.check_no_gradient("PagedCache", key, value)
         form = Form.of(key, value)
+        checks.check_no_gradient("PagedCache", key, value)
         rows = self._rows
         self.pool.form(form.batch if rows is None else len(rows.lengths)).check(form)
         if rows is None:

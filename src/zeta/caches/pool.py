@@ -35,7 +35,7 @@ class PagePool:
         device: Of keys and values.
 
     Raises:
-        TypeError: A size is no integer.
+        TypeError: A size is no integer, or ``dtype`` not floating point.
         ValueError: One is below 1.
     """
 
@@ -56,6 +56,8 @@ class PagePool:
             ("head_dim", head_dim), ("value_dim", value_dim),
         ):  # fmt: skip
             check_size(name, size)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype; got {dtype!r}")
         self.num_pages = num_pages
         self.page_size = page_size
         # A token's heads lie side by side, so that pages become a sequence in one copy.

@@ -11,7 +11,6 @@ from torch import Tensor
 from zeta.caches import checks
 from zeta.caches.form import Form
 from zeta.caches.growing import GrowingCache
-from zeta.caches.interface import Cached
 from zeta.stored import Codes, StoredTensor, can_defer
 from zeta.values import check_integer
 
@@ -49,19 +48,8 @@ class QuantizedCache(GrowingCache):
         super().__init__()
         self.bits = bits
 
-    def update(
-        self,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        *,
-        origin: Tensor | None = None,
-    ) -> Cached:
-        """See `GrowingCache`."""
-        checks.check_no_gradient("QuantizedCache", key, value)
-        return super().update(key, value, key_padding_mask, origin=origin)
-
     def _encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        checks.check_no_gradient("QuantizedCache", key, value)
         return *quantize(key, self.bits), *quantize(value, self.bits)
 
     def _decode(self, form: Form, parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

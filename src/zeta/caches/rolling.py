@@ -17,7 +17,7 @@ from zeta.caches.padding import alike, extend_padding
 from zeta.caches.ring import Ring
 from zeta.caches.slots import Slots
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
-from zeta.values import check_integer
+from zeta.values import check_integer, check_tensor
 
 _NAMES = STATE_NAMES | {"length", "window", "sinks"}
 
@@ -112,8 +112,8 @@ class RollingCache:
         origin: Tensor | None = None,
     ) -> Cached:
         """See `Cache`. Of a padding mask for all tokens, those of forgotten ones are not read."""
-        checks.check_no_gradient("RollingCache", key, value)
         form = Form.of(key, value)
+        checks.check_no_gradient("RollingCache", key, value)
         state = self._state
         if state is None:
             state = _State(Slots.empty(form, self._ring.num_slots), None, 0)
@@ -150,6 +150,8 @@ class RollingCache:
         """The padding of the tokens that are kept, and of the new ones behind them."""
         batch, added = state.slots.form.batch, len(new_N)
         total = state.length + added
+        if new is not None:
+            check_tensor("key_padding_mask", new)
         if new is not None and new.shape == (batch, total):
             extend_padding(None, new, batch=batch, length=total, added=added)
             return new[:, torch.cat((old_K, new_N))]

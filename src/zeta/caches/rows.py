@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zeta.caches.padding import kept_padding
+from zeta.values import check_tensor
 
 
 class Rows(NamedTuple):
@@ -53,6 +54,8 @@ class Rows(NamedTuple):
         """The padding ``(B, L)`` with new tokens, and how many of those each sequence stores."""
         batch, before = len(self.lengths), max(self.lengths)
         counts = (added,) * batch
+        if new is not None:
+            check_tensor("key_padding_mask", new)
         for_all = new is not None and before > 0 and new.shape == (batch, before + added)
         padding = kept_padding(self.padding, new, batch=batch, length=before + added, added=added)
         if padding is None:

@@ -148,8 +148,8 @@ class StaticCache:
         In a traced or captured step a padding mask of all tokens is ``(B, max_length)``, and a full
         cache is an assertion that fails on the device.
         """
-        checks.check_no_gradient("StaticCache", key, value)
         form = Form.of(key, value)
+        checks.check_no_gradient("StaticCache", key, value)
         fixed = is_recorded(form.device)
         if self._slots is not None and (fixed or self.length):
             self._slots.form.check(form)
