@@ -274,6 +274,13 @@ def test_a_repetition_penalty_is_each_sequences_own() -> None:
         ({"padding": [[False] * 4]}, TypeError, "padding must be a tensor; got list"),
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1; got 0"),
         ({"max_new_tokens": 2.0}, TypeError, "max_new_tokens must be an int; got 2.0"),
+        ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an int; got True"),
+        (
+            {"max_new_tokens": torch.tensor(2.0)},
+            TypeError,
+            r"max_new_tokens must be an int; got tensor\(2",
+        ),
+        ({"progress": "no"}, TypeError, "progress must be True or False; got 'no'"),
         ({"prefill_chunk": 0}, ValueError, "prefill_chunk must be at least 1; got 0"),
         ({"prefill_chunk": 2.0}, TypeError, "prefill_chunk must be an int; got 2.0"),
         ({"stop_tokens": 3}, TypeError, "stop_tokens must be a collection of ints; got 3"),
@@ -325,10 +332,16 @@ def test_wrong_numbers_are_refused(options: dict[str, float], words: str) -> Non
         Sampling(**options)
 
 
+@pytest.mark.parametrize("value", [2.5, True])
 @pytest.mark.parametrize("name", ["top_k", "seed"])
-def test_whole_numbers_are_ints(name: str) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be an int; got 2.5"):
-        Sampling(**{name: 2.5})
+def test_whole_numbers_are_ints(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an int; got {value}"):
+        Sampling(**{name: value})
+
+
+def test_a_class_of_caches_is_no_cache() -> None:
+    with pytest.raises(TypeError, match="caches must hold caches"):
+        generate(Toy(), torch.tensor(PROMPTS[:1]), [DynamicCache], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "repetition_penalty"])

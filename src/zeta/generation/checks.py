@@ -17,12 +17,17 @@ def check_int(name: str, value: object, least: int | None = None) -> None:
     """Check a whole number.
 
     Raises:
-        TypeError: It is none.
+        TypeError: It is none, as a bool is none.
         ValueError: It is below ``least``.
     """
-    if not isinstance(value, SupportsIndex):
-        raise TypeError(f"{name} must be an int; got {value!r}")
-    if least is not None and operator.index(value) < least:
+    message = f"{name} must be an int; got {value!r}"
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(message)
+    try:
+        number = operator.index(value)
+    except TypeError as error:  # Of a tensor of fractions.
+        raise TypeError(message) from error
+    if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
 
 
@@ -39,7 +44,7 @@ def check_caches(name: str, caches: object) -> None:
             f"got {type(caches).__name__}"
         )
     for cache in caches:
-        if not isinstance(cache, DecodingCache | CrossCache):
+        if isinstance(cache, type) or not isinstance(cache, DecodingCache | CrossCache):
             raise TypeError(
                 f"{name} must hold caches of zeta.caches, such as DynamicCache(); "
                 f"got {type(cache).__name__}"

@@ -15,7 +15,7 @@ from zeta.generation.choosing import Choice, Greedy
 from zeta.generation.drawing import Uniforms, draw
 from zeta.generation.prompts import Model, Prompt, step
 from zeta.generation.speculation import Draft, Speculation, check_draft
-from zeta.values import check_tensor
+from zeta.values import check_flag, check_tensor
 
 
 class Step(NamedTuple):
@@ -208,6 +208,7 @@ def generate(
     """
     check_tensor("prompt", prompt)
     check_int("fill", fill)
+    check_flag("progress", progress)
     batch = len(prompt)
     columns = []
     lengths_B = torch.zeros(batch, dtype=torch.int64, device=prompt.device)
