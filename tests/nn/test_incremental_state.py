@@ -423,9 +423,9 @@ def test_a_source_kept_under_autocast_is_for_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected, _ = module(x, source, source, narrow)
         assert torch.equal(module(x, None, None, narrow)[0], expected)
-        with pytest.raises(ValueError, match="must be torch.bfloat16 on cpu; got torch.float32"):
+        with pytest.raises(ValueError, match=r"be torch\.bfloat16 on cpu; got torch\.float32"):
             module(x, None, None, wide)
-    with pytest.raises(ValueError, match="must be torch.float32 on cpu; got torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"be torch\.float32 on cpu; got torch\.bfloat16"):
         module(x, None, None, narrow)
 
 
