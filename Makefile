@@ -52,10 +52,11 @@ $(VENV)/.ready-emulated: $(NATIVE) | $(VENV)/.ready-dev
 
 native: $(VENV)/.ready-native ## Build the native CPU kernel, if its sources changed.
 
-# Python itself knows nothing of the sanitizers, which therefore come first.
-sanitize: $(VENV)/.ready-dev ## Run the native CPU kernel under AddressSanitizer and UBSan.
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja -D ZETA_SANITIZE=ON \
-	    --log-level=NOTICE
+# With software for what the processor has not. Python itself knows nothing of the sanitizers, which
+# therefore come first.
+sanitize: $(VENV)/.ready-dev ## Run every unit of the native CPU kernel under AddressSanitizer and UBSan.
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/sanitize -G Ninja --log-level=NOTICE \
+	    -D ZETA_SANITIZE=ON -D ZETA_EMULATE=ON
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/sanitize
 	for dtype in float32 bfloat16 float16; do \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
