@@ -359,3 +359,8 @@ def test_tables_name_every_key_that_is_wrong() -> None:
     many = {f"k{n}": torch.ones(1) for n in range(12)}
     with pytest.raises(ConversionError, match="k0, k1, k10, k11, k2, k3, k4, k5 and 4 more"):
         to_zeta(many, (Entry("w", ("w",)),))
+
+
+def test_what_zeta_lacks_is_said_of_zeta() -> None:
+    with pytest.raises(ConversionError, match="there is no attention of kind zeta: no keys"):
+        convert_state_dict(TORCH_STATE, "zeta", "torch")

@@ -93,7 +93,7 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str = ZETA
     if source == target:
         raise ValueError(f"source and target are both {source!r}")
     theirs, ours = _kind(source), _kind(target)
-    prefixes, others = _prefixes(state, theirs)
+    prefixes, others = _prefixes(state, theirs, source)
     apart = theirs.apart | ours.apart
     found: list[Found] = []
     dropped: list[str] = []
@@ -185,8 +185,14 @@ def _kind(name: str) -> Source:
     return _OWN if name == ZETA else source_of(name)
 
 
-def _prefixes(state: Mapping[str, Any], source: Source) -> tuple[list[str], list[str]]:
-    """Where attentions of a kind are, and where those of other kinds are that look similar."""
+def _prefixes(state: Mapping[str, Any], source: Source, kind: str) -> tuple[list[str], list[str]]:
+    """Where attentions of a kind are, and where those of other kinds are that look similar.
+
+    Args:
+        state: Of a model.
+        source: Where the kind's tensors are.
+        kind: What the caller calls it.
+    """
     complete = _complete(state, source)
     partial = [prefix for prefix in _anchored(state, source.tables) if prefix not in complete]
     others = []
@@ -204,7 +210,7 @@ def _prefixes(state: Mapping[str, Any], source: Source) -> tuple[list[str], list
         anchors = " or ".join(_required(table)[0] for table in source.tables)
         similar = f"; {others[0]} is of another kind" if others else ""
         raise ConversionError(
-            f"there is no attention of kind {source.kind}: no keys that end in {anchors}{similar}"
+            f"there is no attention of kind {kind}: no keys that end in {anchors}{similar}"
         )
     return complete, others
 
