@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.ops.lazy import Counted
 from zeta import biases
@@ -50,3 +51,22 @@ def test_weights_lie_as_announced_however_they_were_computed() -> None:
     assert weights.stride() == expected.stride()
     assert weights.detach().stride() == expected.stride()
     torch.testing.assert_close(weights.view(-1), expected.view(-1))
+
+
+@pytest.mark.parametrize("name", ["query", "key", "bias", "sinks"])
+def test_negated_numbers_are_seen_where_the_whole_is_computed(name: str) -> None:
+    # In float64, for which there is no native kernel.
+    made = {
+        "query": torch.randn(1, 2, 3, 4, dtype=torch.float64),
+        "key": torch.randn(1, 2, 5, 4, dtype=torch.float64),
+        "bias": torch.randn(2, 3, 5, dtype=torch.float64),
+        "sinks": torch.randn(2, dtype=torch.float64),
+    }
+
+    def call(query: Tensor, key: Tensor, bias: Tensor, sinks: Tensor) -> AttentionCall:
+        dense = biases.Dense(bias)
+        return AttentionCall.checked(query, key, key, bias=dense, sinks=sinks, result="weights")
+
+    negated = call(**made | {name: torch._neg_view(-made[name])})
+    weights = lazy_weights(negated, run_weights)
+    torch.testing.assert_close(weights.clone(), run_weights(call(**made), "reference"))

@@ -160,11 +160,12 @@ class Deferred:
         for index in written_to(self._tensors, self._versions):
             if index not in copies:
                 raise RuntimeError(self._complaint(index))
-        if not copies:
+        if differentiable or not (copies or any(tensor.is_neg() for tensor in self._tensors)):
             return self.call
         # Whatever their versions say: FSDP frees parameters, and fills them, without counting.
         tensors = [copies.get(index, tensor) for index, tensor in enumerate(self._tensors)]
-        return _with_tensors(self.call, tensors)
+        # The whole is computed below torch's dispatch, where operations no longer see a sign.
+        return _with_tensors(self.call, [tensor.resolve_neg() for tensor in tensors])
 
     def _complaint(self, index: int) -> str:
         name = ("query", "key")[index] if index < 2 else "mask, a bias, sinks or positions"
