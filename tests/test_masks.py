@@ -147,6 +147,23 @@ def test_a_query_before_the_first_key_is_of_no_document(dtype: torch.dtype) -> N
     assert mask.dense(1, 1, 4, 2)[0, 0].tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64], ids=str)
+@pytest.mark.parametrize("kind", [masks.Padding, masks.PrefixLM])
+def test_lengths_are_integers_of_any_dtype(
+    kind: type[masks.Padding | masks.PrefixLM], dtype: torch.dtype
+) -> None:
+    lengths = torch.tensor([3, 1])
+    found = kind(lengths.to(dtype))
+    assert torch.equal(found.dense(2, 1, 2, 4), kind(lengths).dense(2, 1, 2, 4))
+    assert found.key_bounds(2, 3) == kind(lengths).key_bounds(2, 3)
+    assert found.covers(2, 3, 0, 0) == kind(lengths).covers(2, 3, 0, 0)
+
+
+def test_no_position_is_beyond_a_length_that_is_none_of_int64() -> None:
+    lengths = torch.tensor([2**64 - 1], dtype=torch.uint64)
+    assert masks.Padding(lengths).dense(1, 1, 2, 3).all()
+
+
 def test_a_dense_mask_is_broadcast_however_it_is_made() -> None:
     visible = torch.rand(3, 4) < 0.5
     for mask in (masks.Dense(visible), masks.keep(visible), masks.drop(~visible)):

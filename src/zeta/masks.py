@@ -24,6 +24,7 @@ from zeta.values import (
     check_lengths,
     check_scores_shape,
     kind,
+    signed,
 )
 
 Bound = int | None
@@ -165,6 +166,7 @@ class PrefixLM(Mask):
 
     def __post_init__(self) -> None:
         check_integers("lengths", self.lengths)
+        object.__setattr__(self, "lengths", signed(self.lengths))
 
     def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
         check_lengths("PrefixLM lengths", self.lengths, batch, device)
@@ -250,6 +252,7 @@ class Padding(Mask):
 
     def __post_init__(self) -> None:
         check_integers("lengths", self.lengths)
+        object.__setattr__(self, "lengths", signed(self.lengths))
 
     def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
         check_lengths("Padding lengths", self.lengths, batch, device)

@@ -201,6 +201,15 @@ def check_integers(name: str, tensor: object) -> None:
         raise TypeError(f"{name} must be an integer tensor; got {kind(tensor)}")
 
 
+def signed(tensor: Tensor) -> Tensor:
+    """Integers as they are, or as int64 where torch neither compares nor orders their dtype."""
+    if tensor.dtype not in (torch.uint16, torch.uint32, torch.uint64):
+        return tensor
+    found = tensor.to(torch.int64)
+    # What is beyond int64 is larger than any position, as is the largest of them.
+    return torch.where(found < 0, torch.iinfo(torch.int64).max, found)
+
+
 def check_integer(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is an integer, which neither a bool nor a tensor is."""
     if isinstance(value, bool) or not isinstance(value, _INTEGERS):
