@@ -25,6 +25,8 @@ from zeta.values import (
     check_number,
     check_scores_shape,
     kind,
+    python_integer,
+    python_number,
 )
 
 
@@ -155,6 +157,7 @@ class Bucketed(OffsetBias):
         check_floating("table", self.table)
         check_flag("bidirectional", self.bidirectional)
         check_integer("max_distance", self.max_distance)
+        object.__setattr__(self, "max_distance", python_integer(self.max_distance))
         if self.table.dim() != 2:
             raise ValueError(
                 f"table must have shape (num_buckets, heads); got {tuple(self.table.shape)}"
@@ -244,6 +247,7 @@ class Softcap(Bias):
         check_number("limit", self.limit)
         if not 0 < self.limit < float("inf"):
             raise ValueError(f"limit must be positive and finite; got {self.limit}")
+        object.__setattr__(self, "limit", python_number(self.limit))
 
     def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
         return 1, 1, 1, 1

@@ -24,6 +24,7 @@ from zeta.values import (
     check_lengths,
     check_scores_shape,
     kind,
+    python_integer,
     signed,
 )
 
@@ -135,6 +136,7 @@ class SlidingWindow(Mask):
             raise ValueError(f"size must be at least 1, the query itself; got {self.size}")
         if self.size >= 2**63:
             raise ValueError(f"size must be below 2**63; got {self.size}")
+        object.__setattr__(self, "size", python_integer(self.size))
 
     def visible(self, tile: Tile) -> Tensor:
         distance = tile.query_position - tile.key_position

@@ -228,6 +228,18 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False; got {value!r:.80}")
 
 
+def python_integer(value: int) -> int:
+    """The same as a number of Python's, which has room for whatever is made of it; NumPy's narrow
+    ones wrap around. What a compiler does not know stays as it is.
+    """
+    return value if isinstance(value, int | torch.SymInt) else operator.index(value)
+
+
+def python_number(value: float) -> float:
+    """As `python_integer`, of any number."""
+    return value if isinstance(value, float | int | torch.SymFloat | torch.SymInt) else float(value)
+
+
 def is_finite(value: float) -> bool:
     """Not by `math.isfinite`, which a compiler cannot ask of a number that it does not know."""
     return -math.inf < value < math.inf

@@ -9,7 +9,7 @@ import torch
 
 import zeta
 from zeta import biases, masks
-from zeta.ops import backends
+from zeta.ops import backends, offsets
 from zeta.ops.backends import cpu
 from zeta.ops.call import AttentionCall
 
@@ -185,6 +185,33 @@ def test_a_scale_is_any_number(backend: str) -> None:
     expected = zeta.attention(**made, scale=2.0, backend="reference")
     for scale in (2, np.float32(2.0), np.float64(2.0), np.int64(2)):
         found = zeta.attention(**made, scale=scale, backend=backend)
+        torch.testing.assert_close(found, expected)
+
+
+OF_NUMPY: dict[str, tuple[Callable[[Any], dict[str, Any]], int | float, list[type]]] = {
+    "window": (lambda n: {"mask": masks.SlidingWindow(n)}, 3, [np.uint8, np.int8, np.uint64]),
+    "max_distance": (
+        lambda n: {"bias": biases.Bucketed(torch.ones(8, 4).cumsum(0), max_distance=n)},
+        20,
+        [np.uint8, np.int8, np.uint64],
+    ),
+    "limit": (lambda n: {"bias": biases.Softcap(n)}, 0.5, [np.float16, np.float32]),
+    "dropout": (lambda n: {"dropout_p": n, "seed": 5}, 0.5, [np.float16, np.float32]),
+    "scale": (lambda n: {"scale": n}, 0.5, [np.float16, np.float32]),
+}
+"""Arguments of a number, the number, and types that have it, some with room for little else."""
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "chunked", "cpu"])
+@pytest.mark.parametrize("name", OF_NUMPY)
+def test_numbers_of_numpy_do_not_wrap_around(name: str, backend: str) -> None:
+    arguments, number, types = OF_NUMPY[name]
+    made = tensors(query=(2, 4, 300, 8), key=(2, 4, 300, 8), value=(2, 4, 300, 8))
+    expected = zeta.attention(**made, backend="reference", **arguments(number))
+    # Buckets are kept, and then no longer found.
+    offsets._buckets.cache_clear()
+    for kind in types:
+        found = zeta.attention(**made, backend=backend, **arguments(kind(number)))
         torch.testing.assert_close(found, expected)
 
 

@@ -26,6 +26,7 @@ from zeta.values import (
     check_positions_shape,
     check_tensor,
     kind,
+    python_number,
 )
 
 Result = Literal["output", "lse", "weights", "mean_weights"]
@@ -125,8 +126,8 @@ class AttentionCall:
             value,
             mask=mask,
             bias=bias,
-            dropout_p=dropout_p,
-            scale=1.0 / math.sqrt(head_dim) if scale is None else scale,
+            dropout_p=python_number(dropout_p),
+            scale=1.0 / math.sqrt(head_dim) if scale is None else python_number(scale),
             seed=_seed(seed, query.device) if dropout_p else None,
             query_positions=_positions(
                 "query_positions", query_positions, batch, target, query.device
