@@ -182,6 +182,22 @@ def test_a_sink_of_minus_infinity_takes_nothing() -> None:
         torch.testing.assert_close(found, wanted)
 
 
+def test_it_takes_nothing_from_scores_that_are_the_least_there_are() -> None:
+    query, key, value = (torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(3))
+    rows = torch.tensor([[0.0], [torch.finfo(torch.float32).min], [float("-inf")]])
+    bias = biases.Dense(rows)
+    sinks = torch.full((2,), float("-inf"), requires_grad=True)
+    results = []
+    for more in ({}, {"sinks": sinks}):
+        out, lse = zeta.attention_with_lse(query, key, value, bias=bias, **more)
+        loss = (out * weighting(out)).sum() + lse[:, :, :2].sum()
+        grads = torch.autograd.grad(loss, (query, key, value, *more.values()))
+        weights = zeta.attention_weights(query, key, bias=bias, **more)
+        results.append((out, lse, weights, *grads[:3]))
+    torch.testing.assert_close(results[1], results[0])
+    assert not grads[3].any()
+
+
 def test_results_over_disjoint_keys_merge_with_the_sinks_given_once() -> None:
     q, k, v = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64).unbind()
     sinks = torch.randn(4, dtype=torch.float64)

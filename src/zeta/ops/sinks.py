@@ -34,11 +34,15 @@ def attenuate(out_BHTD: Tensor, lse_BHT: Tensor, sinks_H: Tensor) -> tuple[Tenso
     least = torch.finfo(lse_BHT.dtype).min
     # Finite, so that a row without keys, or a head without a sink, makes no inf - inf.
     keys_BHT = lse_BHT.clamp(min=least)
-    sinks_H1 = sinks_H.to(lse_BHT.dtype).clamp(min=least).unsqueeze(-1)
+    given_H1 = sinks_H.to(lse_BHT.dtype).unsqueeze(-1)
+    sinks_H1 = given_H1.clamp(min=least)
     # The derivative of `sigmoid` is made from 1 - sigmoid, of which little is left at a small sink.
-    kept_BHT1 = F.logsigmoid(keys_BHT - sinks_H1).exp().unsqueeze(-1)
+    kept_BHT = F.logsigmoid(keys_BHT - sinks_H1).exp()
     total_BHT = torch.logaddexp(keys_BHT, sinks_H1)
-    total_BHT = torch.where(total_BHT == least, float("-inf"), total_BHT)
+    # Scores may be as low as the least number, of which a sink of that would take a share.
+    is_none_H1 = given_H1 == float("-inf")
+    kept_BHT1 = torch.where(is_none_H1, 1.0, kept_BHT).unsqueeze(-1)
+    total_BHT = torch.where(is_none_H1, lse_BHT, total_BHT)
     return (out_BHTD * kept_BHT1).to(out_BHTD.dtype), total_BHT
 
 
