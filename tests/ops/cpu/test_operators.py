@@ -263,13 +263,20 @@ def test_where_no_gradient_arrives_none_leaves(compiled: bool) -> None:
     assert not any(gradient is not None and gradient.any() for gradient in given)
 
 
-def test_what_was_saved_may_come_back_with_other_strides() -> None:
+def _spread(saved: Tensor) -> Tensor:
+    return saved.mT.contiguous().mT if saved.dim() > 1 else saved
+
+
+def _negated(saved: Tensor) -> Tensor:
+    return torch._neg_view(-saved) if saved.is_floating_point() else saved
+
+
+@pytest.mark.parametrize("change", [_spread, _negated])
+def test_what_was_saved_may_come_back_otherwise(change: Callable[[Tensor], Tensor]) -> None:
     # So many keys that the log-sum-exp is not found anew.
     made = make(60, 600)
     wanted = gradients(several(*made.values()), made)
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda saved: saved.mT.contiguous().mT if saved.dim() > 1 else saved, lambda saved: saved
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(change, lambda saved: saved):
         found = several(*made.values())
     for one, other in zip(gradients(found, made), wanted, strict=True):
         torch.testing.assert_close(one, other)

@@ -167,7 +167,7 @@ def test_a_mask_written_to_before_the_backward_pass_is_noticed(which: str) -> No
 
 @pytest.mark.parametrize("kinds", [("none", "none"), ("all of them", "all of them")], ids=str)
 def test_saved_tensors_may_come_back_otherwise(kinds: tuple[str, str]) -> None:
-    """Of other strides, or of a class of their own."""
+    """Of other strides, negated on paper, or of a class of their own."""
     made = learned("blocks")
     mask, bias = scores_of(kinds, made)
     out = zeta.attention(*made, mask=mask, bias=bias, scale=0.3)
@@ -179,7 +179,10 @@ def test_saved_tensors_may_come_back_otherwise(kinds: tuple[str, str]) -> None:
     def wrapped(saved: Tensor) -> Tensor:
         return saved.as_subclass(Subclass)
 
-    for change in (spread, wrapped):
+    def negated(saved: Tensor) -> Tensor:
+        return torch._neg_view(-saved) if saved.is_floating_point() else saved
+
+    for change in (spread, negated, wrapped):
         with torch.autograd.graph.saved_tensors_hooks(change, lambda saved: saved):
             out = plain.attend(*made, mask, bias, 0.3)
         assert out is not None

@@ -117,7 +117,8 @@ def backward(
     """Gradients of `forward`; ``inputs`` are query, key, value, out and lse."""
     *operands, lse = inputs
     query, key, value, out, grad_out = map(rows, (*operands, grad_out))
-    lse = lse.contiguous()  # As it was made; but who saved it may have packed it otherwise.
+    # As it was made; but who saved it may have packed it otherwise.
+    lse = written_out(lse).contiguous()
     record = describe(query, key, value, fixed)
     _OUT.write(record, address(out), *out.stride()[:3], address(lse))
     grad_lse = None if grad_lse is None else written_out(grad_lse).float().contiguous()
@@ -193,7 +194,7 @@ def weights_backward(
     """Gradients of `weights`."""
     operands = query, key
     query, key, grad_weights = rows(query), rows(key), rows(grad_weights).contiguous()
-    lse = lse.contiguous()
+    lse = written_out(lse).contiguous()
     record = describe(query, key, None, fixed)
     _MEAN.write(record, grad_weights.dim() == 3)
     _GRAD_WEIGHTS.write(record, address(grad_weights))

@@ -155,13 +155,15 @@ def _gradients(
     if not grad_out.is_contiguous() or grad_out.is_neg():
         grad_out = rows(grad_out)
     options = _options(scale, is_high, plain)
-    answer = direct.differentiate(*inputs, grad_out, *made, grad_offsets, grad_dense, *options)
-    if library.is_done(answer):
-        if plain.dense is not None and grad_dense is not None:
-            grad_dense = grad_dense.to(plain.dense.dtype)
-        return *made, grad_offsets, grad_dense
-    # Whoever saved the tensors gave others back, of other strides or of a class of their own; or
-    # there are many gradients at once.
+    # C would not see that one is negated; whoever saved them may have given that back.
+    if not any(tensor is not None and tensor.is_neg() for tensor in saved):
+        answer = direct.differentiate(*inputs, grad_out, *made, grad_offsets, grad_dense, *options)
+        if library.is_done(answer):
+            if plain.dense is not None and grad_dense is not None:
+                grad_dense = grad_dense.to(plain.dense.dtype)
+            return *made, grad_offsets, grad_dense
+    # Such tensors, or others of other strides or of a class of their own; or there are many
+    # gradients at once.
     lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]) if scale is None else scale)
     fixed, offsets, dense = Fixed(*lowered.fixed(), is_high), lowered.offsets, plain.dense
 
