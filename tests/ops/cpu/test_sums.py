@@ -85,6 +85,24 @@ def test_long_sums_are_exact(dtype: torch.dtype) -> None:
     assert_within_bound(case.run(made, "cpu"), low, oracle)
 
 
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_learned_slopes_are_as_exact_as_the_weights(dropout_p: float, dtype: torch.dtype) -> None:
+    # Distances make larger what is wrong in a row: a rounded output would be felt.
+    case = Case(
+        "slopes", batch=1, heads=4, key_heads=2, target=1000, source=1000, head_dim=48,
+        mask=masks.Causal, dropout_p=dropout_p, learned={"slopes": (4,)},
+        bias=lambda made: biases.Alibi(made["slopes"]),
+    )  # fmt: skip
+    made = case.tensors(dtype)
+    with torch.no_grad():
+        made["slopes"].fill_(-0.02)  # The farthest keys have the largest weights.
+    low = case.run(made, "reference", lse=False)
+    oracle = case.run(widened(made), "reference", lse=False)
+    assert_within_bound(case.run(made, "cpu", lse=False), low, oracle)
+
+
 LOWEST = torch.finfo(torch.float32).min
 FAR = [
     far_from_zero(value, key_heads=2, target=target, source=source, head_dim=16, batch=1)

@@ -31,6 +31,7 @@ from zeta.ops.backends.triton.kernels.bias_gradient import (
     ends_kernel,
 )
 from zeta.ops.backends.triton.kernels.gradients import delta_kernel, row_sums_kernel
+from zeta.ops.backends.triton.kernels.operands import Score, Sizes
 from zeta.ops.backends.triton.prepared import Backward
 from zeta.ops.buffers import empty_rows, rows
 
@@ -58,7 +59,7 @@ def of_output(
     if dlse is not None:
         dlse = torch.where(statistics[0] == float("inf"), 0.0, dlse).contiguous()
         given.total_H = dlse.sum((0, 2))
-    if is_exact(query):
+    if is_exact(query) or _reaches_all(score, sizes):
         _row_sums(given, dlse)
         return given
     width = value.shape[-1]
@@ -68,6 +69,13 @@ def of_output(
         VALUE_WIDTH=width, BLOCK_E=power_of_two(width), BLOCK_M=DELTA_ROWS,
     )  # fmt: skip
     return given
+
+
+def _reaches_all(score: Score, sizes: Sizes) -> bool:
+    """Whether there is a bias of all offsets, as learned slopes make one: its gradient goes into
+    sums with distances for factors, which make larger what a rounded output does to delta.
+    """
+    return score.offsets is not None and score.offsets.reach + 1 >= max(sizes.queries, sizes.keys)
 
 
 def of_weights(

@@ -1,5 +1,5 @@
-// The kernels in AVX-512 (F, BW, DQ, VL). With -DZETA_EMULATE software stands in for it, as in the units
-// that build on it.
+// The kernels in AVX-512 (F, BW, DQ, VL). With -DZETA_EMULATE software stands in for it, here and in the
+// units that build on it.
 
 #include <immintrin.h>
 #include <math.h>

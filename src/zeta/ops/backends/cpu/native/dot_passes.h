@@ -9,8 +9,8 @@ inline int64_t forward(const ZetaCall *call) {
 }
 
 inline int64_t backward(const ZetaCall *call) {
-    return call->dtype == ZETA_BFLOAT16 && !are_too_few(*call) ? backward_with<BFloat16Operands>(*call)
-                                                           : without_pairs().backward(call);
+    const bool is_paired = call->dtype == ZETA_BFLOAT16 && !are_too_few(*call);
+    return is_paired ? backward_with<BFloat16Operands>(*call) : without_pairs().backward(call);
 }
 
 inline int64_t weights(const ZetaCall *call) {

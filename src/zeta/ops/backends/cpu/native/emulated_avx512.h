@@ -200,12 +200,11 @@ inline __m512 _mm512_maskz_mov_ps(__mmask16 mask, __m512 x) {
     return _mm512_mask_blend_ps(mask, _mm512_setzero_ps(), x);
 }
 
-// x times 2 to the power of the least whole number of each lane: in two steps, for either may be no
-// float32 alone.
 inline __m512 power_of_two(__m512i whole) {
     const __m512i bias = _mm512_set1_epi32(127);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(whole, bias), 23));
 }
+// In two steps, for the power may be no float32 where the product is one.
 inline __m512 _mm512_maskz_scalef_ps(__mmask16 mask, __m512 x, __m512 exponent) {
     const __m512i whole = {_mm256_cvtps_epi32(_mm256_floor_ps(exponent.low)),
                            _mm256_cvtps_epi32(_mm256_floor_ps(exponent.high))};

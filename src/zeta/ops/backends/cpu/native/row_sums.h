@@ -39,6 +39,14 @@ inline void load_weight_gradients(const Scores &scores, int64_t query, const Key
                   splat(factor));
 }
 
+// Whether delta is made of the weights themselves: half precision rounds the output, and the gradient of
+// a bias of all offsets, as learned slopes make one, goes into sums with distances for factors. What is
+// wrong with a row's delta they make larger as many times.
+inline bool needs_exact_delta(const ZetaCall &call) {
+    const bool reaches_all = call.reach + 1 >= larger(call.source, call.target);
+    return call.grad_offsets_HR && call.dtype != ZETA_FLOAT32 && reaches_all;
+}
+
 // The sum over keys of weight x gradient, from the output.
 inline float row_delta(const ZetaCall &call, int64_t batch, int64_t head, int64_t query) {
     const void *out = head_rows(call.out, call.dtype, batch, head).at(query);
@@ -52,11 +60,12 @@ inline float row_delta(const ZetaCall &call, int64_t batch, int64_t head, int64_
     return sum(total);
 }
 
-// A block of queries goes over its keys a first time: for far rows, and for the gradient of weights.
+// A block of queries goes over its keys a first time: for far rows, for the gradient of weights, and for
+// an exact delta.
 template <class Operands>
 struct EarlyPass {
-    typename Operands::Rows queries;
-    typename Operands::Columns keys;
+    typename Operands::Rows queries, grad_out;
+    typename Operands::Columns keys, values;
     float *scores, *grads;
     KeyTile *tile;
     int64_t stride;
@@ -67,7 +76,11 @@ struct EarlyPass {
         found.queries = Operands::Rows::plan(pieces, BLOCK_QUERIES, call.head_dim, false);
         found.keys = Operands::Columns::plan(pieces, TILE_KEYS, call.head_dim);
         found.scores = pieces.take<float>(BLOCK_QUERIES * found.stride);
-        found.grads = pieces.take<float>(TILE_KEYS);
+        const bool has_products = !call.grad_weights && needs_exact_delta(call);
+        const int64_t width = has_products ? call.value_dim : 0;
+        found.grad_out = Operands::Rows::plan(pieces, BLOCK_QUERIES, width, false);
+        found.values = Operands::Columns::plan(pieces, TILE_KEYS, width);
+        found.grads = pieces.take<float>((has_products ? BLOCK_QUERIES : 1) * found.stride);
         found.tile = pieces.take<KeyTile>(1);
         return found;
     }
@@ -98,17 +111,57 @@ struct EarlyPass {
 
     void add_weight_gradients(const Scores &of, const QueryBlock &block, RowSums *sums) const {
         for_rows(of, block, [&](int64_t row, const ScoreRow &score_row, float *products) {
-            finish_row(score_row, products);
             load_weight_gradients(of, block.first + row, *tile, grads);
-            const Floats base = splat(sums[row].base);
-            Floats total = zeros();
-            for (int64_t key = 0; key < tile->padded; key += LANES)
-                total = fma(exp(load(products + key) - base), load(grads + key), total);
-            sums[row].delta += sum(total) * sums[row].norm;
+            sums[row].delta += sum_products(score_row, products, grads, sums[row]);
+        });
+    }
+
+    void add_output_gradients(const Scores &of, const QueryBlock &block, RowSums *sums) const {
+        const ZetaCall &call = of.call;
+        const HeadRows grad = head_rows(call.grad_out, call.dtype, of.batch, of.head);
+        const KeyRows value = values_of(of.sight, of.head / (call.heads / call.key_heads));
+        grad_out.copy(grad, block.first, block.count, 1);
+        int64_t first = -1;  // of the tile whose products there are
+        for_rows(of, block, [&](int64_t row, const ScoreRow &score_row, float *products) {
+            if (first != tile->first) {
+                first = tile->first;
+                values.pack(value, first, tile->count, 0);
+                Operands::make_scores(grad_out, block.count, values, 0, tile->count, grads, stride);
+                if (call.dropout_p > 0) tile->set_hashes(of.sight, column_salt(call.seed));
+            }
+            float *of_row = grads + row * stride;
+            if (call.dropout_p > 0) drop_gradients(score_row, of_row);
+            sums[row].delta += sum_products(score_row, products, of_row, sums[row]);
         });
     }
 
   private:
+    // The sum over a tile's keys of weight x gradient.
+    static float sum_products(const ScoreRow &row, float *products, const float *gradients,
+                              const RowSums &sums) {
+        if (row.is_hidden || sums.base == INFINITY) return 0;
+        finish_row(row, products);
+        const Floats base = splat(sums.base);
+        const int64_t end = row.end;
+        Floats total = zeros();
+        for (int64_t key = row.first; key < end; key += LANES)
+            total = fma(exp(load(products + key) - base), load(gradients + key), total);
+        return sum(total) * sums.norm;
+    }
+
+    // Gradients of weights before dropout, of those after it.
+    static void drop_gradients(const ScoreRow &row, float *gradients) {
+        const ZetaCall &call = row.scores.call;
+        const Ints hash =
+            splat_int(static_cast<int32_t>(row_hash(row.scores.sequence, row.position)));
+        const Ints threshold = splat_int(static_cast<int32_t>(call.dropout_threshold));
+        const Floats factor = splat(static_cast<float>(1 / (1 - call.dropout_p)));
+        for (int64_t key = 0; key < row.tile.padded; key += LANES) {
+            const Mask drop = dropped(hash, load_ints(row.tile.hashes + key), threshold);
+            store(gradients + key, unless(drop, load(gradients + key) * factor));
+        }
+    }
+
     // Calls `body(row, score_row, products)` for the rows of each tile that they may see.
     template <class Body>
     void for_rows(const Scores &of, const QueryBlock &block, const Body &body) const {
@@ -136,11 +189,15 @@ inline void make_sums(const Scores &scores, const EarlyPass<Operands> &pass, int
     const QueryBlock block(scores.sight, first, smaller(BLOCK_QUERIES, call.target - first));
     const int64_t row0 = (scores.batch * call.heads + scores.head) * call.target + first;
     RowSums *sums = sums_BHT + row0;
+    const bool is_exact = needs_exact_delta(call);
     for (int64_t row = 0; row < block.count; ++row) {
         sums[row] = begin_sums(call, row0 + row, 1);
-        if (!call.grad_weights)
+        if (!call.grad_weights && !is_exact)
             sums[row].delta += row_delta(call, scores.batch, scores.head, first + row);
     }
     pass.normalise_far(scores, block, sums);
-    if (call.grad_weights) pass.add_weight_gradients(scores, block, sums);
+    if (call.grad_weights)
+        pass.add_weight_gradients(scores, block, sums);
+    else if (is_exact)
+        pass.add_output_gradients(scores, block, sums);
 }
