@@ -84,6 +84,25 @@ def test_a_model_that_computes_its_attention_itself_is_refused(name: str) -> Non
         torch.compile(model, backend="eager", fullgraph=True)(**given)
 
 
+def test_git_is_refused_also_where_its_implementation_is_set_later() -> None:
+    config = transformers.GitConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4, vision_config={"num_hidden_layers": 1},
+    )  # fmt: skip
+    model = transformers.GitForCausalLM._from_config(config, attn_implementation="eager").eval()
+    model.set_attn_implementation("zeta")
+    with pytest.raises(ValueError, match="cannot run the model of GitConfig: it computes its"):
+        model(input_ids=torch.ones(2, 5, dtype=torch.int64))
+
+
+def test_the_reading_order_of_pp_doclayout_is_refused() -> None:
+    from transformers.models.pp_doclayout_v2 import configuration_pp_doclayout_v2 as configurations
+
+    config = configurations.PPDocLayoutV2ReadingOrderConfig()
+    with pytest.raises(ValueError, match="cannot run the model of PPDocLayoutV2ReadingOrderConfig"):
+        mask(1, 4, 4, config=config)
+
+
 def test_informer_is_refused_with_its_own_attention_alone() -> None:
     words = "cannot run the model of InformerConfig: it computes its attention itself"
     with pytest.raises(ValueError, match=words):

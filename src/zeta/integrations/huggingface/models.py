@@ -5,6 +5,13 @@ from typing import Any
 
 import torch
 
+_MIXED = {
+    "BigBirdPegasusConfig": "its encoder",
+    "GitConfig": "its text; its images call by name",
+    "PPDocLayoutV2ReadingOrderConfig": "the part of PP-DocLayoutV2 that orders",
+}
+"""Configurations of models that compute attention themselves in a file that also calls by name."""
+
 
 def check_calls_by_name(config: Any) -> None:
     """Refuse a model that computes its attention by itself, and would misread Zeta's masks.
@@ -24,13 +31,12 @@ def check_calls_by_name(config: Any) -> None:
 
 
 def _is_mixed(config: Any) -> bool:
-    """Whether a model that calls some of its attention by name adds the same mask to other scores:
-    the encoder of BigBird-Pegasus, and Informer, unless it is to go without what it is named for.
+    """Whether a model whose file calls some attention by name adds its own masks to other scores.
+
+    Informer does, unless it is to go without what it is named for.
     """
     name = type(config).__name__
-    return name == "BigBirdPegasusConfig" or (
-        name == "InformerConfig" and config.attention_type == "prob"
-    )
+    return name in _MIXED or (name == "InformerConfig" and config.attention_type == "prob")
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so it is in torch
