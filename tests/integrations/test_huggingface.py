@@ -316,6 +316,26 @@ def test_the_mask_of_a_model_is_a_pattern_until_it_is_read() -> None:
     assert mask._made is not None
 
 
+@pytest.mark.parametrize("hidden", [0, 9])
+def test_a_mask_that_a_model_joins_to_numbers_is_made_of_numbers(hidden: int) -> None:
+    config = transformers.DeepseekV4Config(
+        vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        moe_intermediate_size=24, q_lora_rank=16, o_groups=2, o_lora_rank=16, n_routed_experts=4,
+        num_experts_per_tok=4, sliding_window=5, index_n_heads=2, index_head_dim=16, index_topk=4,
+        layer_types=["heavily_compressed_attention", "compressed_sparse_attention"],
+        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        mlp_layer_types=["moe", "moe"], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    family = Family("deepseek_v4", lambda: config, "DeepseekV4ForCausalLM", "decoder")
+    model = family.build(torch.float32, "eager")
+    ids = family.inputs(None, torch.float32)["input_ids"]
+    seen = (torch.arange(23) >= torch.tensor([[0], [hidden]])).long()
+    expected = model(input_ids=ids, attention_mask=seen).logits[seen.bool()]
+    model.set_attn_implementation("zeta")
+    found = model(input_ids=ids, attention_mask=seen).logits[seen.bool()]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_an_unknown_mask_function_is_made_dense() -> None:
     from transformers.masking_utils import create_bidirectional_sliding_window_mask as create
 

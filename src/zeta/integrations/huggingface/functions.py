@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zeta.biases import Bias, Dense, Softcap
-from zeta.integrations.huggingface.models import check_calls_by_name
+from zeta.integrations.huggingface.models import check_calls_by_name, joins_numbers
 from zeta.integrations.huggingface.patterns import as_mask, padding_mask, recognise
 from zeta.integrations.huggingface.standin import MaskStandIn, Pattern
 from zeta.integrations.huggingface.t5 import TableBias, has_no_bias
@@ -52,14 +52,15 @@ def mask(
     Returns:
         A `MaskStandIn` wherever the mask is one that Zeta has a value for. Otherwise the dense bool
         tensor ``(B, 1, T, S)``: for an unknown mask function, inside ``torch.compile``, and for one
-        query over a static cache, which compiled code may receive.
+        query over a static cache, which compiled code may receive; or one of numbers to be added,
+        for a model that joins it to such.
 
     Raises:
         ValueError: The model computes its attention itself, or ``attention_mask`` is not
             ``(B, positions)``.
     """
     # Not the module from its package, which loads lazily: torch 2.11 cannot trace that.
-    from transformers.masking_utils import causal_mask_function, sdpa_mask
+    from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
     check_calls_by_name(kwargs.get("config"))
     if attention_mask is not None and attention_mask.dim() != 2:
@@ -68,8 +69,9 @@ def mask(
             f"source); got {tuple(attention_mask.shape)}"
         )
     function = causal_mask_function if mask_function is None else mask_function
+    numbers = joins_numbers(kwargs.get("config"))
     dense = functools.partial(
-        sdpa_mask,
+        eager_mask if numbers else sdpa_mask,
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -81,7 +83,7 @@ def mask(
         device=device,
         **kwargs,
     )
-    if torch.compiler.is_compiling() or is_transforming():
+    if numbers or torch.compiler.is_compiling() or is_transforming():
         made: Tensor | None = dense()
         return made
     dense = functools.partial(dense, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)

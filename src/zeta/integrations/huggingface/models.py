@@ -30,6 +30,14 @@ def check_calls_by_name(config: Any) -> None:
         )
 
 
+def joins_numbers(config: Any) -> bool:
+    """Whether a model joins its mask to numbers of its own that are added to scores.
+
+    DeepSeek-V4 does, by way of the mask's dtype: of bool, its 0 would be hidden and its -inf seen.
+    """
+    return type(config).__name__ == "DeepseekV4Config"
+
+
 def _is_mixed(config: Any) -> bool:
     """Whether a model whose file calls some attention by name adds its own masks to other scores.
 
