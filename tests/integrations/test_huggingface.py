@@ -336,6 +336,20 @@ def test_a_mask_that_a_model_joins_to_numbers_is_made_of_numbers(hidden: int) ->
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_model_may_make_a_mask_of_no_window() -> None:
+    """Qwen2-MoE makes one of each kind, also for no layer: of size 0 where none has a window."""
+    config = transformers.Qwen2MoeConfig(
+        **SIZES, **ENDS, moe_intermediate_size=24, shared_expert_intermediate_size=24,
+        num_experts=4, num_experts_per_tok=4,
+    )  # fmt: skip
+    assert config.sliding_window == 0
+    family = Family("qwen2_moe", lambda: config, "Qwen2MoeForCausalLM", "decoder")
+    given = family.inputs("left", torch.float32)
+    expected = valid(family, given, family.build(torch.float32, "eager")(**given))
+    found = valid(family, given, family.build(torch.float32, "zeta")(**given))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_an_unknown_mask_function_is_made_dense() -> None:
     from transformers.masking_utils import create_bidirectional_sliding_window_mask as create
 

@@ -103,6 +103,8 @@ def as_mask(rule: Rule, keys: int) -> Mask | None:
     if rule.window is not None:
         if not rule.causal:
             raise NotImplementedError("a window to both sides")
+        if rule.window < 1:
+            raise NotImplementedError("a window in which there is nothing")
         mask = Causal() if rule.window >= keys else SlidingWindow(rule.window)
     elif rule.causal:
         mask = Causal()
