@@ -318,6 +318,18 @@ WRONG: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         lambda m: m(QUERY, KEY, KEY, torch.zeros(3, 7, device="meta")), ValueError,
         "key_padding_mask must be on the query's device cpu; got meta",
     ),
+    "is_causal is no flag": (
+        lambda m: m(QUERY, QUERY, QUERY, is_causal="no"), TypeError,
+        "is_causal must be True or False; got 'no'",
+    ),
+    "need_weights is no flag": (
+        lambda m: m(QUERY, KEY, KEY, need_weights="mean"), TypeError,
+        "need_weights must be True or False; got 'mean'",
+    ),
+    "average_attn_weights is no flag": (
+        lambda m: m(QUERY, KEY, KEY, average_attn_weights="no"), TypeError,
+        "average_attn_weights must be True or False; got 'no'",
+    ),
     "dropout": (
         lambda m: type(m)(8, 2, dropout=1.0), ValueError, "dropout must be in [0, 1); got 1.0",
     ),

@@ -21,6 +21,7 @@ from zeta.integrations.pytorch_inputs import (
     padding_of_nested,
     without_queries,
 )
+from zeta.nn.checks import check_flags
 
 Weights: TypeAlias = Literal["zeta", "torch"]
 
@@ -110,6 +111,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             ValueError: A shape or a device is wrong.
             TypeError: A type or a dtype is wrong.
         """
+        check_flags(
+            need_weights=need_weights,
+            average_attn_weights=average_attn_weights,
+            is_causal=is_causal,
+        )
         for name, mask in (("attn_mask", attn_mask), ("key_padding_mask", key_padding_mask)):
             check_tensor(name, mask, optional=True)
         check_inputs(
