@@ -330,6 +330,18 @@ WRONG: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
         lambda m: m(QUERY, KEY, KEY, average_attn_weights="no"), TypeError,
         "average_attn_weights must be True or False; got 'no'",
     ),
+    "dtype of the query": (
+        lambda m: m(QUERY.double(), KEY, KEY), TypeError,
+        "query must have the parameters' dtype torch.float32; got torch.float64",
+    ),
+    "dtype of the value": (
+        lambda m: m(QUERY, KEY, KEY.half()), TypeError,
+        "value must have the parameters' dtype torch.float32; got torch.float16",
+    ),
+    "device of the key": (
+        lambda m: m(QUERY, KEY.to("meta"), KEY), ValueError,
+        "key must be on the parameters' device cpu; got meta",
+    ),
     "dropout": (
         lambda m: type(m)(8, 2, dropout=1.0), ValueError, "dropout must be in [0, 1); got 1.0",
     ),

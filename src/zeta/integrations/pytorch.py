@@ -21,7 +21,7 @@ from zeta.integrations.pytorch_inputs import (
     padding_of_nested,
     without_queries,
 )
-from zeta.nn.checks import check_flags
+from zeta.nn.checks import check_flags, check_projected
 
 Weights: TypeAlias = Literal["zeta", "torch"]
 
@@ -130,10 +130,15 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not batched:
             key_padding_mask = check_unbatched_padding(key_padding_mask, key.shape[0])
             query, key, value = each(lambda x: x.unsqueeze(0), query, key, value)
-        query_BHTD, key_BHSD, value_BHSD = (
-            _heads(projected, self.num_heads, batch_first)
-            for projected in self._project(query, key, value)
-        )
+        try:
+            query_BHTD, key_BHSD, value_BHSD = (
+                _heads(projected, self.num_heads, batch_first)
+                for projected in self._project(query, key, value)
+            )
+        except RuntimeError:
+            for name, x in (("query", query), ("key", key), ("value", value)):
+                check_projected(name, x, self)
+            raise
         key_BHSD, value_BHSD, num_extra = self._with_extra_keys(key_BHSD, value_BHSD)
         call = attention_call(
             query_BHTD, key_BHSD, value_BHSD, num_extra=num_extra, attn_mask=attn_mask,
