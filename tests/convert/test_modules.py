@@ -40,6 +40,18 @@ def test_conversion_is_exact(name: str) -> None:
             assert case.parameters is not None
 
 
+@pytest.mark.parametrize("name", ["torchscale", "t5", "bart", "bert", "vit", "llama", "mistral"])
+def test_a_factor_of_the_scores_that_was_changed_is_converted(name: str) -> None:
+    module: Any = make(name)
+    (module.self if name == "bert" else module).scaling = 0.7
+    attention, bias = converted(module)
+    assert attention.scale == 0.7
+    report = convert.check(module, attention, rel_pos=bias)
+    assert report.passed, str(report)
+    with pytest.raises(convert.ConversionError, match=r"cannot express scale=0\.7"):
+        convert.to_module(attention, name)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_original_stays_as_it_is(name: str) -> None:
     module = make(name)

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from zeta.convert.forms import PROJECTIONS, Form
+from zeta.convert.forms import PROJECTIONS, Form, scale_of
 from zeta.convert.huggingface import NOT_COMPARED, attention_class, config_class, run_with
 from zeta.convert.source import Source
 from zeta.convert.tables import linear
@@ -14,6 +14,7 @@ def _read(module: Any) -> Form:
     return Form.plain(
         module.embed_dim,
         module.num_heads,
+        scale=scale_of(module.scaling, module.head_dim),
         dropout=module.dropout,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from zeta.convert.errors import ConversionError
-from zeta.convert.forms import WITH_BIASES, Form
+from zeta.convert.forms import WITH_BIASES, Form, scale_of
 from zeta.convert.huggingface import NOT_COMPARED, attention_class, config_class, run_with
 from zeta.convert.source import Source
 from zeta.convert.tables import Table, linear
@@ -34,6 +34,7 @@ def _read(module: Any) -> Form:
         attend.query.in_features,
         attend.num_attention_heads,
         head_dim=attend.attention_head_size,
+        scale=scale_of(attend.scaling, attend.attention_head_size),
         dropout=attend.dropout.p,
         self_attention=not cross,
         encoder_decoder_attention=cross,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zeta.convert.errors import ConversionError
-from zeta.convert.forms import PROJECTIONS, Form
+from zeta.convert.forms import PROJECTIONS, Form, scale_of
 from zeta.convert.source import Example, Runner, Source, optional
 from zeta.convert.tables import Table, linear
 from zeta.convert.torch_nn import EXTRA_KEY, PACKED, TORCH
@@ -37,6 +37,7 @@ def _read(module: Any) -> Form:
         module.num_heads,
         kdim=getattr(module, "kdim", module.embed_dim),
         vdim=getattr(module, "vdim", module.embed_dim),
+        scale=scale_of(getattr(module, "scaling", module.head_dim**-0.5), module.head_dim),
         dropout=module.dropout_module.p if hasattr(module, "dropout_module") else module.dropout,
         self_attention=getattr(module, "self_attention", False),
         encoder_decoder_attention=getattr(module, "encoder_decoder_attention", False),

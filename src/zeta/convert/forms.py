@@ -219,6 +219,11 @@ def form_from_state(state: Mapping[str, Tensor], num_heads: int | None, where: s
     )
 
 
+def scale_of(scaling: float, head_dim: int) -> float | None:
+    """`Form.scale` of a module whose scores have this factor, in the rounding of its libraries."""
+    return None if scaling == head_dim**-0.5 else scaling
+
+
 def biases_in(state: Mapping[str, Tensor]) -> frozenset[str]:
     """The projections that have a bias among tensors under Zeta's keys."""
     return frozenset(

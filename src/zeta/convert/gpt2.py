@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from zeta.convert.forms import WITH_BIASES, Form
+from zeta.convert.forms import WITH_BIASES, Form, scale_of
 from zeta.convert.huggingface import NOT_COMPARED, attention_class, config_class, run_with
 from zeta.convert.source import Source
 from zeta.convert.tables import Table, linear
@@ -25,12 +25,10 @@ _CROSS: Table = (
 
 
 def _read(module: Any) -> Form:
-    scale = module.scaling
-    natural = module.head_dim**-0.5
     return Form.plain(
         module.embed_dim,
         module.num_heads,
-        scale=None if scale == natural else scale,
+        scale=scale_of(module.scaling, module.head_dim),
         dropout=module.attn_dropout.p,
         self_attention=not module.is_cross_attention,
         encoder_decoder_attention=module.is_cross_attention,

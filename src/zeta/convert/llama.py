@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from zeta.convert.errors import ConversionError
-from zeta.convert.forms import PROJECTIONS, WITHOUT_BIASES, Form, Rotary
+from zeta.convert.forms import PROJECTIONS, WITHOUT_BIASES, Form, Rotary, scale_of
 from zeta.convert.huggingface import (
     NOT_COMPARED,
     attention_class,
@@ -35,6 +35,7 @@ def _read(module: Any) -> Form:
         heads,
         num_kv_heads=heads // module.num_key_value_groups,
         head_dim=module.head_dim,
+        scale=scale_of(module.scaling, module.head_dim),
         dropout=module.attention_dropout,
         self_attention=True,
         rotary=read_rotary(module.config.rope_parameters),

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from zeta.convert.errors import ConversionError
-from zeta.convert.forms import WITHOUT_BIASES, Form
+from zeta.convert.forms import WITHOUT_BIASES, Form, scale_of
 from zeta.convert.huggingface import NOT_COMPARED, attention_class, config_class, run_with
 from zeta.convert.source import Source, qualified_name
 from zeta.convert.tables import Table, linear
@@ -70,7 +70,7 @@ def _read(module: Any) -> Form:
         module.d_model,
         module.n_heads,
         head_dim=module.key_value_proj_dim,
-        scale=1.0,
+        scale=scale_of(module.scaling, module.key_value_proj_dim),
         dropout=module.dropout,
         # The first layer of a stack: distances have a meaning within one sequence only.
         self_attention=has_bias(module),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zeta.convert.errors import ConversionError
-from zeta.convert.forms import PROJECTIONS, WITH_BIASES, Form, split_position_of
+from zeta.convert.forms import PROJECTIONS, WITH_BIASES, Form, scale_of, split_position_of
 from zeta.convert.source import Example, Runner, Source, optional
 from zeta.convert.tables import Entry, Table, linear
 
@@ -37,6 +37,7 @@ def read(module: Any) -> Form:
     return Form.plain(
         module.embed_dim,
         module.num_heads,
+        scale=scale_of(module.scaling, module.head_dim),
         dropout=module.dropout_module.p,
         self_attention=module.self_attention,
         encoder_decoder_attention=getattr(module, "encoder_decoder_attention", False),

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from zeta.convert.forms import PROJECTIONS, WITH_BIASES, Form
+from zeta.convert.forms import PROJECTIONS, WITH_BIASES, Form, scale_of
 from zeta.convert.huggingface import NOT_COMPARED, attention_class, config_class, run_with
 from zeta.convert.source import Source
 from zeta.convert.tables import Table, linear
@@ -28,6 +28,7 @@ def _read(module: Any) -> Form:
         module.q_proj.in_features,
         module.num_attention_heads,
         head_dim=module.head_dim,
+        scale=scale_of(module.scaling, module.head_dim),
         dropout=module.attention_dropout,
         self_attention=True,
     )
