@@ -64,7 +64,7 @@ class Additive(Bias):
 
     def dense(self, batch: int, heads: int, target: int, source: int) -> Tensor:
         """The bias as a ``(B, H, T, S)`` tensor. For looking and for tests."""
-        device = self.flatten()[1][0].device
+        device = self.tensors()[0].device
         self.check(batch, heads, target, source, device)
         tile = Tile.whole(target, source, device=device)
         return self.values(tile).expand(batch, heads, target, source)
@@ -125,7 +125,7 @@ class OffsetBias(Additive):
         With ``reach = self.reach(longest)`` the bias at any offset ``r`` is
         ``vector[h, clamp(r, -reach, reach) + reach]``.
         """
-        offset_R = torch.arange(-reach, reach + 1, device=self.flatten()[1][0].device)
+        offset_R = torch.arange(-reach, reach + 1, device=self.tensors()[0].device)
         return self.at(offset_R).T
 
     def values(self, tile: Tile) -> Tensor:

@@ -58,7 +58,7 @@ class Mask(Value):
         return self.visible(tile).expand(batch, heads, target, source)
 
     def _device(self) -> torch.device:
-        tensors = self.flatten()[1]
+        tensors = self.tensors()
         return tensors[0].device if tensors else torch.device("cpu")
 
     def __and__(self, other: "Mask") -> "Mask":

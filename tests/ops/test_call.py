@@ -221,7 +221,7 @@ def test_torch_gets_no_scale_that_lets_it_see_hidden_keys(scale: float) -> None:
     arguments = {**wide, "mask": masks.Causal(), "scale": scale}
     expected = zeta.attention(**arguments, backend="reference")
     torch.testing.assert_close(zeta.attention(**arguments), expected)
-    with pytest.raises(zeta.BackendUnsupported, match="its scale must be positive and finite"):
+    with pytest.raises(zeta.BackendUnsupported, match="its scale must be positive"):
         zeta.attention(**arguments, backend="sdpa")
 
 

@@ -264,7 +264,7 @@ def _choose(call: AttentionCall, backend: str) -> Backend:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """Which backend a call gets, and why each one before it does not take it.
+    """Which backend a call gets, and why each of those that cannot take it does not.
 
     Attributes:
         backend: The name of the backend that runs.

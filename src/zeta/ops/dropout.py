@@ -39,8 +39,7 @@ def keep_mask(call: AttentionCall, tile: Tile) -> Tensor:
 
 def row_and_column_hashes(call: AttentionCall, tile: Tile) -> tuple[Tensor, Tensor]:
     """Odd int32 hashes ``(B, H, rows, 1)`` and ``(1 or B, 1, 1, columns)`` of a tile."""
-    if call.seed is None:
-        raise ValueError("dropout needs a seed")
+    assert call.seed is not None
     device = call.query.device
     batch = torch.arange(call.batch, device=device)[tile.batches]
     head = torch.arange(call.heads, device=device)[tile.heads]

@@ -37,9 +37,9 @@ def unsupported(call: AttentionCall) -> list[str]:
         reasons.append(NO_FORWARD_MODE)
     if call.value.shape[-1] != call.head_dim:
         reasons.append("it runs unfused where value and key differ in head_dim")
-    if not 0.0 < call.scale < math.inf:
+    if not call.scale > 0.0:
         # They scale what is hidden, -inf, and the largest score, too.
-        reasons.append("its scale must be positive and finite")
+        reasons.append("its scale must be positive")
     if not call.query.stride(-1) == call.key.stride(-1) == call.value.stride(-1) == 1:
         reasons.append("it runs unfused where the last dimension is not contiguous")
     if call.query.device.type == "cuda":
