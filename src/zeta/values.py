@@ -48,8 +48,13 @@ class Tile:
 
     def cut(self, tensor: Tensor) -> Tensor:
         """The part of a ``(1 or B, 1 or H, 1 or T, 1 or S)`` tensor that lies over this tile."""
-        parts = zip(tensor.shape, (self.batches, self.heads, self.rows, self.columns), strict=True)
-        return tensor[tuple(ALL if size == 1 else part for size, part in parts)]
+        return cut(tensor, (self.batches, self.heads, self.rows, self.columns))
+
+
+def cut(tensor: Tensor, parts: Sequence[slice]) -> Tensor:
+    """A part of each dimension of a tensor, all of those in which it has one entry for all."""
+    pairs = zip(tensor.shape, parts, strict=True)
+    return tensor[tuple(ALL if size == 1 else part for size, part in pairs)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

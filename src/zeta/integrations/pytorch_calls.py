@@ -181,15 +181,11 @@ def weights_of(call: AttentionCall, *, average: bool, after_dropout: bool, batch
         weights = call.query.new_zeros(sizes if average else (sizes[0], call.heads, *sizes[1:]))
         return weights if batched else weights.squeeze(0)
     compute: Compute = run_weights
+    of_weights = call.of_weights(mean=average)
     if after_dropout and call.dropout_p:
         compute = functools.partial(_dropped_weights, call.heads)
-    else:
-        call = dataclasses.replace(call, dropout_p=0.0, seed=None)
-    # Without the values, which lazy weights would keep alive.
-    call = dataclasses.replace(
-        call, value=call.key, result="mean_weights" if average else "weights"
-    )
-    return lazy_weights(call, compute, batched=batched)
+        of_weights = dataclasses.replace(of_weights, dropout_p=call.dropout_p, seed=call.seed)
+    return lazy_weights(of_weights, compute, batched=batched)
 
 
 def _dropped_weights(heads: int, call: AttentionCall) -> Tensor:
@@ -205,6 +201,6 @@ def _dropped_weights(heads: int, call: AttentionCall) -> Tensor:
 
 
 def _dropped_heads(call: AttentionCall, heads: slice) -> Tensor:
-    part = dataclasses.replace(heads_of(call, heads), dropout_p=0.0, seed=None, result="weights")
+    part = heads_of(call, heads).of_weights(mean=False)
     kept = keep_mask(call, call.tile(heads=heads))
     return torch.where(kept, run_weights(part) / (1.0 - call.dropout_p), 0.0)

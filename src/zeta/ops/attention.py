@@ -239,10 +239,7 @@ def run_with_weights(
         found = None if weigher is None else weigher.run_with_weights(call, mean)
         if found is not None:
             return found
-    of_weights = dataclasses.replace(
-        call, value=call.key, dropout_p=0.0, seed=None, result="mean_weights" if mean else "weights"
-    )
-    return run(call, backend)[0], run_weights(of_weights, backend)
+    return run(call, backend)[0], run_weights(call.of_weights(mean=mean), backend)
 
 
 def _choose(call: AttentionCall, backend: str) -> Backend:

@@ -210,6 +210,14 @@ class AttentionCall:
         filled = tile.key_position >= 0
         return filled if seen is None else seen & filled
 
+    def of_weights(self, *, mean: bool) -> "AttentionCall":
+        """The call of its weights before dropout, or of their average over heads.
+
+        Without the values, which nobody reads, and which lazy weights would keep alive.
+        """
+        result: Result = "mean_weights" if mean else "weights"
+        return dataclasses.replace(self, value=self.key, dropout_p=0.0, seed=None, result=result)
+
     def tensors(self) -> list[Tensor]:
         """Everything it computes with."""
         own = (self.seed, self.query_positions, self.key_positions, self.sinks)

@@ -3,7 +3,6 @@
 Shape suffixes: B batch, H heads, G key heads, T target length, S source length, D head dimension.
 """
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -188,7 +187,7 @@ def attention(
     out = run(call)[0].transpose(1, 2).contiguous()
     if (static or torch.compiler.is_compiling()) and not (output_attentions or _captures_weights()):
         return out, None
-    weights_call = dataclasses.replace(call, value=key, dropout_p=0.0, seed=None, result="weights")
+    weights_call = call.of_weights(mean=False)
     if not static:
         return out, lazy_weights(weights_call, run_weights)
     # The cache will be written to: now or never.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zeta.ops.backends.chunked.blocks import Block, Unit
 from zeta.ops.call import AttentionCall
+from zeta.values import cut
 
 
 class Term:
@@ -46,21 +47,15 @@ class Dense(Term):
 
     def __init__(self, tensor: Tensor, call: AttentionCall, needs_grad: bool) -> None:
         self._tensor = tensor
-        self._call = call
         self._grad = tensor.new_zeros(tensor.shape, dtype=call.wide_dtype) if needs_grad else None
 
-    def _cut(self, tensor: Tensor, block: Block, unit: Unit) -> Tensor:
-        ranges = (unit.batches, unit.heads, block.rows, block.columns)
-        parts = zip(tensor.shape, ranges, strict=True)
-        return tensor[tuple(slice(None) if size == 1 else part for size, part in parts)]
-
     def apply(self, scores_BHRC: Tensor, block: Block, unit: Unit) -> None:
-        part = self._cut(self._tensor, block, unit)
+        part = _cut(self._tensor, block, unit)
         scores_BHRC.add_(part.to(scores_BHRC.dtype))
 
     def backward(self, grad_BHRC: Tensor, saved: Tensor | None, block: Block, unit: Unit) -> None:
         if self._grad is not None:
-            part = self._cut(self._grad, block, unit)
+            part = _cut(self._grad, block, unit)
             part.add_(grad_BHRC.sum_to_size(part.shape))
 
     def gradient(self) -> Tensor | None:
@@ -95,3 +90,7 @@ class Distance(Term):
 
     def gradient(self) -> Tensor | None:
         return self._grad_H
+
+
+def _cut(tensor: Tensor, block: Block, unit: Unit) -> Tensor:
+    return cut(tensor, (unit.batches, unit.heads, block.rows, block.columns))
