@@ -4,7 +4,6 @@ Shapes: B batch, H heads, T target length, S source length, E embedding.
 """
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from zeta.convert.report import Case, Report
 from zeta.convert.source import Runner, Source
 from zeta.convert.t5 import BIAS, has_bias
 from zeta.convert.tables import Table, to_zeta
-from zeta.nn import MultiheadAttention, RelativePositionBias
+from zeta.nn import MultiheadAttention, RelativePositionBias, set_split_position
 
 _ALWAYS = {"dropout": "the two draw from different generators; both are run without it"}
 
@@ -124,7 +123,7 @@ class _Pair:
     def compare(self, call: Call) -> Case:
         """One call of each, forward and backward."""
         for part in (self.module, self.attention):
-            _set_split(part, call.split)
+            part.apply(set_split_position(call.split))
         theirs, their_inputs = call.fresh()
         ours, our_inputs = call.fresh()
         expected, expected_weights = self.runner.call(theirs)
@@ -184,7 +183,7 @@ class _Pair:
     def compare_decoding(self, x: Tensor) -> Case:
         """Token by token, each with its cache."""
         for part in (self.module, self.attention):
-            _set_split(part, -1)
+            part.apply(set_split_position(-1))
         assert self.runner.decode is not None
         with torch.no_grad():
             expected = self.runner.decode(x)
@@ -274,12 +273,3 @@ def _error(found: list[Tensor], expected: list[Tensor]) -> float:
 
 def _gradient(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-
-
-def _set_split(module: nn.Module, split: int) -> None:
-    for part in _with_splits(module):
-        part.split_position = split
-
-
-def _with_splits(module: nn.Module) -> Iterator[Any]:
-    return (part for part in module.modules() if hasattr(part, "split_position"))

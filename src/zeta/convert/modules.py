@@ -11,7 +11,7 @@ from zeta.convert.forms import Form, biases_in
 from zeta.convert.registry import recognise, source_of
 from zeta.convert.source import Source, qualified_name
 from zeta.convert.tables import StateDict, Table, from_zeta, to_zeta
-from zeta.nn import MultiheadAttention
+from zeta.nn import MultiheadAttention, set_split_position
 
 _FORWARDS = frozenset({nn.Linear.forward, nn.LayerNorm.forward})
 _OTHERS = frozenset(
@@ -62,7 +62,7 @@ def from_module(
     attention = dataclasses.replace(form, biases=biases_in(zeta)).build()
     fill(attention, zeta)
     _copy_gradient_flags(module, attention, table)
-    _place_splits(attention, form.split_position)
+    attention.apply(set_split_position(form.split_position))
     return attention.train(module.training)
 
 
@@ -105,7 +105,7 @@ def to_module(attention: MultiheadAttention, kind: str) -> nn.Module:
     for entry in table:
         if entry.source in parameters:
             parameters[entry.source].requires_grad_(any(flags[key] for key in entry.zeta))
-    _place_splits(module, form.split_position)
+    module.apply(set_split_position(form.split_position))
     return module.train(attention.training)
 
 
@@ -205,10 +205,3 @@ def _copy_gradient_flags(module: nn.Module, attention: MultiheadAttention, table
         for key in entry.zeta:
             if entry.source in flags and key in parameters:
                 parameters[key].requires_grad_(flags[entry.source])
-
-
-def _place_splits(module: nn.Module, split_position: int) -> None:
-    """Set the split of multiway modules, and with it their tensors on the meta device."""
-    for part in module.modules():
-        if hasattr(part, "split_position"):
-            setattr(part, "split_position", split_position)  # noqa: B010 - of any library
