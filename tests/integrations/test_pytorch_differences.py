@@ -13,7 +13,7 @@ from tests.integrations import torch_attention
 from tests.integrations.torch_attention import BATCH, EMBED, HEADS, SOURCE, TARGET, Case
 from zeta import masks
 from zeta.integrations.pytorch import MultiheadAttention, adopt
-from zeta.integrations.pytorch_calls import padding
+from zeta.integrations.pytorch_calls import padding_value
 
 SELF = Case(shared="all", batch_first=True)
 
@@ -209,7 +209,7 @@ def mask_of(*rows: str, dtype: torch.dtype = torch.bool) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_padding_at_the_end_is_lengths(dtype: torch.dtype) -> None:
-    found = padding(mask_of("...xx", ".....", "xxxxx", dtype=dtype))
+    found = padding_value(mask_of("...xx", ".....", "xxxxx", dtype=dtype))
     assert isinstance(found, masks.Padding)
     assert found.lengths.tolist() == [3, 5, 0]
 
@@ -217,34 +217,34 @@ def test_padding_at_the_end_is_lengths(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_padding_elsewhere_is_a_mask(dtype: torch.dtype) -> None:
     for rows in (("...xx", "xx..."), (".x.x.", "....x")):
-        found = padding(mask_of(*rows, dtype=dtype))
+        found = padding_value(mask_of(*rows, dtype=dtype))
         assert isinstance(found, masks.Dense)
         assert torch.equal(found.tensor[:, 0, 0], ~mask_of(*rows))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 def test_padding_that_hides_nothing_is_no_mask(dtype: torch.dtype) -> None:
-    assert padding(mask_of(".....", ".....", dtype=dtype)) is None
+    assert padding_value(mask_of(".....", ".....", dtype=dtype)) is None
 
 
 def test_numbers_are_added() -> None:
     for number in (-1e9, 0.5, float("nan"), float("inf")):
         given = mask_of("...xx", ".....", dtype=torch.float32)
         given[0, 0] = number
-        assert padding(given).tensor.data_ptr() == given.data_ptr()
+        assert padding_value(given).tensor.data_ptr() == given.data_ptr()
 
 
 def test_numbers_that_learn_are_added() -> None:
     given = mask_of("...xx", dtype=torch.float32).requires_grad_()
-    assert padding(given).tensor.requires_grad
+    assert padding_value(given).tensor.requires_grad
 
 
 def test_a_mask_without_numbers_is_not_read() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    assert isinstance(padding(mask_of("...xx").to("meta")), masks.Dense)
+    assert isinstance(padding_value(mask_of("...xx").to("meta")), masks.Dense)
     with FakeTensorMode() as mode:
-        assert isinstance(padding(mode.from_tensor(mask_of("...xx"))), masks.Dense)
+        assert isinstance(padding_value(mode.from_tensor(mask_of("...xx"))), masks.Dense)
 
 
 QUERY = torch.zeros(TARGET, BATCH, EMBED)

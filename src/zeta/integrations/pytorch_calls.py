@@ -13,7 +13,7 @@ from torch import Tensor
 from zeta import masks
 from zeta.biases import Bias
 from zeta.masks import Mask
-from zeta.nn.masking import Sizes, hide_or_add, join, join_one, structured_mask
+from zeta.nn.masking import Sizes, hide_or_add, join, join_one, seen_mask, structured_mask
 from zeta.ops.attention import run, run_weights
 from zeta.ops.call import AttentionCall
 from zeta.ops.deferred import Compute
@@ -84,7 +84,7 @@ def attention_call(
         sizes = (batch, heads, target, source + num_extra)
         mask, bias = join(attn_mask, None, None, mask, sizes, device)
     if key_padding_mask is not None:
-        found = padding(key_padding_mask)
+        found = padding_value(key_padding_mask)
         if found is not None:
             mask, bias = join_one(found, mask, bias)
     return AttentionCall.checked(
@@ -106,7 +106,7 @@ def _is_empty(query_BHTD: Tensor, key_BHSD: Tensor) -> bool:
     return 0 in query_BHTD.shape or 0 in key_BHSD.shape
 
 
-def padding(key_padding_mask: Tensor) -> Mask | Bias | None:
+def padding_value(key_padding_mask: Tensor) -> Mask | Bias | None:
     """What a ``(B, S)`` padding mask says: the most structured value that says the same.
 
     Where its numbers can be read at no cost, lengths instead of a tensor let a kernel skip the
@@ -121,14 +121,7 @@ def padding(key_padding_mask: Tensor) -> Mask | Bias | None:
         infinite = torch.zeros_like(key_padding_mask).masked_fill_(hidden, float("-inf"))
         if not torch.equal(key_padding_mask, infinite):
             return hide_or_add(key_padding_mask[:, None, None])
-    if not hidden.any():
-        return None
-    source = hidden.shape[1]
-    lengths_B = source - hidden.sum(1)
-    at_the_end = torch.arange(source) >= lengths_B[:, None]
-    if torch.equal(hidden, at_the_end):
-        return masks.Padding(lengths_B)
-    return hide_or_add(hidden[:, None, None])
+    return seen_mask(~hidden)
 
 
 def _is_readable(tensor: Tensor) -> bool:

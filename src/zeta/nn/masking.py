@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zeta.biases import Bias
 from zeta.biases import Dense as DenseBias
-from zeta.masks import Causal, Mask, SlidingWindow
+from zeta.masks import Causal, Mask, Padding, SlidingWindow
 from zeta.masks import Dense as DenseMask
 from zeta.nn.biases import ALiBi, RelativePositionBias
 from zeta.values import broadcasts, check_device
@@ -113,6 +113,20 @@ def _attn_mask(attn_mask: AttentionMask, sizes: Sizes, device: torch.device) -> 
 def hide_or_add(tensor: Tensor) -> Mask | Bias:
     """A module's mask: bool hides where True, floating point is added."""
     return DenseMask(~tensor) if tensor.dtype == torch.bool else DenseBias(tensor)
+
+
+def seen_mask(seen_BS: Tensor) -> Mask | None:
+    """The value of a padding mask, bool, True where there is a token: lengths where all padding is
+    at the end, which kernels skip; None if there is no padding.
+
+    Waits once for the device.
+    """
+    lengths_B = seen_BS.sum(1)
+    first = torch.arange(seen_BS.shape[1], device=seen_BS.device) < lengths_B[:, None]
+    whole, at_the_end = torch.stack((seen_BS.all(), (first == seen_BS).all())).tolist()
+    if whole:
+        return None
+    return Padding(lengths_B) if at_the_end else DenseMask(seen_BS[:, None, None, :])
 
 
 def _rel_pos(rel_pos: RelativePosition, sizes: Sizes, device: torch.device) -> Bias:

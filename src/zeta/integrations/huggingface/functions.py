@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from zeta.biases import Bias, Dense, Softcap
 from zeta.integrations.huggingface.models import check_calls_by_name, joins_numbers
-from zeta.integrations.huggingface.patterns import as_mask, padding_mask, recognise
+from zeta.integrations.huggingface.patterns import as_mask, recognise
 from zeta.integrations.huggingface.standin import MaskStandIn, Pattern
 from zeta.integrations.huggingface.t5 import TableBias, has_no_bias
 from zeta.masks import Causal, Mask, SlidingWindow, keep
+from zeta.nn.masking import seen_mask
 from zeta.ops.attention import run, run_weights
 from zeta.ops.call import AttentionCall
 from zeta.ops.weights import lazy_weights
@@ -115,7 +116,8 @@ def _joined(
     seen = attention_mask[:, kv_offset : kv_offset + keys]
     if seen.shape[1] < keys:
         seen = F.pad(seen, (0, keys - seen.shape[1]))
-    padding = padding_mask(seen.bool())
+    # Waits for the device, as Transformers does for its own implementations.
+    padding = seen_mask(seen.bool())
     if value is None or padding is None:
         return value if padding is None else padding
     return value & padding

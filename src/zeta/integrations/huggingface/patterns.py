@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zeta.masks import Causal, Documents, Mask, Padding, SlidingWindow, keep
+from zeta.masks import Causal, Documents, Mask, SlidingWindow
 
 MaskFunction = Callable[..., Any]
 
@@ -112,16 +112,3 @@ def as_mask(rule: Rule, keys: int) -> Mask | None:
         return mask
     documents = Documents(rule.documents)
     return documents if mask is None else mask & documents
-
-
-def padding_mask(seen_BS: Tensor) -> Mask | None:
-    """The value of a padding mask, bool, True where there is a token; None if there is no padding.
-
-    Waits once for the device, as Transformers does for its own implementations.
-    """
-    lengths_B = seen_BS.sum(1)
-    first = torch.arange(seen_BS.shape[1], device=seen_BS.device) < lengths_B[:, None]
-    whole, at_the_end = torch.stack((seen_BS.all(), (first == seen_BS).all())).tolist()
-    if whole:
-        return None
-    return Padding(lengths_B) if at_the_end else keep(seen_BS[:, None, None, :])
