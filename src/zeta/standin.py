@@ -6,7 +6,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
+
+PLAIN = (Tensor, Parameter)
+"""Classes of tensors whose numbers lie where torch says; a subclass may hold them elsewhere."""
 
 _CHANGE_SHAPE = {
     torch.ops.aten.resize_.default,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from zeta.standin import StandIn
+from zeta.standin import PLAIN, StandIn
 from zeta.transforms import is_watched
 
 
@@ -198,7 +198,7 @@ def can_defer(tensor: Tensor) -> bool:
     are backends that read them, and where nothing traces or transforms what is computed."""
     return (
         (tensor.is_cpu or tensor.is_cuda)
-        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and type(tensor) in PLAIN
         and not torch.compiler.is_compiling()
         and not is_watched()
     )

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
 from zeta.ops.projection import FEW, Layer, project_few, project_few_heads
+from zeta.standin import PLAIN
 from zeta.transforms import constant_in_graphs
 
 _FORWARD = nn.Linear.forward
@@ -83,9 +84,7 @@ def _in_float32(x: Tensor, modules: Sequence[nn.Module]) -> list[Tensor] | None:
         return None
     for tensor in chain.from_iterable(layers):
         # Another class, or dtype, has products of its own, or none.
-        if tensor is not None and (
-            type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype != x.dtype
-        ):
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.dtype != x.dtype):
             return None
     wide = x.float()
     return [

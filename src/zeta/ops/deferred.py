@@ -15,6 +15,7 @@ from zeta.ops.call import AttentionCall, without_autocast
 from zeta.ops.parts import Indivisible
 from zeta.ops.substitution import with_tensors
 from zeta.ops.versions import versions_of, written_to
+from zeta.standin import PLAIN
 
 Compute = Callable[[AttentionCall], Tensor]
 """Makes the weights ``call.result`` asks for, differentiably: ``(B, H, T, S)`` or ``(B, T, S)``."""
@@ -219,7 +220,7 @@ def _is_parameter(tensor: Tensor) -> bool:
 
 def _is_freed(tensor: Tensor) -> bool:
     """Whether its memory was taken away, as FSDP does with parameters between the passes."""
-    if type(tensor) not in (Tensor, Parameter) or not tensor.numel():
+    if type(tensor) not in PLAIN or not tensor.numel():
         return False
     return tensor.untyped_storage().size() == 0
 

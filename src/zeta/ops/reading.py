@@ -6,11 +6,11 @@ Shapes: B batch.
 import dataclasses
 
 import torch
-from torch import Tensor
 
 from zeta import biases, masks
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import Lowered, lower
+from zeta.standin import PLAIN
 from zeta.stored import Pages, Store, StoredTensor
 
 NO_STORE = "its keys and values do not lie in one store, or were read before"
@@ -39,7 +39,7 @@ def reasons_of_tensors(call: AttentionCall, store: Store, most_packed: int) -> l
     packed = call.target * (call.heads // call.key_heads)
     if packed > most_packed:
         reasons.append(f"it takes up to {most_packed} queries of a key head; got {packed}")
-    if type(call.query) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
+    if type(call.query) not in PLAIN or torch.compiler.is_compiling():
         reasons.append("what traces a call sees tensors only")
     if torch._C._are_functorch_transforms_active():
         reasons.append("torch.func sees tensors only")

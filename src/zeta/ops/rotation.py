@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from zeta.positions import rotate
+from zeta.standin import PLAIN
 from zeta.transforms import is_closed_to_operators, is_watched
 
 Table: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, times the scale where there is one: ``(L, P)`` or ``(1 or B, 1, L, P)``."""
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def rotate_one(x: Tensor, table: Table, *, interleaved: bool = True) -> Tensor:
@@ -57,7 +56,7 @@ def has_kernel(tensors: Sequence[Tensor], tables: Sequence[Tensor]) -> bool:
     if torch.compiler.is_compiling():
         if is_closed_to_operators():
             return False
-    elif is_watched() or any(type(tensor) not in _PLAIN for tensor in (*tensors, *tables)):
+    elif is_watched() or any(type(tensor) not in PLAIN for tensor in (*tensors, *tables)):
         return False
     return (
         all(x.dim() == 4 and x.dtype in triton.DTYPES for x in tensors)

@@ -14,11 +14,10 @@ from zeta.ops.backends.cpu.description import DTYPES, MAX_HEAD_DIM, Fixed
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
 from zeta.ops.precision import float32_precision
+from zeta.standin import PLAIN
 from zeta.transforms import has_dispatch_modes, reasons_of_opaque
 
 NAME = "cpu"
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def unsupported(call: AttentionCall) -> list[str]:
@@ -52,7 +51,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
         out, lse = operators.attention(*operands, *fixed)
         return out, lse
-    if not _is_learned(operands) and not _is_transforming():
+    if not _is_learned(operands) and not _is_wrapping():
         if call.result == "output" and passes.is_step(call.query, call.key):
             return passes.step(*operands, Fixed(*fixed)), None
         return passes.forward(*operands, Fixed(*fixed))
@@ -86,7 +85,7 @@ def weights(call: AttentionCall) -> Tensor:
 
         found, _ = operators.weights(*operands, mean, *fixed)
         return found
-    if not _is_learned(operands) and not _is_transforming():
+    if not _is_learned(operands) and not _is_wrapping():
         return passes.weights(*operands, mean, Fixed(*fixed))[0]
     found, _ = functions.Weights.apply(*operands, mean, Fixed(*fixed))
     return found
@@ -94,7 +93,7 @@ def weights(call: AttentionCall) -> Tensor:
 
 def run_with_weights(call: AttentionCall, mean: bool) -> tuple[Tensor, Tensor] | None:
     """The output and the weights in one pass; None where that takes two."""
-    if call.dropout_p or not _is_eager(call.query) or _is_transforming():
+    if call.dropout_p or not _is_eager(call.query) or _is_wrapping():
         return None
     lowered = lower(call)
     operands = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
@@ -111,13 +110,13 @@ def _is_eager(tensor: Tensor) -> bool:
     """Whether nothing traces or watches what is computed: the library may run on the spot."""
     if torch.compiler.is_compiling() or has_dispatch_modes():
         return False
-    return type(tensor) in _PLAIN
+    return type(tensor) in PLAIN
 
 
 def _are_eager(operands: tuple[Tensor | None, ...]) -> bool:
     assert operands[0] is not None
     return _is_eager(operands[0]) and all(
-        tensor is None or type(tensor) in _PLAIN for tensor in operands
+        tensor is None or type(tensor) in PLAIN for tensor in operands
     )
 
 
@@ -127,6 +126,6 @@ def _is_learned(operands: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def _is_transforming() -> bool:
+def _is_wrapping() -> bool:
     """Inside a transform of ``torch.func``, whose tensors have no address."""
     return torch._C._are_functorch_transforms_active()

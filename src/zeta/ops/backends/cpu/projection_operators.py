@@ -7,14 +7,13 @@ there are too many rows after all, or a tensor is not plainly right.
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from zeta.ops.backends.cpu import library
 from zeta.ops.backends.cpu.description import DTYPES
 from zeta.ops.backends.cpu.projection import Layer, most_rows
 from zeta.ops.registration import operator
-
-_PLAIN = (Tensor, nn.Parameter)
+from zeta.standin import PLAIN
 
 
 @operator("cpu_project")
@@ -101,9 +100,9 @@ def _are_plain(x: Tensor, layers: Sequence[Layer]) -> bool:
     if x.dtype not in DTYPES or x.dim() != 3:
         return False
     for weight, bias in layers:
-        if type(weight) not in _PLAIN or weight.dtype != x.dtype or weight.shape[1] != x.shape[2]:
+        if type(weight) not in PLAIN or weight.dtype != x.dtype or weight.shape[1] != x.shape[2]:
             return False
-        if bias is not None and (type(bias) not in _PLAIN or bias.dtype != x.dtype):
+        if bias is not None and (type(bias) not in PLAIN or bias.dtype != x.dtype):
             return False
     return True
 

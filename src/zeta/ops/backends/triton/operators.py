@@ -14,6 +14,7 @@ from zeta.ops.backends.triton import gradients, passes
 from zeta.ops.backends.triton.arguments import Fixed, hashes_of, statistics_shape
 from zeta.ops.buffers import empty_contiguous, empty_rows, rows
 from zeta.ops.registration import operator
+from zeta.standin import PLAIN
 
 
 @operator("triton_attention")
@@ -268,4 +269,4 @@ class EagerAttention(torch.autograd.Function):
 
 def is_eager(tensor: Tensor) -> bool:
     """Whether nothing traces what is computed, so that kernels may be launched on the spot."""
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+    return type(tensor) in PLAIN and not torch.compiler.is_compiling()
