@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-enum ZetaDtype { ZETA_FLOAT32 = 0, ZETA_BFLOAT16 = 1, ZETA_FLOAT16 = 2, ZETA_INT8 = 3 };
+enum ZetaDtype { ZETA_FLOAT32 = 0, ZETA_BFLOAT16 = 1, ZETA_FLOAT16 = 2 };
 
 // Of float32 products where the processor multiplies matrices of bfloat16: three parts a number and
 // six products, with float32's own errors; or two parts and three products, errors about 1e-5.

@@ -12,7 +12,7 @@ inline bool begin_projection(ZetaProjection &call, const Operand &x, int64_t mos
     call.dtype = x.dtype();
     call.num_threads = num_threads;
     if (call.dtype < 0 || !x.ndim || !x.numel() || !x.is_contiguous()) return false;
-    call.width = call.x_row = x.shape[x.ndim - 1];
+    call.width = x.shape[x.ndim - 1];
     call.rows = x.numel() / call.width;
     call.x = x.address();
     return call.rows <= most_rows && call.rows <= ZETA_MOST_ROWS;
@@ -29,7 +29,7 @@ inline ZetaLayer *add_layer(ZetaProjection &call, const Operand &weight, const O
         return nullptr;
     ZetaLayer &layer = call.layers[call.num_layers++];
     layer = {weight.address(), bias.is_given() ? bias.address() : nullptr, nullptr,
-             weight.strides[0], weight.shape[0], weight.shape[0]};
+             weight.strides[0], weight.shape[0]};
     return &layer;
 }
 

@@ -22,7 +22,7 @@ inline void project_features(const ZetaProjection &call, const ZetaLayer &layer,
     }
     const T *bias = layer.bias ? static_cast<const T *>(layer.bias) + first : nullptr;
     for (int64_t row = 0; row < call.rows; ++row) {
-        T *to = static_cast<T *>(layer.out) + row * layer.out_row + first;
+        T *to = static_cast<T *>(layer.out) + row * layer.features + first;
         for (int64_t feature = 0; feature < count; feature += LANES) {
             Floats sum = load(sums + row * LAYER_FEATURES + feature);
             if (bias) sum = sum + load_first(bias + feature, count - feature);
@@ -43,7 +43,7 @@ inline int64_t project_with(const ZetaProjection &call) {
     memset(memory.data() + call.rows * row_bytes, 0, (padded_rows - call.rows) * row_bytes);
     Number *x = reinterpret_cast<Number *>(memory.data());
     for (int64_t row = 0; row < call.rows; ++row)
-        Products::take_query(static_cast<const T *>(call.x) + row * call.x_row, call.width, 1,
+        Products::take_query(static_cast<const T *>(call.x) + row * call.width, call.width, 1,
                              x + row * x_stride);
     const auto tasks_of = [&](int64_t layer) {
         return divide_up(call.layers[layer].features, LAYER_FEATURES);

@@ -78,7 +78,7 @@ struct Scores {
     uint32_t sequence;  // hash
 
     Scores(const ZetaCall &call, const Sight &sight, const OffsetTable &offsets, int64_t batch,
-           int64_t head, float factor = 1)
+           int64_t head, float factor)
         : call(call),
           sight(sight),
           batch(batch),

@@ -111,7 +111,6 @@ inline Floats gather(const float *from, Ints index) { return _mm256_i32gather_ps
 inline Mask less(Floats a, Floats b) { return {_mm256_cmp_ps(a, b, _CMP_LT_OQ)}; }
 inline Mask not_less(Floats a, Floats b) { return {_mm256_cmp_ps(a, b, _CMP_NLT_UQ)}; }
 inline Mask greater(Ints a, Ints b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b))}; }
-inline Mask equal(Ints a, Ints b) { return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b))}; }
 // Which of LANES 64-bit numbers equal one.
 inline Mask equal_long(const int64_t *from, int64_t x) {
     const __m256i wanted = _mm256_set1_epi64x(x);
@@ -126,12 +125,10 @@ inline Mask equal_long(const int64_t *from, int64_t x) {
 }
 inline Mask both(Mask a, Mask b) { return {_mm256_and_ps(a.bits, b.bits)}; }
 inline Mask either(Mask a, Mask b) { return {_mm256_or_ps(a.bits, b.bits)}; }
-inline Mask first_only(Mask a, Mask b) { return {_mm256_andnot_ps(b.bits, a.bits)}; }
 inline bool any(Mask a) { return _mm256_movemask_ps(a.bits) != 0; }
 inline Floats select(Mask mask, Floats yes, Floats no) {
     return _mm256_blendv_ps(no, yes, mask.bits);
 }
-inline Floats where(Mask mask, Floats yes) { return _mm256_and_ps(mask.bits, yes); }
 inline Floats unless(Mask mask, Floats no) { return _mm256_andnot_ps(mask.bits, no); }
 
 inline float largest(Floats x) {

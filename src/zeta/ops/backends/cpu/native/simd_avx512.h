@@ -119,7 +119,6 @@ inline Floats gather(const float *from, Ints index) { return _mm512_i32gather_ps
 inline Mask less(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ)}; }
 inline Mask not_less(Floats a, Floats b) { return {_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ)}; }
 inline Mask greater(Ints a, Ints b) { return {_mm512_cmpgt_epi32_mask(a, b)}; }
-inline Mask equal(Ints a, Ints b) { return {_mm512_cmpeq_epi32_mask(a, b)}; }
 // Which of LANES 64-bit numbers equal one.
 inline Mask equal_long(const int64_t *from, int64_t x) {
     const __m512i wanted = _mm512_set1_epi64(x);
@@ -129,12 +128,10 @@ inline Mask equal_long(const int64_t *from, int64_t x) {
 }
 inline Mask both(Mask a, Mask b) { return {static_cast<__mmask16>(a.bits & b.bits)}; }
 inline Mask either(Mask a, Mask b) { return {static_cast<__mmask16>(a.bits | b.bits)}; }
-inline Mask first_only(Mask a, Mask b) { return {static_cast<__mmask16>(a.bits & ~b.bits)}; }
 inline bool any(Mask a) { return a.bits != 0; }
 inline Floats select(Mask mask, Floats yes, Floats no) {
     return _mm512_mask_blend_ps(mask.bits, no, yes);
 }
-inline Floats where(Mask mask, Floats yes) { return _mm512_maskz_mov_ps(mask.bits, yes); }
 inline Floats unless(Mask mask, Floats no) {
     return _mm512_maskz_mov_ps(static_cast<__mmask16>(~mask.bits), no);
 }

@@ -30,14 +30,13 @@ enum { ZETA_MOST_LAYERS = 3, ZETA_MOST_ROWS = 64 };
 typedef struct {
     const void *weight, *bias;  // (features, width) and (features); bias is null where there is none
     void *out;                  // (rows, features)
-    int64_t weight_row, out_row, features;
+    int64_t weight_row, features;
 } ZetaLayer;
 
 typedef struct {
     int64_t dtype, num_threads;
     int64_t rows, width;
-    const void *x;
-    int64_t x_row;
+    const void *x;  // (rows, width)
     int64_t num_layers;
     ZetaLayer layers[ZETA_MOST_LAYERS];
 } ZetaProjection;
