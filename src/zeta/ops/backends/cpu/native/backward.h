@@ -17,16 +17,9 @@ inline int64_t prepare_backward(const ZetaCall &call, Unseen &unseen, const Back
         return ZETA_DONE;
     }
     EarlyPass<Operands>::plan(count, call);
-    int64_t answer = ZETA_DONE;
-    const int64_t tasks = call.batch * call.heads * sizes.query_blocks;
-    run_on_threads(tasks, call.num_threads, [&](Tasks &tasks) {
-        Scratch scratch(count.bytes());
-        if (!scratch.data()) {
-            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
+    const int64_t num_tasks = call.batch * call.heads * sizes.query_blocks;
+    const auto work = [&](Pieces &pieces, Tasks &tasks) {
         [[maybe_unused]] const typename Operands::Session session;
-        Pieces pieces(scratch.data());
         const auto pass = EarlyPass<Operands>::plan(pieces, call);
         for (int64_t task; (task = tasks.take()) >= 0;) {
             const int64_t first = task % sizes.query_blocks * BLOCK_QUERIES;
@@ -39,8 +32,8 @@ inline int64_t prepare_backward(const ZetaCall &call, Unseen &unseen, const Back
             for (int64_t row = first; row < smaller(first + BLOCK_QUERIES, call.target); ++row)
                 memset(sums.at(row), 0, call.head_dim * sizeof(float));
         }
-    });
-    return answer;
+    };
+    return run_with_scratch(count.bytes(), num_tasks, call.num_threads, work);
 }
 
 // After the tasks: gradients of queries that were summed elsewhere.
@@ -74,20 +67,15 @@ inline int64_t backward_by(const ZetaCall &call, Unseen &unseen) {
     const TaskOrder order(call, sizes);
     Pieces count(nullptr);
     BackwardBlock<Operands>::plan(count, call, sizes);
-    run_on_threads(sizes.tasks(call), call.num_threads, [&](Tasks &tasks) {
-        Scratch scratch(count.bytes());
-        if (!scratch.data()) {
-            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
+    const auto work = [&](Pieces &pieces, Tasks &tasks) {
         [[maybe_unused]] const typename Operands::Session session;
-        Pieces pieces(scratch.data());
         BackwardBlock<Operands> block = BackwardBlock<Operands>::plan(pieces, call, sizes);
         for (int64_t place; (place = tasks.take()) >= 0;)
             BackwardTask<Operands>(call, unseen, sizes, shared, offsets, block,
                                    order.number_at(place))
                 .run(offsets);
-    });
+    };
+    answer = run_with_scratch(count.bytes(), sizes.tasks(call), call.num_threads, work);
     if (answer == ZETA_DONE && shared.grad_queries) finish_queries(call, shared);
     return answer;
 }

@@ -1,6 +1,7 @@
 // What the backward pass computes in: sizes, what its tasks share, and the memory of one of them.
 
 constexpr int64_t MOST_BLOCK_KEYS = 256;
+static_assert(MOST_BLOCK_KEYS <= MOST_KEYS, "a KeyTile holds them");
 
 // Tasks are numbered by batch, key head and block of keys.
 struct BackwardSizes {

@@ -243,8 +243,7 @@ struct DecodePart {
                             total == 0 ? 0 : kept / total, to);
             if (!call.lse_BHT) continue;
             call.lse_BHT[(batch * call.heads + head) * call.target + query] =
-                total == 0 ? -INFINITY
-                           : static_cast<float>(block.maxima[row] + log(total * 1.0));
+                log_sum_exp(block.maxima[row], total);
         }
     }
 };
@@ -345,19 +344,13 @@ inline int64_t decode_in(const ZetaCall &call, Unseen &unseen) {
         offsets = make_offsets(call, shared.offsets);
     const int64_t row_bytes = (call.head_dim + call.value_dim) * static_cast<int64_t>(sizeof(K));
     const bool is_small = is_for_one_thread(heads * call.source * row_bytes, plan.rows);
-    int64_t answer = ZETA_DONE;
-    run_on_threads(heads * plan.parts, is_small ? 1 : call.num_threads, [&](Tasks &tasks) {
-        Scratch scratch(block_count.bytes());
-        if (!scratch.data()) {
-            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
-        Pieces pieces(scratch.data());
+    const auto work = [&](Pieces &pieces, Tasks &tasks) {
         const DecodeBlock block = DecodeBlock::plan(pieces, plan);
         for (int64_t task; (task = tasks.take()) >= 0;)
             decode_task<Q, K>(call, unseen, plan, block, shared, offsets, task);
-    });
-    return answer;
+    };
+    return run_with_scratch(block_count.bytes(), heads * plan.parts,
+                            is_small ? 1 : call.num_threads, work);
 }
 
 // Q is the dtype of the call, K that of its keys and values.

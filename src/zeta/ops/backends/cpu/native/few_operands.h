@@ -24,6 +24,7 @@ struct FewOperands : FmaOperands {
                     pieces.take<Stream<float>>(1), width, stride};
         }
 
+        // To the place 0: the backward pass packs its keys, or values, all at once.
         void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t) const {
             if (rows.rows.dtype == ZETA_FLOAT32 && rows.sight.has_all(first, count)) {
                 *lines = {static_cast<const float *>(rows.rows.at(first)), rows.rows.row, count};

@@ -4,6 +4,7 @@
 
 constexpr int64_t BLOCK_QUERIES = 96;
 constexpr int64_t TILE_KEYS = 256;
+static_assert(TILE_KEYS <= MOST_KEYS, "a KeyTile holds them");
 // A row is rescaled only when its maximum grows by more than this, log 256: until then its
 // exponentials are at most 2^8 times too large.
 constexpr float RESCALE_FROM = 5.5f;
@@ -40,6 +41,12 @@ inline float exponential(float x) {
     float lanes[LANES];
     store(lanes, exp(splat(x)));
     return lanes[0];
+}
+
+// Of a row, from its base and the sum of its exponentials less that; -inf where nothing is seen.
+inline float log_sum_exp(float base, float total) {
+    return total == 0 ? -INFINITY
+                      : static_cast<float>(base + log(static_cast<double>(total)));
 }
 
 inline void scale_row(float *row, int64_t width, float factor) {
@@ -150,9 +157,7 @@ inline void store_block(const ForwardBlock<Operands> &block, const QueryBlock &q
         void *to = out.at(queries.first + row);
         store_sums(call, sums, factor, to);
         if (!call.lse_BHT) continue;
-        call.lse_BHT[first_row + queries.first + row] =
-            total == 0 ? -INFINITY
-                       : static_cast<float>(block.maxima[row] + log(total * 1.0));
+        call.lse_BHT[first_row + queries.first + row] = log_sum_exp(block.maxima[row], total);
     }
 }
 
@@ -200,15 +205,9 @@ inline int64_t forward_by_heads(const ZetaCall &call, Unseen &unseen, const Offs
     Pieces count(nullptr);
     PackedHead<Operands>::plan(count, call);
     ForwardBlock<Operands>::plan(count, call);
-    int64_t answer = ZETA_DONE;
-    run_on_threads(call.batch * call.key_heads * parts, call.num_threads, [&](Tasks &tasks) {
-        Scratch scratch(count.bytes());
-        if (!scratch.data()) {
-            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
+    const int64_t num_tasks = call.batch * call.key_heads * parts;
+    const auto work = [&](Pieces &pieces, Tasks &tasks) {
         [[maybe_unused]] const typename Operands::Session session;
-        Pieces pieces(scratch.data());
         const PackedHead<Operands> packed = PackedHead<Operands>::plan(pieces, call);
         ForwardBlock<Operands> block = ForwardBlock<Operands>::plan(pieces, call);
         for (int64_t task; (task = tasks.take()) >= 0;) {
@@ -224,8 +223,8 @@ inline int64_t forward_by_heads(const ZetaCall &call, Unseen &unseen, const Offs
                     forward_block(block, scores, packed, first, smaller(block_size, end - first));
             }
         }
-    });
-    return answer;
+    };
+    return run_with_scratch(count.bytes(), num_tasks, call.num_threads, work);
 }
 
 // Few key heads: all are packed first, by all threads; then a task is a block of queries.
@@ -254,15 +253,9 @@ inline int64_t forward_by_blocks(const ZetaCall &call, Unseen &unseen,
     const int64_t group = call.heads / call.key_heads;
     Pieces block_count(nullptr);
     ForwardBlock<Operands>::plan(block_count, call);
-    int64_t answer = ZETA_DONE;
-    run_on_threads(call.batch * call.heads * blocks, call.num_threads, [&](Tasks &tasks) {
-        Scratch scratch(block_count.bytes());
-        if (!scratch.data()) {
-            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
+    const int64_t num_tasks = call.batch * call.heads * blocks;
+    const auto work = [&](Pieces &pieces, Tasks &tasks) {
         [[maybe_unused]] const typename Operands::Session session;
-        Pieces pieces(scratch.data());
         ForwardBlock<Operands> block = ForwardBlock<Operands>::plan(pieces, call);
         for (int64_t task; (task = tasks.take()) >= 0;) {
             const int64_t head = task / blocks % call.heads, batch = task / blocks / call.heads;
@@ -273,8 +266,8 @@ inline int64_t forward_by_blocks(const ZetaCall &call, Unseen &unseen,
             forward_block(block, scores, packed_head(batch * call.key_heads + head / group), first,
                           queries);
         }
-    });
-    return answer;
+    };
+    return run_with_scratch(block_count.bytes(), num_tasks, call.num_threads, work);
 }
 
 template <class Operands>

@@ -76,6 +76,23 @@ class Scratch {
     char *data_;
 };
 
+// Runs `body(pieces, tasks)` once on each thread, as run_on_threads, with so many bytes of its own.
+template <class Body>
+inline int64_t run_with_scratch(int64_t bytes, int64_t num_tasks, int64_t num_threads,
+                                const Body &body) {
+    int64_t answer = ZETA_DONE;
+    run_on_threads(num_tasks, num_threads, [&](Tasks &tasks) {
+        const Scratch scratch(bytes);
+        if (!scratch.data()) {
+            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
+            return;
+        }
+        Pieces pieces(scratch.data());
+        body(pieces, tasks);
+    });
+    return answer;
+}
+
 // Memory of one call, shared by its threads.
 class Shared {
   public:

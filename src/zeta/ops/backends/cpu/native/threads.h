@@ -1,7 +1,4 @@
 // Tasks that threads take one after the other. No result may depend on who takes which.
-//
-// Include it inside the namespace of an instruction set: a function compiled for one set must never
-// stand in for the same function of another.
 
 // Numbers 0 .. count - 1, each handed out once.
 class Tasks {

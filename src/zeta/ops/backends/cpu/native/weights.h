@@ -190,9 +190,7 @@ inline void weigh_block(WeightsBlock<Operands> &block, const WeightsPlan &plan,
         float *from = block.scores + row * plan.stride;
         const float highest = block.maxima[row];
         const float total = exponentials_of_row(block, call, from, highest);
-        if (call.lse_BHT)
-            call.lse_BHT[first_row + row] =
-                total == 0 ? -INFINITY : static_cast<float>(highest + log(total * 1.0));
+        if (call.lse_BHT) call.lse_BHT[first_row + row] = log_sum_exp(highest, total);
         const float factor = factors[row] = total == 0 ? 0 : 1 / total;
         float *means = block.means + row * plan.stride;
         T *to = static_cast<T *>(call.weights) + (first_row + row) * call.source;
@@ -249,21 +247,14 @@ inline int64_t weights_in(const ZetaCall &call, Unseen &unseen) {
     const bool is_small = call.batch * call.heads * call.target * call.source < ALONE_SCORES;
     const int64_t num_threads = is_small ? 1 : call.num_threads;
     packed.pack(call, unseen, plan, num_threads);
-    int64_t answer = ZETA_DONE;
     const int64_t planes = call.batch * (call.mean_weights ? 1 : call.heads);
-    run_on_threads(planes * plan.blocks, num_threads, [&](Tasks &tasks) {
-        Scratch scratch(count.bytes());
-        if (!scratch.data()) {
-            __atomic_store_n(&answer, ZETA_NO_MEMORY, __ATOMIC_RELAXED);
-            return;
-        }
+    const auto work = [&](Pieces &pieces, Tasks &tasks) {
         [[maybe_unused]] const typename Operands::Session session;
-        Pieces pieces(scratch.data());
         auto block = WeightsBlock<Operands>::plan(pieces, call, plan);
         for (int64_t task; (task = tasks.take()) >= 0;)
             weights_task<T>(call, unseen, plan, block, packed, offsets, task);
-    });
-    return answer;
+    };
+    return run_with_scratch(count.bytes(), planes * plan.blocks, num_threads, work);
 }
 
 // T is the dtype of the call.
