@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from tests.nn.doubled_layers import DOUBLED
 from zeta.nn import MultiheadAttention, MultiwayNetwork, projections
 from zeta.nn.projections import HALVES, MIN_ROWS, called, project_heads
 
@@ -109,28 +110,11 @@ def test_other_machines_have_theirs_and_x86_needs_onednn(
     assert [dtype in found for dtype in HALVES] == [expected, expected]
 
 
-def _spoilt_by_a_hook(layer: nn.Linear) -> None:
-    layer.register_forward_hook(lambda module, args, out: 2 * out)
-
-
-def _spoilt_by_a_method(layer: nn.Linear) -> None:
-    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)  # type: ignore[method-assign]
-
-
-class _Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def _spoilt_by_a_class(layer: nn.Linear) -> None:
-    layer.__class__ = _Doubled
-
-
-@pytest.mark.parametrize("spoil", [_spoilt_by_a_hook, _spoilt_by_a_method, _spoilt_by_a_class])
-def test_layers_that_do_more_are_called(spoil: Callable[[nn.Linear], None]) -> None:
+@pytest.mark.parametrize("way", DOUBLED)
+def test_layers_that_do_more_are_called(way: str) -> None:
     layer, x = nn.Linear(8, 8).bfloat16(), torch.randn(1, MIN_ROWS, 8).bfloat16()
     expected = 2 * called(layer, x)
-    spoil(layer)
+    DOUBLED[way](layer)
     torch.testing.assert_close(called(layer, x), expected)
     assert products(lambda: called(layer, x)) == [torch.bfloat16]
 

@@ -1,6 +1,5 @@
 """Linear layers of a few rows: the native pass against float64, and when it is left to torch."""
 
-import copy
 import pickle
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zeta
+from tests.nn.doubled_layers import DOUBLED
 from tests.ops.cpu.layers import PROJECTIONS, Projection
 from zeta.nn import MultiheadAttention
 from zeta.nn.projections import project as project_module
@@ -220,50 +220,27 @@ def test_whatever_watches_torch_sees_it_compute() -> None:
     assert heads() is None
 
 
-class _Doubled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
+@torch.no_grad()
+@pytest.mark.parametrize("way", DOUBLED)
+def test_modules_that_do_more_than_multiply_are_called(way: str) -> None:
+    """A step of an attention whose projection is another module, or hooked into, or replaced."""
+    x = torch.randn(1, 1, 16)
+    module = MultiheadAttention(None, 16, 2, self_attention=True, need_weights=False).eval()
+    expected = 2 * module(x, x, x)[0]
+    DOUBLED[way](module.out_proj)
+    torch.testing.assert_close(module(x, x, x)[0], expected)
 
 
 @torch.no_grad()
-def test_modules_that_do_more_than_multiply_are_called() -> None:
-    """A step of an attention whose projection is another module, or hooked into, or replaced."""
+def test_hooks_on_all_modules_are_called() -> None:
     x = torch.randn(1, 1, 16)
-    plain = MultiheadAttention(None, 16, 2, self_attention=True, need_weights=False).eval()
-    expected = plain(x, x, x)[0]
-
-    def doubles(spoil: Callable[[nn.Linear], object]) -> None:
-        module = copy.deepcopy(plain)
-        before = module.out_proj
-        spoil(before)
-        torch.testing.assert_close(module(x, x, x)[0], 2 * expected)
-
-    doubles(lambda layer: layer.register_forward_hook(lambda module, args, out: 2 * out))
-    doubles(
-        lambda layer: setattr(layer, "forward", lambda x: 2 * F.linear(x, layer.weight, layer.bias))
-    )
-    doubles(lambda layer: setattr(layer, "__class__", _Doubled))
-
-    def halve_input(layer: nn.Linear) -> None:
-        layer.bias.mul_(2)
-        layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
-
-    doubles(halve_input)
-
-    def parametrize(layer: nn.Linear) -> None:
-        class Twice(nn.Module):
-            def forward(self, weight: Tensor) -> Tensor:
-                return 2 * weight
-
-        layer.bias.mul_(2)
-        nn.utils.parametrize.register_parametrization(layer, "weight", Twice())
-
-    doubles(parametrize)
+    module = MultiheadAttention(None, 16, 2, self_attention=True, need_weights=False).eval()
+    expected = 2 * module(x, x, x)[0]
     handle = nn.modules.module.register_module_forward_hook(
-        lambda module, args, out: 2 * out if module is plain.out_proj else None
+        lambda of, args, out: 2 * out if of is module.out_proj else None
     )
     try:
-        torch.testing.assert_close(plain(x, x, x)[0], 2 * expected)
+        torch.testing.assert_close(module(x, x, x)[0], expected)
     finally:
         handle.remove()
 
