@@ -85,9 +85,9 @@ def test_nothing_fake_is_kept() -> None:
 
 def test_many_positions_are_not_kept() -> None:
     tables.kept_rotation_tables.cache_clear()
-    x = torch.randn(1, 1, tables.FEW + 1, 16)
+    x = torch.randn(1, 1, tables.MAX_KEPT + 1, 16)
     RotaryEmbedding(16).pair(x, x, 0)
-    RotaryEmbedding(16).pair(x, x, torch.arange(tables.FEW + 1))
+    RotaryEmbedding(16).pair(x, x, torch.arange(tables.MAX_KEPT + 1))
     assert tables.kept_rotation_tables.cache_info().currsize == 0
     RotaryEmbedding(16).pair(x[:, :, :-1], x[:, :, :-1], 0)
     assert tables.kept_rotation_tables.cache_info().currsize == 1

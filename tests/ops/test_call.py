@@ -11,6 +11,7 @@ import zeta
 from zeta import biases, masks
 from zeta.ops import backends, offsets
 from zeta.ops.backends import cpu
+from zeta.ops.backends.triton import configs
 from zeta.ops.call import AttentionCall
 
 
@@ -345,3 +346,4 @@ def test_a_few_grouped_queries_on_a_gpu_s_long_cache_go_to_triton_first() -> Non
     assert first(target=33, heads=16, source=8192) == "sdpa"
     assert first(target=1, heads=16, source=1023) == "sdpa"
     assert first(target=1, heads=4, source=8192) == "sdpa"
+    assert backends.MAX_PACKED == configs.SPLIT_ROWS

@@ -14,7 +14,7 @@ from torch.autograd.graph import increment_version
 
 from zeta.transforms import is_transforming
 
-_LEAST_ROOM = 64
+_MIN_ROOM = 64
 _TAIL = "_zeta_tail"
 
 
@@ -109,7 +109,7 @@ def _is_followed(*tensors: Tensor | None) -> bool:
 def _with_room(like: Tensor, length: int, batch: int | None = None) -> tuple[Tensor, _Tail]:
     """A new buffer with room for more than ``length`` tokens: the alias that is shown, and its
     tail."""
-    room = max(_LEAST_ROOM, 1 << length.bit_length())
+    room = max(_MIN_ROOM, 1 << length.bit_length())
     # Nothing could be written to a tensor of inference mode outside of it.
     with torch.inference_mode(False):
         shape = (batch or like.shape[0], like.shape[1], room, *like.shape[3:])

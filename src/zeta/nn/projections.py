@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
-from zeta.ops.projection import FEW, Layer, project_few, project_few_heads
+from zeta.ops.projection import MAX_ROWS, Layer, project_few, project_few_heads
 from zeta.standin import PLAIN
 from zeta.transforms import constant_in_graphs
 
@@ -119,7 +119,7 @@ def _few_layers(x: Tensor, modules: Sequence[nn.Module]) -> list[Layer] | None:
     if torch.compiler.is_compiling():
         if has_gradients or not _may_be_few(x):
             return None
-    elif x.shape[0] * x.shape[1] > FEW:
+    elif x.shape[0] * x.shape[1] > MAX_ROWS:
         return None
     if has_gradients:
         # As soon as possible: in training every call comes here in vain.
@@ -150,8 +150,8 @@ def _may_be_few(x: Tensor) -> bool:
 
     batch, length, _ = x.shape
     if statically_known_true(length == 1):
-        return not statically_known_true(batch > FEW)
-    return bool(statically_known_true(batch * length <= FEW))
+        return not statically_known_true(batch > MAX_ROWS)
+    return bool(statically_known_true(batch * length <= MAX_ROWS))
 
 
 def _plain_linear(module: nn.Module) -> Layer | None:

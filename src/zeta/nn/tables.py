@@ -97,7 +97,7 @@ def position_tensor(positions: Positions, length: int, device: torch.device) -> 
     return torch.arange(positions, positions + length, device=device)
 
 
-FEW = 64
+MAX_KEPT = 64
 """Positions of a decoding step whose tables are kept: the next layer has the same."""
 
 Number: TypeAlias = int | tuple[torch.Size, tuple[int, ...]] | None
@@ -107,13 +107,13 @@ Number: TypeAlias = int | tuple[torch.Size, tuple[int, ...]] | None
 def few_positions(x: Tensor, *positions: Positions | None) -> tuple[int | Number, ...] | None:
     """The length of ``x``, and the positions of its few tokens, to be looked up by; None where they
     are many, or nothing may be kept."""
-    if not can_keep(x.device) or x.shape[-2] > FEW:
+    if not can_keep(x.device) or x.shape[-2] > MAX_KEPT:
         return None
     found: list[int | Number] = [x.shape[-2]]
     for number in positions:
         if not isinstance(number, Tensor):
             found.append(number)
-        elif type(number) is Tensor and number.dtype == torch.int64 and number.numel() <= FEW:
+        elif type(number) is Tensor and number.dtype == torch.int64 and number.numel() <= MAX_KEPT:
             found.append((number.shape, tuple(number.flatten().tolist())))
         else:
             return None

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from zeta.transforms import is_closed_to_operators, is_watched
 
-FEW = 64
-"""Rows up to which asking is worth it."""
+MAX_ROWS = 64
+"""Rows up to which asking is worth it: no backend takes more."""
 
 Layer = tuple[Tensor, Tensor | None]
 """Weight ``(features, width)`` and bias ``(features,)``."""

@@ -13,6 +13,7 @@ import torch
 
 import zeta
 from zeta import biases, masks
+from zeta.ops import projection as ops_projection
 from zeta.ops.backends import cpu
 from zeta.ops.backends.cpu import layout, library, passes, projection
 from zeta.ops.call import AttentionCall
@@ -69,13 +70,14 @@ def test_the_numbers_are_those_of_the_headers() -> None:
         "ZETA_MOST_FEATURES": cpu.MAX_HEAD_DIM,
         "ZETA_STEP_ROWS": passes.STEP_ROWS,
         "ZETA_STEP_ROWS_BESIDE_TILES": passes.STEP_ROWS_BESIDE_TILES,
-        "ZETA_MOST_ROWS": projection.MOST_ROWS,
+        "ZETA_MOST_ROWS": projection.MAX_ROWS,
         "ZETA_DONE": library.DONE,
         "ZETA_NO_MEMORY": library.NO_MEMORY,
         "ZETA_NOT_PLAIN": library.NOT_PLAIN,
     }
     declared = {name: re.findall(rf"\b{name} = (\d+)", text) for name in numbers}
     assert declared == {name: [str(number)] for name, number in numbers.items()}
+    assert ops_projection.MAX_ROWS == projection.MAX_ROWS
 
 
 def test_a_part_is_written_where_it_belongs() -> None:

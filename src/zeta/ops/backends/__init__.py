@@ -25,7 +25,7 @@ ORDER_OF_PROGRAMS = (*_OF_TORCH, *(name for name in ORDER_ON_CPU if name not in 
 _LAST = "chunked"
 """What reads a cache's own form and stands after it in an order is not made for that device."""
 
-MOST_PACKED = 128
+MAX_PACKED = 128
 """Queries of a group of heads that read their key head together, in one tile of a kernel."""
 LONG_CACHE = 1024
 """Keys from which reading each of them once is what matters."""
@@ -79,7 +79,7 @@ def order(call: AttentionCall) -> tuple[str, ...]:
     if call.query.is_cpu:
         return ORDER_ON_CPU
     packed = call.target * (call.heads // call.key_heads)
-    if call.key_heads < call.heads and packed <= MOST_PACKED and call.source >= LONG_CACHE:
+    if call.key_heads < call.heads and packed <= MAX_PACKED and call.source >= LONG_CACHE:
         return ORDER_OF_GROUPS
     return ORDER
 

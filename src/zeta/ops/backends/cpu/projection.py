@@ -13,9 +13,9 @@ from torch import Tensor
 from zeta.ops.backends.cpu import library
 from zeta.transforms import constant_in_graphs
 
-MOST_ROWS = 64
+MAX_ROWS = 64
 """As in ``native/table.h``; of float32 and float16, where torch is slower even so."""
-MOST_BFLOAT16 = 1 << 15
+MAX_BFLOAT16 = 1 << 15
 """Rows times width; and always `FEW_ROWS`."""
 FEW_ROWS = 16
 FEW_ROWS_BESIDE_TILES = 4
@@ -73,8 +73,8 @@ def most_rows(dtype: torch.dtype, width: int) -> int:
     if dtype != torch.float32 and _has_tiles():
         return FEW_ROWS_BESIDE_TILES
     if dtype == torch.bfloat16:
-        return max(FEW_ROWS, MOST_BFLOAT16 // width)
-    return MOST_ROWS
+        return max(FEW_ROWS, MAX_BFLOAT16 // width)
+    return MAX_ROWS
 
 
 @constant_in_graphs

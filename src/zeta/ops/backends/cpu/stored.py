@@ -25,7 +25,7 @@ _PAGES = Part("page_table", "pages_per_row")
 _FACTORS = Part("key_factor", "factor_head")
 _OUT = Part("out", "lse")
 
-MOST_QUERIES = 16
+MAX_QUERIES = 16
 """Of a key head. Of more it was not measured."""
 
 
@@ -34,7 +34,7 @@ def unreadable(call: AttentionCall) -> list[str]:
     store = store_of(call)
     if store is None:
         return [NO_STORE]
-    reasons = cpu.unsupported(call) + reasons_of_tensors(call, store, MOST_QUERIES)
+    reasons = cpu.unsupported(call) + reasons_of_tensors(call, store, MAX_QUERIES)
     if isinstance(store, Codes) and (
         store.key_steps.stride() != store.value_steps.stride() or store.key_steps.stride(2) != 1
     ):

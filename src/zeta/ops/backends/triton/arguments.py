@@ -39,7 +39,7 @@ read as a vector, in a tile where few elements are next to each other, it takes 
 HASH_BLOCK = 1024
 FARTHEST_ROW = 1 << 24
 """Elements from a row to the next at most: inside of a tile kernels count them in 32 bits."""
-LEAST_SCALE = 2.0**-60
+MIN_SCALE = 2.0**-60
 """Products begin with an offset bias over the scale, which is not to overflow."""
 
 
@@ -165,7 +165,7 @@ def _offsets(offsets: Tensor | None) -> Offsets | None:
 def can_begin(score: Score) -> bool:
     """Whether products can begin with the offset bias, if there is one."""
     capped_before = score.softcap is not None and score.softcap.first.value
-    return score.offsets is None or (abs(score.slope) >= LEAST_SCALE and not capped_before)
+    return score.offsets is None or (abs(score.slope) >= MIN_SCALE and not capped_before)
 
 
 def begun(score: Score) -> Score:
