@@ -43,16 +43,21 @@ def is_closed_to_operators() -> bool:
     return is_exporting() or torch._C._are_functorch_transforms_active() or is_forward_mode()
 
 
-def is_transforming() -> bool:
-    """Inside any transform of ``torch.func``, forward-mode differentiation, ``torch.jit.trace``."""
+def is_traced() -> bool:
+    """While a compiler traces, or inside any transform of ``torch.func``, forward-mode
+    differentiation or ``torch.jit.trace``.
+    """
+    # `is_forward_mode`, written out, here and below: short calls ask.
     return (
-        torch._C._are_functorch_transforms_active() or is_forward_mode() or torch._C._is_tracing()
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
     )
 
 
 def is_watched() -> bool:
     """Whether a transform or one of torch's dispatch modes must see each operator."""
-    # `is_transforming`, written out: short calls ask.
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from zeta.transforms import is_transforming
+from zeta.transforms import is_traced
 
 _MIN_ROOM = 64
 _TAIL = "_zeta_tail"
@@ -99,7 +99,7 @@ def nbytes(tensor: Tensor) -> int:
 
 def _is_followed(*tensors: Tensor | None) -> bool:
     """Whether something follows what becomes of them, and must find no writing into a buffer."""
-    if torch.compiler.is_compiling() or is_transforming():
+    if is_traced():
         return True
     return torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in tensors

@@ -20,7 +20,7 @@ from zeta.ops.deferred import Compute
 from zeta.ops.dropout import keep_mask
 from zeta.ops.parts import Indivisible, heads_of
 from zeta.ops.weights import lazy_weights
-from zeta.transforms import is_transforming
+from zeta.transforms import is_traced
 from zeta.values import check_device
 
 
@@ -128,7 +128,7 @@ def _is_readable(tensor: Tensor) -> bool:
     """Whether its numbers are there, and reading them neither waits nor binds what is traced."""
     # Of the subclasses some hold no numbers, as a FakeTensor.
     plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.requires_grad
-    return plain and not torch.compiler.is_compiling() and not is_transforming()
+    return plain and not is_traced()
 
 
 def _over_heads(attn_mask: Tensor, sizes: Sizes) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from zeta.ops.call import AttentionCall
 from zeta.ops.parts import Indivisible, heads_of
 from zeta.ops.versions import versions_of, written_to
-from zeta.transforms import is_transforming
+from zeta.transforms import is_traced
 
 
 def without_sinks(call: AttentionCall) -> AttentionCall:
@@ -104,7 +104,7 @@ def mean_over_heads(call: AttentionCall, columns: int, of_head: Callable[[int], 
     shape = (call.batch, call.target, columns)
     total_BTS = call.query.new_zeros(shape, dtype=call.wide_dtype)
     # Made again for the gradient, which would otherwise keep those of all heads.
-    again = torch.is_grad_enabled() and not _is_traced()
+    again = torch.is_grad_enabled() and not is_traced()
     unchanged = _unless_written_to(call.tensors(), wide) if again else wide
     for head in range(call.heads):
         if again:
@@ -130,7 +130,3 @@ def _unless_written_to(
         return function(head)
 
     return checked
-
-
-def _is_traced() -> bool:
-    return torch.compiler.is_compiling() or is_transforming()

@@ -16,7 +16,7 @@ from zeta.ops.call import AttentionCall
 from zeta.ops.deferred import Compute, Deferred, arrange
 from zeta.ops.parts import Indivisible, Part, heads_of, rows_of
 from zeta.standin import StandIn
-from zeta.transforms import is_transforming
+from zeta.transforms import is_traced
 
 Index = int | slice | Sequence[int] | Tensor
 """Which rows or heads: as in ``tensor[index]``, at most one-dimensional."""
@@ -45,7 +45,7 @@ def lazy_weights(
         ``(B, H, T, S)`` or ``(H, B, T, S)``, or ``(B, T, S)`` for ``"mean_weights"``, in the
         query's dtype.
     """
-    if torch.compiler.is_compiling() or is_transforming():
+    if is_traced():
         return arrange(compute(call), heads_first=heads_first, batched=batched)
     keep = torch.is_grad_enabled()
     deferred = Deferred(call, compute, heads_first=heads_first, batched=batched, keep=keep)

@@ -45,7 +45,7 @@ class Projection:
         """The outputs by their number, of layers one by one; those of all together are the same."""
         width = math.gcd(*self.features)
         # Beside tiles too, where torch is left more of them.
-        with mock.patch.object(projection, "FEW_ROWS_BESIDE_TILES", projection.MOST_ROWS):
+        with mock.patch.object(projection, "FEW_ROWS_BESIDE_TILES", projection.MAX_ROWS):
             singly = [projection.project(x, layer) for layer in layers]
             together = projection.project_heads(x, layers, width)
         assert together is not None

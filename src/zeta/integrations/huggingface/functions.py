@@ -22,7 +22,7 @@ from zeta.nn.masking import seen_mask
 from zeta.ops.attention import run, run_weights
 from zeta.ops.call import AttentionCall
 from zeta.ops.weights import lazy_weights
-from zeta.transforms import is_transforming
+from zeta.transforms import is_traced
 
 INEXPRESSIBLE = {
     "cache": "a paged cache of continuous batching",
@@ -83,7 +83,7 @@ def mask(
         device=device,
         **kwargs,
     )
-    if numbers or torch.compiler.is_compiling() or is_transforming():
+    if numbers or is_traced():
         made: Tensor | None = dense()
         return made
     dense = functools.partial(dense, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
