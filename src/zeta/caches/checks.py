@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zeta import values
 from zeta.transforms import is_forward_mode
+from zeta.values import check_integer, check_tensor
 
 KIND = "kind"
 """The key of a state dict that names the class of the cache."""
@@ -33,7 +33,7 @@ def reorder_index(index: Tensor, batch: int, device: torch.device) -> Tensor:
         TypeError: It is no tensor.
         ValueError: It is not ``(batch,)`` integers in ``[0, batch)``.
     """
-    values.check_tensor("index", index)
+    check_tensor("index", index)
     if index.shape != (batch,):
         raise ValueError(
             f"index must have shape ({batch},), one a sequence; got {tuple(index.shape)}"
@@ -48,7 +48,7 @@ def select_index(rows: Tensor, batch: int, device: torch.device) -> Tensor:
         TypeError: It is no tensor.
         ValueError: It is empty, of another shape or out of range.
     """
-    values.check_tensor("rows", rows)
+    check_tensor("rows", rows)
     if rows.dtype == torch.bool:
         if rows.shape != (batch,):
             raise ValueError(f"bool rows must have shape ({batch},); got {tuple(rows.shape)}")
@@ -76,7 +76,7 @@ def check_crop(length: int, present: int) -> None:
         TypeError: ``length`` is no integer.
         ValueError: They cannot.
     """
-    values.check_integer("length", length)
+    check_integer("length", length)
     if not 0 <= length <= present:
         raise ValueError(f"length must be in [0, {present}], the tokens in the cache; got {length}")
 
@@ -97,8 +97,8 @@ def check_state(state: dict[str, Any], kind: str, names: set[str]) -> None:
         raise ValueError(f"state must have the keys {sorted(names | {KIND})}; got {sorted(state)}")
 
 
-def check_tensor(name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of a state dict.
+def state_tensor(name: str, tensor: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of a state dict, checked.
 
     Args:
         name: Its key, for the message.

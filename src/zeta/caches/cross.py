@@ -14,7 +14,7 @@ from zeta.caches.dictionary import KEY, PADDING, QUERIES, ROTATED, STATIC, VALUE
 from zeta.caches.forks import Forks
 from zeta.caches.interface import Cached
 from zeta.caches.padding import check_padding, extend_padding, kept_padding
-from zeta.values import check_integer, check_tensor
+from zeta.values import check_integer
 
 
 class CrossCache:
@@ -34,18 +34,11 @@ class CrossCache:
     def __init__(self, state: MutableMapping[str, Any] | None = None) -> None:
         self._state: MutableMapping[str, Any] = {} if state is None else state
         check_dict(self._state)
-        if (KEY in self._state) != (VALUE in self._state):
-            raise ValueError(
-                f"incremental_state must hold both of {KEY!r} and {VALUE!r}, or neither"
-            )
         if ROTATED in self._state:
             raise ValueError(
                 "incremental_state holds the keys of a self-attention; "
                 "give each attention its own dict"
             )
-        for name in (KEY, VALUE):
-            if name in self._state:
-                check_tensor(f"incremental_state[{name!r}]", self._state[name])
         self._forks: Forks[dict[str, Any]] = Forks()
         self._before: dict[str, Any] | None = None
 

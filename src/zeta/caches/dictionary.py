@@ -54,13 +54,6 @@ class DictCache:
                 "incremental_state holds the keys of a cross-attention; "
                 "give each attention its own dict"
             )
-        if (KEY in state) != (VALUE in state):
-            raise ValueError(
-                f"incremental_state must hold both of {KEY!r} and {VALUE!r}, or neither"
-            )
-        for name in (KEY, VALUE):
-            if name in state:
-                check_tensor(f"incremental_state[{name!r}]", state[name])
         if rotate is None and ROTATED in state:
             raise ValueError("incremental_state holds rotated keys, of an attention with positions")
         self._state = state
@@ -130,9 +123,19 @@ class DictCache:
 
 
 def check_dict(state: object) -> None:
-    """Raise TypeError unless ``state`` is a dict, or like one."""
+    """Raise unless ``state`` is a dict, or like one, with keys and values that are tensors, or neither.
+
+    Raises:
+        TypeError: It is no dict, or they are no tensors.
+        ValueError: It has one of the two.
+    """
     if not isinstance(state, MutableMapping):
         raise TypeError(f"state must be a dict; got {type(state).__name__}")
+    if (KEY in state) != (VALUE in state):
+        raise ValueError(f"incremental_state must hold both of {KEY!r} and {VALUE!r}, or neither")
+    for name in (KEY, VALUE):
+        if name in state:
+            check_tensor(f"incremental_state[{name!r}]", state[name])
 
 
 def check_fits(name: str, before: Tensor, new: Tensor) -> None:

@@ -225,12 +225,12 @@ class GrowingCache(abc.ABC):
         length, parts = -1, []
         for name, (size, dtype) in zip(self._part_names, self._part_forms(form), strict=True):
             shape = (form.batch, form.heads, length, size)
-            part = checks.check_tensor(name, state[name], shape, dtype)
+            part = checks.state_tensor(name, state[name], shape, dtype)
             length = part.shape[2]
             parts.append(growth.append(None, part))
         padding = state["padding"]
         if padding is not None:
-            padding = checks.check_tensor("padding", padding, (form.batch, length), padding.dtype)
+            padding = checks.state_tensor("padding", padding, (form.batch, length), padding.dtype)
             padding = padding.clone()
         origin = origin_of(state, form.batch)
         return _State(form, tuple(parts), padding, None if origin is None else origin.clone())

@@ -48,12 +48,12 @@ def tokens_of(state: dict[str, Any]) -> Tokens | None:
     if state["form"] is None:
         return None
     batch, heads, head_dim, value_dim, dtype = state["form"]
-    key = checks.check_tensor("key", state["key"], (batch, heads, -1, head_dim), dtype)
+    key = checks.state_tensor("key", state["key"], (batch, heads, -1, head_dim), dtype)
     length = key.shape[2]
-    value = checks.check_tensor("value", state["value"], (batch, heads, length, value_dim), dtype)
+    value = checks.state_tensor("value", state["value"], (batch, heads, length, value_dim), dtype)
     padding = state["padding"]
     if padding is not None:
-        padding = checks.check_tensor("padding", padding, (batch, length), padding.dtype)
+        padding = checks.state_tensor("padding", padding, (batch, length), padding.dtype)
     form = Form(batch, heads, head_dim, value_dim, dtype, key.device)
     return Tokens(form, key, value, padding, origin_of(state, batch))
 
@@ -65,4 +65,4 @@ def origin_of(state: dict[str, Any], batch: int) -> Tensor | None:
         ValueError: It has the wrong shape or dtype.
     """
     origin = state["origin"]
-    return None if origin is None else checks.check_tensor("origin", origin, (batch,), torch.int64)
+    return None if origin is None else checks.state_tensor("origin", origin, (batch,), torch.int64)
