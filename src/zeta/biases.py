@@ -27,6 +27,7 @@ from zeta.values import (
     kind,
     python_integer,
     python_number,
+    wide_dtype,
 )
 
 
@@ -222,7 +223,7 @@ class Alibi(OffsetBias):
         return scores - (distance * slopes_H11).to(scores.dtype)
 
     def at(self, offset: Tensor) -> Tensor:
-        wide = torch.promote_types(self.slopes.dtype, torch.float32)
+        wide = wide_dtype(self.slopes.dtype)
         return -offset.abs().unsqueeze(-1).to(wide) * self.slopes.to(wide)
 
 

@@ -301,3 +301,8 @@ def as_scores(name: str, tensor: Tensor) -> Tensor:
     if tensor.dim() > 4:
         raise ValueError(f"{name} must have at most 4 dimensions; got shape {tuple(tensor.shape)}")
     return tensor[(None,) * (4 - tensor.dim())] if tensor.dim() < 4 else tensor
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which numbers of this dtype are summed and normalised: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

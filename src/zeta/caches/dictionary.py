@@ -123,10 +123,10 @@ class DictCache:
 
 
 def check_dict(state: object) -> None:
-    """Raise unless ``state`` is a dict, or like one, with keys and values that are tensors, or neither.
+    """Raise unless ``state`` is a dict, or like one, that holds keys and values, or neither.
 
     Raises:
-        TypeError: It is no dict, or they are no tensors.
+        TypeError: It is no dict, or keys or values are no tensors.
         ValueError: It has one of the two.
     """
     if not isinstance(state, MutableMapping):

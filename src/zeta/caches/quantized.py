@@ -12,7 +12,7 @@ from zeta.caches import checks
 from zeta.caches.form import Form
 from zeta.caches.growing import GrowingCache
 from zeta.stored import Codes, StoredTensor, can_defer
-from zeta.values import check_integer
+from zeta.values import check_integer, wide_dtype
 
 
 class QuantizedCache(GrowingCache):
@@ -64,7 +64,7 @@ class QuantizedCache(GrowingCache):
         return key, value
 
     def _part_forms(self, form: Form) -> tuple[tuple[int, torch.dtype], ...]:
-        wide = _wide(form.dtype)
+        wide = wide_dtype(form.dtype)
         forms: list[tuple[int, torch.dtype]] = []
         for size in (form.head_dim, form.value_dim):
             forms += [(_num_bytes(size, self.bits) + wide.itemsize, torch.int8), (1, wide)]
@@ -86,7 +86,7 @@ def quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         infinity makes the whole last dimension NaN.
     """
     levels = 2**bits - 1
-    wide = x.to(_wide(x.dtype))
+    wide = x.to(wide_dtype(x.dtype))
     finfo = torch.finfo(wide.dtype)
     least, greatest = wide.aminmax(dim=-1, keepdim=True)
     # No finer than the dtype, so that every multiple of the step is an integer that it can hold.
@@ -130,10 +130,6 @@ def _digits(numbers: Tensor) -> Tensor:
     half = int.from_bytes(b"\x80" * (numbers.itemsize - 1), "little")
     # The bytes of a number have 0 to 255, but for the last; 128 more, and less again, moves them.
     return (numbers.to(kind) + half ^ half).view(torch.int8)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _num_bytes(size: int, bits: int) -> int:

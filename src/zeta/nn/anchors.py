@@ -298,7 +298,7 @@ def _times_two_to(x: Tensor, exponent: Tensor) -> Tensor:
 def _powers_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """``(..., D)``, one for each of a pair, for exponents ``(..., D / 2)``."""
     # Of float16 the powers themselves could be out of range.
-    wide = torch.promote_types(dtype, torch.float32) if dtype == torch.float16 else dtype
+    wide = torch.float32 if dtype == torch.float16 else dtype
     return exponent.exp2().to(wide).repeat_interleave(2, dim=-1)
 
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from zeta.values import wide_dtype
+
 QueryKeyNorm: TypeAlias = Literal["rms", "l2"]
 
 
@@ -22,7 +24,7 @@ class UnitNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., D)`` to unit length along the last dimension, in the dtype of ``x``."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = x.to(wide_dtype(x.dtype))
         return F.normalize(wide, dim=-1, eps=self.eps).to(x.dtype)
 
 

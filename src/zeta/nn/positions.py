@@ -35,6 +35,7 @@ from zeta.values import (
     check_positions_shape,
     check_size,
     check_tensor,
+    wide_dtype,
 )
 
 
@@ -144,7 +145,7 @@ class RotaryEmbedding(Rotation):
         return rotate_one(x, self._tables(x, positions), interleaved=self.interleaved)
 
     def _tables(self, x: Tensor, positions: Positions) -> Table:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = wide_dtype(x.dtype)
         form = self.rotary_dim, self.base, self.scaling, dtype
         few = few_positions(x, positions)
         if few is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from zeta.nn.scalings import Scaling
 from zeta.ops.rotation import Table
 from zeta.positions import angle_tables, can_keep, rotary_tables, xpos_rates
+from zeta.values import wide_dtype
 
 Positions: TypeAlias = int | Tensor
 """Position of the first of consecutive tokens, or of each: ``(L,)`` or ``(1 or B, L)``."""
@@ -62,7 +63,7 @@ def decaying_tables(
     origin: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines, sines, and the binary logarithm of the scale of queries, in float64."""
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = wide_dtype(dtype)
     # float32 angles: those that models with xPos were trained with.
     cos, sin = rotary_tables(position_L, head_dim, dtype=wide, angle_dtype=torch.float32)
     counted = position_L if origin is None else position_L - origin[:, None, None]

@@ -27,6 +27,7 @@ from zeta.values import (
     check_tensor,
     kind,
     python_number,
+    wide_dtype,
 )
 
 Result = Literal["output", "lse", "weights", "mean_weights"]
@@ -170,7 +171,7 @@ class AttentionCall:
     @property
     def wide_dtype(self) -> torch.dtype:
         """Of scores, softmax and sums: float32, or float64 for float64 inputs."""
-        return torch.promote_types(self.query.dtype, torch.float32)
+        return wide_dtype(self.query.dtype)
 
     def tile(
         self,

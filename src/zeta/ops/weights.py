@@ -17,6 +17,7 @@ from zeta.ops.deferred import Compute, Deferred, arrange
 from zeta.ops.parts import Indivisible, Part, heads_of, rows_of
 from zeta.standin import StandIn
 from zeta.transforms import is_traced
+from zeta.values import wide_dtype
 
 Index = int | slice | Sequence[int] | Tensor
 """Which rows or heads: as in ``tensor[index]``, at most one-dimensional."""
@@ -263,7 +264,7 @@ def _averaged(call: AttentionCall) -> AttentionCall:
 
 
 def _entropy(weights: Tensor) -> Tensor:
-    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    wide = weights.to(wide_dtype(weights.dtype))
     if not wide.requires_grad:
         terms: Tensor = torch.special.entr(wide)
         return terms.sum(-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from zeta.ops.backends.chunked import passes
 from zeta.ops.backends.chunked.backward import Incoming
 from zeta.ops.backends.chunked.description import Plan
+from zeta.values import wide_dtype
 
 _Context = Any
 """torch gives the contexts of operators no public type."""
@@ -38,7 +39,7 @@ def attention(
 
 @attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lse = query.new_empty(query.shape[:3], dtype=_wide(query))
+    lse = query.new_empty(query.shape[:3], dtype=wide_dtype(query.dtype))
     return query.new_empty(*query.shape[:3], value.shape[3]), lse, _pairs(query)
 
 
@@ -64,12 +65,8 @@ def _(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(shape), _pairs(query)
 
 
-def _wide(query: Tensor) -> torch.dtype:
-    return torch.promote_types(query.dtype, torch.float32)
-
-
 def _pairs(query: Tensor) -> Tensor:
-    return query.new_empty(*query.shape[:3], 2, dtype=_wide(query))
+    return query.new_empty(*query.shape[:3], 2, dtype=wide_dtype(query.dtype))
 
 
 @torch.library.custom_op("zeta::chunked_gradients", mutates_args=())
