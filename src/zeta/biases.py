@@ -22,7 +22,7 @@ from zeta.values import (
     check_flag,
     check_floating,
     check_integer,
-    check_number,
+    check_positive,
     check_scores_shape,
     kind,
     python_integer,
@@ -245,9 +245,7 @@ class Softcap(Bias):
     limit: float
 
     def __post_init__(self) -> None:
-        check_number("limit", self.limit)
-        if not 0 < self.limit < float("inf"):
-            raise ValueError(f"limit must be positive and finite; got {self.limit}")
+        check_positive("limit", self.limit)
         object.__setattr__(self, "limit", python_number(self.limit))
 
     def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:

@@ -6,9 +6,9 @@ Shape suffixes: B batch, H heads, T target length, S source length.
 import dataclasses
 import functools
 import json
-import math
 import numbers
 import operator
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Self
 
@@ -246,8 +246,18 @@ def python_number(value: float) -> float:
 
 
 def is_finite(value: float) -> bool:
-    """Not by `math.isfinite`, which a compiler cannot ask of a number that it does not know."""
-    return -math.inf < value < math.inf
+    """Whether a float can hold it: an integer may be too large.
+
+    Not by `math.isfinite`, which a compiler cannot ask of a number that it does not know.
+    """
+    return -sys.float_info.max <= value <= sys.float_info.max
+
+
+def check_probability(name: str, value: float) -> None:
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is in ``[0, 1)``."""
+    check_number(name, value)
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1); got {value}")
 
 
 def check_finite(name: str, value: float) -> None:
@@ -255,6 +265,13 @@ def check_finite(name: str, value: float) -> None:
     check_number(name, value)
     if not is_finite(value):
         raise ValueError(f"{name} must be finite; got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Raise TypeError unless ``value`` is a number, ValueError unless it is above 0 and finite."""
+    check_number(name, value)
+    if not (is_finite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite; got {value}")
 
 
 def check_size(name: str, size: int) -> None:

@@ -123,9 +123,17 @@ def test_constructor_refuses_another_type(options: dict[str, Any], message: str)
         (lambda: RotaryEmbedding(8, base="a"), TypeError, "base must be a number; got str"),
         (lambda: XPos("8"), TypeError, "head_dim must be an integer; got str"),
         (lambda: XPos(8, "512"), TypeError, "scale_base must be a number; got str"),
-        (lambda: XPos(8, 0), ValueError, "scale_base must be positive; got 0"),
-        (lambda: XPos(8, float("inf")), ValueError, "scale_base must be finite; got inf"),
-        (lambda: RotaryEmbedding(8, base=float("inf")), ValueError, "base must be finite; got inf"),
+        (lambda: XPos(8, 0), ValueError, "scale_base must be positive and finite; got 0"),
+        (
+            lambda: XPos(8, float("inf")),
+            ValueError,
+            "scale_base must be positive and finite; got inf",
+        ),
+        (
+            lambda: RotaryEmbedding(8, base=float("inf")),
+            ValueError,
+            "base must be positive and finite; got inf",
+        ),
     ],
 )
 def test_what_goes_into_a_call_refuses_at_once(

@@ -275,8 +275,8 @@ def yarn(**changes: Any) -> YarnScaling:
             lambda: yarn(attention_factor=0.0),
             "attention_factor must be positive and finite; got 0.0",
         ),
-        (lambda: RotaryEmbedding(8, base=0.0), "base must be positive; got 0.0"),
-        (lambda: RotaryEmbedding(8, base=-3.0), "base must be positive; got -3.0"),
+        (lambda: RotaryEmbedding(8, base=0.0), "base must be positive and finite; got 0.0"),
+        (lambda: RotaryEmbedding(8, base=-3.0), "base must be positive and finite; got -3.0"),
     ],
 )
 def test_a_wrong_number_is_refused(make: Any, message: str) -> None:

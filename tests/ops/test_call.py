@@ -60,6 +60,7 @@ def test_shapes_that_do_not_fit(shapes: dict[str, tuple[int, ...]], words: str) 
         ({"scale": "a"}, TypeError, "scale must be a number; got str"),
         ({"scale": float("nan")}, ValueError, "scale must be finite; got nan"),
         ({"scale": -float("inf")}, ValueError, "scale must be finite; got -inf"),
+        ({"scale": 10**400}, ValueError, "scale must be finite; got 1000"),
         ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be an integer; got float"),
         ({"dropout_p": 0.1, "seed": "a"}, TypeError, "seed must be an integer; got str"),
         (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zeta.generation.checks import check_int
 from zeta.generation.drawing import Uniforms, draw
-from zeta.values import check_number
+from zeta.values import check_number, check_positive
 
 
 class Choice(Protocol):
@@ -80,7 +80,7 @@ class Greedy:
         return 0
 
     def __post_init__(self) -> None:
-        _check_penalty(self.repetition_penalty)
+        check_positive("repetition_penalty", self.repetition_penalty)
 
     def start(self, prompt_BT: Tensor, real_BT: Tensor) -> Choosing:
         """See `Choice`."""
@@ -147,7 +147,7 @@ class Sampling:
         check_int("seed", self.seed)
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must be in [-2**63, 2**64); got {self.seed}")
-        _check_penalty(self.repetition_penalty)
+        check_positive("repetition_penalty", self.repetition_penalty)
 
     def start(self, prompt_BT: Tensor, real_BT: Tensor) -> Choosing:
         """See `Choice`."""
@@ -202,9 +202,3 @@ class _Penalty:
     def saw(self, token_R: Tensor, rows_R: Tensor) -> None:
         if self._seen_BV is not None:
             self._seen_BV[rows_R, token_R] = True
-
-
-def _check_penalty(penalty: float) -> None:
-    check_number("repetition_penalty", penalty)
-    if not 0 < penalty < math.inf:
-        raise ValueError(f"repetition_penalty must be positive and finite; got {penalty}")

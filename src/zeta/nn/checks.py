@@ -12,7 +12,7 @@ from zeta.values import (
     check_finite,
     check_flag,
     check_integer,
-    check_number,
+    check_probability,
     check_size,
     check_tensor,
 )
@@ -48,15 +48,13 @@ def check_numbers(dropout: float, scale: float | None) -> None:
     """Raise TypeError unless they are numbers, ValueError unless the first is a probability and the
     second finite.
     """
-    check_number("dropout", dropout)
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout must be in [0, 1); got {dropout}")
+    check_probability("dropout", dropout)
     if scale is not None:
         check_finite("scale", scale)
 
 
 def check_flags(**flags: object) -> None:
-    """As `check_flag`, of each."""
+    """`zeta.values.check_flag` of each."""
     for name, flag in flags.items():
         check_flag(name, flag)
 
@@ -106,10 +104,10 @@ def check_need_weights(need_weights: object) -> None:
 
 
 def check_options(need_weights: object, is_causal: object) -> None:
-    """As `check_need_weights` and `check_flags`: what a call may choose."""
+    """As `check_need_weights` and `zeta.values.check_flag`: what a call may choose."""
     check_need_weights(need_weights)
     if not isinstance(is_causal, bool):
-        check_flags(is_causal=is_causal)
+        check_flag("is_causal", is_causal)
 
 
 def check_position(

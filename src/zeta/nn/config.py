@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zeta.values import check_finite, check_flag
+from zeta.values import check_flag, check_positive
 
 # Values that are certainly no configuration, most often an argument in the wrong place.
 _NOT_A_CONFIGURATION = (str, bytes, int, float, complex, list, tuple, set, frozenset, Tensor)
@@ -52,10 +52,7 @@ class AttentionConfig:
         if self.multiway < 0:
             raise ValueError(f"args.multiway must not be negative; got {self.multiway}")
         for name in ("layernorm_eps", "xpos_scale_base"):
-            value = getattr(self, name)
-            check_finite(f"args.{name}", value)
-            if not value > 0:
-                raise ValueError(f"args.{name} must be positive; got {value}")
+            check_positive(f"args.{name}", getattr(self, name))
 
     @property
     def num_ways(self) -> int:

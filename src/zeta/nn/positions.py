@@ -28,11 +28,11 @@ from zeta.nn.tables import (
 from zeta.ops.rotation import Table, rotate_both, rotate_one
 from zeta.positions import xpos_rates, xpos_scale
 from zeta.values import (
-    check_finite,
     check_flag,
     check_floating,
     check_integer,
     check_positions_shape,
+    check_positive,
     check_size,
     check_tensor,
     wide_dtype,
@@ -98,9 +98,7 @@ class RotaryEmbedding(Rotation):
         _check_pairs("head_dim" if rotary_dim is None else "rotary_dim", self.rotary_dim)
         if self.rotary_dim > head_dim:
             raise ValueError(f"rotary_dim must be at most head_dim = {head_dim}; got {rotary_dim}")
-        check_finite("base", base)
-        if not base > 0.0:
-            raise ValueError(f"base must be positive; got {base}")
+        check_positive("base", base)
         if scaling is not None and not isinstance(scaling, Scaling):
             raise TypeError(
                 "scaling must be a LinearScaling, a Llama3Scaling or a YarnScaling; "
@@ -185,9 +183,7 @@ class XPos(Rotation):
     ) -> None:
         super().__init__()
         _check_pairs("head_dim", head_dim)
-        check_finite("scale_base", scale_base)
-        if not scale_base > 0.0:
-            raise ValueError(f"scale_base must be positive; got {scale_base}")
+        check_positive("scale_base", scale_base)
         self.head_dim = head_dim
         self.scale_base = scale_base
         self.register_buffer("scale", self._factors(device))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zeta.positions import rotary_frequencies
-from zeta.values import check_number
+from zeta.values import check_positive
 
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -187,10 +187,7 @@ def _divided(frequency_P: Tensor, factor: float, kept_P: Tensor) -> Tensor:
 
 def _check_positive(scaling: Scaling, *names: str) -> None:
     for name in names:
-        value = getattr(scaling, name)
-        check_number(name, value)
-        if not 0.0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite; got {value}")
+        check_positive(name, getattr(scaling, name))
 
 
 def _check_order(scaling: Scaling, low: str, high: str) -> None:

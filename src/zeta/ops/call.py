@@ -22,8 +22,8 @@ from zeta.values import (
     check_finite,
     check_floating,
     check_integer,
-    check_number,
     check_positions_shape,
+    check_probability,
     check_tensor,
     kind,
     python_number,
@@ -118,7 +118,9 @@ class AttentionCall:
             bias.check(batch, heads, target, source, query.device)
         if precision is not None:
             check_precision(precision)
-        _check_numbers(dropout_p, scale)
+        check_probability("dropout_p", dropout_p)
+        if scale is not None:
+            check_finite("scale", scale)
         if sinks is not None:
             _check_sinks(sinks, heads, query.device)
         return cls(
@@ -312,14 +314,6 @@ def _check_operands(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if 0 in q or 0 in v:
         raise ValueError(f"no dimension may be empty; got query {tuple(q)} and value {tuple(v)}")
-
-
-def _check_numbers(dropout_p: float, scale: float | None) -> None:
-    check_number("dropout_p", dropout_p)
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1); got {dropout_p}")
-    if scale is not None:
-        check_finite("scale", scale)
 
 
 def _check_sinks(sinks: Tensor, heads: int, device: torch.device) -> None:
