@@ -15,6 +15,7 @@ Examples::
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,9 @@ from zeta.ops.backends.cpu import library
 
 GROWTH = "growth"
 PEER_FACTOR = 8
-"""A peer must do the same work, not as exactly: TorchScale's tables of xPos are in bfloat16."""
+"""A peer must do the same work, not as exactly: TorchScale's tables of xPos are in bfloat16. Its
+output shows whether it does; the errors of its gradients are written down alone.
+"""
 ISAS = {"avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512 BF16", "amx": "AMX"}
 
 
@@ -126,10 +129,16 @@ def check(work: Work) -> dict[str, dict[str, float]]:
         for name, result in results.items():
             if name in expected:
                 error = errors[side][name] = relative_error(result, expected[name])
-                bound = work.bound * (1 if side == "ours" else PEER_FACTOR)
+                bound = _bound(work, side, name)
                 if not error <= bound:  # NaN too
                     raise AssertionError(f"{side}, {name}: error {error:.2g} exceeds {bound:.2g}")
     return errors
+
+
+def _bound(work: Work, side: str, name: str) -> float:
+    if side == "ours":
+        return work.bound
+    return PEER_FACTOR * work.bound if name in ("out", "weights") else math.inf
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
