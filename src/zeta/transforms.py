@@ -1,13 +1,16 @@
 """Which of torch's function transforms are going on, for what cannot live inside one."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., object])
+ParametersT = ParamSpec("ParametersT")
+ResultT = TypeVar("ResultT")
 
 Results: TypeAlias = tuple[Tensor | None, ...]
 
@@ -27,6 +30,24 @@ def constant_in_graphs(function: FunctionT) -> FunctionT:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
     return function
+
+
+def uncompiled(function: Callable[ParametersT, ResultT]) -> Callable[ParametersT, ResultT]:
+    """Compiled code calls it as it is: one graph ends before the call, another begins behind it.
+
+    For bookkeeping in Python whose numbers are others in each call. What `torch.compiler.disable`
+    does, which imports the compiler.
+    """
+    outside = torch._disable_dynamo(function)  # type: ignore[attr-defined]  # as custom_op does
+
+    @functools.wraps(function)
+    def call(*args: ParametersT.args, **kwargs: ParametersT.kwargs) -> ResultT:
+        found: ResultT = (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
+        return found
+
+    # What was compiled is kept, and limited in number, by code object: each has its own.
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]  # of a function
+    return call
 
 
 def is_exporting() -> bool:

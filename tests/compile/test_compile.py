@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import zeta
 from tests.compile.captured import Captured
 from zeta import biases, masks
+from zeta.caches import PagedCache, PagePool
 from zeta.nn import (
     ALiBi,
     MultiheadAttention,
@@ -288,6 +289,26 @@ def test_decoding_does_not_compile_each_step() -> None:
     with torch.no_grad():
         module = module_of(self_attention=True, need_weights=False).eval()
         assert compilations(module, [decode]) <= 3
+
+
+def test_decoding_from_pages_does_not_compile_each_step() -> None:
+    module = module_of({"xpos_rel_pos": True}, self_attention=True, need_weights=False).eval()
+    counter = CompileCounterWithBackend("eager")
+    pool = PagePool(64, 4, num_kv_heads=4, head_dim=EMBED // 4)
+    runs = [(run, PagedCache(pool)) for run in (torch.compile(module, backend=counter), module)]
+    counts = []
+    with torch.no_grad():
+        # Sequences of different lengths; then over pages and in them.
+        for t in tokens(16).split([9, *[1] * 7], 1):
+            padding = PADDING if t.shape[1] == 9 else None
+            found, expected = (
+                run(t, t, t, incremental_state=cache, key_padding_mask=padding)[0]
+                for run, cache in runs
+            )
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+            counts.append(counter.frame_count)
+    assert runs[0][1].lengths == (16, 13)
+    assert counts[-1] == counts[2] <= 6
 
 
 # Where a compiled function meets a subclass that it does not know, torch looks at all attributes.

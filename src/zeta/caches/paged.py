@@ -19,7 +19,8 @@ from zeta.caches.pool import PagePool
 from zeta.caches.rows import Rows
 from zeta.caches.sequences import Sequences
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
-from zeta.stored import can_defer
+from zeta.stored import StoredTensor, can_defer
+from zeta.transforms import uncompiled
 from zeta.values import check_integer, kind
 
 _NAMES = STATE_NAMES | {"lengths"}
@@ -68,6 +69,7 @@ class PagedCache:
             self.reset()
 
     @property
+    @uncompiled
     def length(self) -> int:
         """Tokens of the longest sequence."""
         return max(self.lengths, default=0)
@@ -77,12 +79,14 @@ class PagedCache:
         """Tokens of each sequence; empty before the first `update`."""
         return () if self._rows is None else self._rows.lengths
 
+    @uncompiled
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """See `Cache`. ``(B, num_tokens)`` if sequences differ in length."""
         alike = len(set(self.lengths)) <= 1
         first = torch.tensor([self.length] if alike else self.lengths, device=device)
         return first[:, None] + torch.arange(num_tokens, device=device)
 
+    @uncompiled
     def origin(self, first: Tensor | None) -> Tensor | None:
         """See `Cache`."""
         return self._rows.origin if self._rows is not None and self.length else first
@@ -101,6 +105,8 @@ class PagedCache:
             ValueError: The tokens do not fit the pool, or those that are there.
             CacheFullError: The pool has too few free pages. Free some, and call again.
         """
+        if torch.compiler.is_compiling():
+            return _update_and_gather(self, key, value, key_padding_mask, origin)
         form = Form.of(key, value)
         checks.check_no_gradient("PagedCache", key, value)
         rows = self._rows
@@ -350,3 +356,20 @@ class PagedCache:
         if target != here:
             raise ValueError(f"device must be that of the pool, {here}; got {target}")
         return self
+
+
+@uncompiled
+def _update_and_gather(
+    cache: PagedCache,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None,
+    origin: Tensor | None,
+) -> Cached:
+    """`PagedCache.update`, for code that reads plain tensors alone."""
+    cached = cache.update(key, value, key_padding_mask, origin=origin)
+    key, value = (
+        tensor.plain() if isinstance(tensor, StoredTensor) else tensor
+        for tensor in (cached.key, cached.value)
+    )
+    return cached._replace(key=key, value=value)
