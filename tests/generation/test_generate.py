@@ -256,6 +256,37 @@ def test_a_repetition_penalty_is_each_sequences_own() -> None:
         assert found.tokens[b].tolist() == mine[len(prompt) :]
 
 
+@pytest.mark.parametrize("padding", [-1, 99])
+def test_a_repetition_penalty_passes_over_what_is_no_token(padding: int) -> None:
+    # Of the four in the prompt one is padding, and 50 has no logit, as an image has none.
+    prompt, real = torch.tensor([[padding, 1, 50, 0]]), torch.tensor([[False, True, True, True]])
+    choosing = Greedy(repetition_penalty=2.0).start(prompt, real)
+    assert choosing(torch.tensor([[2.0, 1.9, 1.1]]), torch.arange(1)).tolist() == [2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_repetition_penalty_is_not_rounded_to_half_precision(dtype: torch.dtype) -> None:
+    # 10.0625 / 1.1 is 9.148, which bfloat16 rounds to 9.125.
+    logits = torch.tensor([[9.125, 10.0625]], dtype=dtype)
+    choosing = Greedy(repetition_penalty=1.1).start(torch.tensor([[1]]), torch.tensor([[True]]))
+    assert choosing(logits, torch.arange(1)).tolist() == [1]
+    # Not even -60000 becomes so low that there is none.
+    alone = Sampling(repetition_penalty=2.0).start(torch.tensor([[0, 1]]), torch.ones(1, 2).bool())
+    assert alone(torch.tensor([[-60000.0, -40000.0]], dtype=dtype), torch.arange(1)).tolist() == [1]
+
+
+def test_a_stream_goes_on_outside_of_the_inference_mode_that_it_began_in() -> None:
+    model = Toy()
+    prompt = torch.tensor([[1, 2, 3]])
+    options = {"max_new_tokens": 4, "choose": Greedy(repetition_penalty=1.5)}
+    expected = generate(model, prompt, model.caches(), **options).tokens
+    steps = stream(model, prompt, model.caches(), **options)
+    with torch.inference_mode():
+        found = [next(steps).tokens]
+    found += [now.tokens for now in steps]
+    assert torch.equal(torch.stack(found, dim=1), expected)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

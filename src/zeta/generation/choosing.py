@@ -192,12 +192,20 @@ class _Penalty:
         if self._factor == 1.0:
             return logits_RV
         if self._seen_BV is None:
-            batch, vocabulary = len(self._prompt_BT), logits_RV.shape[-1]
-            count_BV = torch.zeros(batch, vocabulary, dtype=torch.int64, device=logits_RV.device)
-            count_BV.scatter_add_(1, self._prompt_BT, self._real_BT.long())
-            self._seen_BV = count_BV > 0
-        penalised = torch.where(logits_RV > 0, logits_RV / self._factor, logits_RV * self._factor)
-        return torch.where(self._seen_BV[rows_R], penalised, logits_RV)
+            self._seen_BV = self._seen(logits_RV.shape[-1], logits_RV.device)
+        wide = logits_RV.double()
+        penalised = torch.where(wide > 0, wide / self._factor, wide * self._factor)
+        return torch.where(self._seen_BV[rows_R], penalised, wide)
+
+    def _seen(self, vocabulary: int, device: torch.device) -> Tensor:
+        """``(B, V)`` bool, True for the tokens of the prompts."""
+        # Others, as those of images, have no logit; padding may be of any number.
+        is_token = self._real_BT & (self._prompt_BT >= 0) & (self._prompt_BT < vocabulary)
+        # Nothing could be written to a tensor of inference mode outside of it.
+        with torch.inference_mode(False):
+            count_BV = torch.zeros(len(is_token), vocabulary, dtype=torch.int64, device=device)
+            count_BV.scatter_add_(1, self._prompt_BT.where(is_token, 0), is_token.long())
+            return count_BV > 0
 
     def saw(self, token_R: Tensor, rows_R: Tensor) -> None:
         if self._seen_BV is not None:
