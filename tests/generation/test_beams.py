@@ -162,6 +162,10 @@ def test_a_search_ends_when_nothing_else_is_possible(longest: int) -> None:
         ({"length_penalty": -1.0}, "length_penalty must be finite and not negative; got -1.0"),
         ({"length_penalty": math.nan}, "length_penalty must be finite and not negative; got nan"),
         ({"length_penalty": math.inf}, "length_penalty must be finite and not negative; got inf"),
+        (
+            {"fill": -(2**63) - 1},
+            r"fill must be in \[-2\*\*63, 2\*\*63\); got -9223372036854775809",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(options: dict[str, float], words: str) -> None:

@@ -318,6 +318,11 @@ def test_a_stream_goes_on_outside_of_the_inference_mode_that_it_began_in() -> No
         ({"stop_tokens": [3.5]}, TypeError, r"a collection of ints; got \[3.5\]"),
         ({"stop_tokens": "ab"}, TypeError, "a collection of ints; got 'ab'"),
         ({"fill": 1.5}, TypeError, "fill must be an int; got 1.5"),
+        (
+            {"fill": 2**63},
+            ValueError,
+            r"fill must be in \[-2\*\*63, 2\*\*63\); got 9223372036854775808",
+        ),
         ({"choose": "greedy"}, TypeError, r"choose must be Greedy\(\) or Sampling\(\).*'greedy'"),
         ({"choose": Greedy}, TypeError, r"choose must be Greedy\(\) or Sampling\(\)"),
     ],
@@ -389,7 +394,8 @@ def test_numbers_are_numbers(name: str, value: object) -> None:
 def test_a_stop_token_that_no_token_can_be_changes_nothing() -> None:
     model, prompt = Toy(), torch.tensor([[1, 2, 3]])
     plain = generate(model, prompt, model.caches(), max_new_tokens=6)
-    found = generate(model, prompt, model.caches(), max_new_tokens=6, stop_tokens=[-1, 99])
+    stops = [-1, 99, 2**63, -(2**70)]
+    found = generate(model, prompt, model.caches(), max_new_tokens=6, stop_tokens=stops)
     assert torch.equal(found.tokens, plain.tokens)
 
 

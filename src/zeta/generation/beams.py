@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
-from zeta.generation.checks import check_choice, check_int, stops_of
+from zeta.generation.checks import check_choice, check_fill, check_int, stops_of
 from zeta.generation.choosing import relative
 from zeta.generation.prompts import Model, Prompt, step
 from zeta.values import check_number
@@ -72,7 +72,7 @@ def beam_search(
     """
     check_int("num_beams", num_beams, 1)
     check_int("max_new_tokens", max_new_tokens, 1)
-    check_int("fill", fill)
+    check_fill(fill)
     check_number("length_penalty", length_penalty)
     if not 0 <= length_penalty < math.inf:
         raise ValueError(f"length_penalty must be finite and not negative; got {length_penalty}")

@@ -6,7 +6,7 @@ Shapes: B sequences, N tokens of a call, V vocabulary.
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 
@@ -95,8 +95,28 @@ def check_choice(is_none: bool, logits: Tensor, number: int) -> None:
 
 
 def stops_of(stop_tokens: Iterable[SupportsIndex]) -> list[int]:
-    """Stop tokens as different numbers, in order; TypeError unless they are ints."""
+    """Stop tokens as different numbers, in order; TypeError unless they are ints.
+
+    Numbers that int64 does not have, of which no token is, are left out.
+    """
     try:
-        return sorted({operator.index(token) for token in stop_tokens})
+        stops = {operator.index(token) for token in stop_tokens}
     except TypeError as error:
         raise TypeError(f"stop_tokens must be a collection of ints; got {stop_tokens!r}") from error
+    return sorted(filter(_is_int64, stops))
+
+
+def check_fill(fill: object) -> None:
+    """Check what stands behind the end of a continuation, in int64.
+
+    Raises:
+        TypeError: It is no int.
+        ValueError: It is out of int64's range.
+    """
+    check_int("fill", fill)
+    if not _is_int64(fill):
+        raise ValueError(f"fill must be in [-2**63, 2**63); got {fill}")
+
+
+def _is_int64(number: Any) -> bool:
+    return -(2**63) <= operator.index(number) < 2**63

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
-from zeta.generation.checks import check_choice, check_int, has_no_token, stops_of
+from zeta.generation.checks import (
+    check_choice,
+    check_fill,
+    check_int,
+    has_no_token,
+    stops_of,
+)
 from zeta.generation.choosing import Choice, Greedy
 from zeta.generation.drawing import Uniforms, draw
 from zeta.generation.prompts import Model, Prompt, step
@@ -207,7 +213,7 @@ def generate(
         ImportError: ``progress`` was asked for, and tqdm is not installed.
     """
     check_tensor("prompt", prompt)
-    check_int("fill", fill)
+    check_fill(fill)
     check_flag("progress", progress)
     batch = len(prompt)
     columns = []
