@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.caches.kinds import new_pool
 from tests.generation.models import VOCABULARY, Toy
-from zeta.caches import DecodingCache, DynamicCache, PagedCache, StaticCache
+from zeta.caches import DecodingCache, DynamicCache, PagedCache, RollingCache, StaticCache
 from zeta.generation import Greedy, Sampling, Step, generate, stream
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 1], [2, 5, 3]]
@@ -397,6 +397,24 @@ def test_a_stop_token_that_no_token_can_be_changes_nothing() -> None:
     stops = [-1, 99, 2**63, -(2**70)]
     found = generate(model, prompt, model.caches(), max_new_tokens=6, stop_tokens=stops)
     assert torch.equal(found.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_padding_is_never_a_sink(sinks: int) -> None:
+    model, (tokens, padding) = Toy(), padded("right")
+
+    def found(prompt: Tensor, **options: object) -> Tensor:
+        caches = [RollingCache(3, sinks), RollingCache(3, sinks)]
+        return generate(model, prompt, caches, max_new_tokens=8, **options).tokens
+
+    alone = torch.cat([found(torch.tensor([prompt])) for prompt in PROMPTS])
+    if not sinks:
+        assert torch.equal(found(tokens, padding=padding), alone)
+        return
+    words = "prompt must have no padding where a RollingCache has sinks.* got padding, and sinks=2"
+    with pytest.raises(ValueError, match=words):
+        found(tokens, padding=padding)
+    assert torch.equal(found(tokens[:1], padding=padding[:1]), alone[:1])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from zeta.caches import DecodingCache
+from zeta.caches import DecodingCache, RollingCache
 from zeta.generation.checks import check_caches, check_int, check_logits
 from zeta.values import check_tensor
 
@@ -98,8 +98,8 @@ class Prompt:
             ``(B, V)``, the logits of the token after each sequence.
 
         Raises:
-            ValueError: A cache is not empty or there twice, ``chunk`` is below 1, or the logits
-                have another shape.
+            ValueError: A cache is not empty or there twice, or would keep padding as its sinks,
+                ``chunk`` is below 1, or the logits have another shape.
             TypeError: ``caches`` are no sequence of caches, ``chunk`` is no int, or the logits are
                 no tensor.
         """
@@ -107,6 +107,7 @@ class Prompt:
         held = [cache.length for cache in caches]
         if any(held):
             raise ValueError(f"caches must be empty; got some that hold {held} tokens")
+        self._check_sinks(caches)
         if chunk is not None:
             check_int("prefill_chunk", chunk, 1)
         size = chunk or self.tokens_BT.shape[1]
@@ -115,6 +116,15 @@ class Prompt:
         for tokens_BN, positions_BN in zip(*parts, strict=True):
             logits_BV = step(model, tokens_BN, caches, positions_BN)
         return logits_BV
+
+    def _check_sinks(self, caches: Sequence[DecodingCache]) -> None:
+        """Raise ValueError if the first tokens, which a cache keeps for ever, are padding."""
+        sinks = [cache.sinks for cache in caches if isinstance(cache, RollingCache)]
+        if any(sinks) and not bool(self.real_BT.all()):
+            raise ValueError(
+                "prompt must have no padding where a RollingCache has sinks, which are the first "
+                f"tokens of the batch; got padding, and sinks={max(sinks)}"
+            )
 
 
 @torch.no_grad()

@@ -75,7 +75,8 @@ def stream(
         caches: Empty ones, as many as the model wants.
         max_new_tokens: The longest continuation.
         padding: ``(B, T)`` bool, True for padding, at the left or the right of each sequence. The
-            continuation is the one of the sequence alone.
+            continuation is the one of the sequence alone. None with a `RollingCache` that has
+            sinks.
         choose: `Greedy`, the default, or `Sampling`.
         stop_tokens: A sequence ends with the first of these.
         prefill_chunk: Tokens of the prompt that are shown to the model at once; all by default.
