@@ -442,6 +442,8 @@ def test_caches_must_be_empty_and_logits_of_the_right_shape() -> None:
         generate(model, prompt, caches, max_new_tokens=1)
     with pytest.raises(ValueError, match=r"must return logits \(1, 2, vocabulary\); got \(1, 7\)"):
         generate(lambda *_: torch.zeros(1, 7), prompt, [], max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"must return logits .* got \(1, 2, 0\)"):
+        generate(lambda *_: torch.zeros(1, 2, 0), prompt, [], max_new_tokens=1)
     with pytest.raises(TypeError, match=r"must return logits \(1, 2, vocabulary\); got tuple"):
         generate(lambda *_: (torch.zeros(1, 2, 7),), prompt, [], max_new_tokens=1)
 

@@ -111,13 +111,15 @@ def test_logits_are_checked_at_every_step() -> None:
 
     def fails(tokens: Tensor, *rest: Any) -> Tensor:
         logits = model(tokens, *rest)
-        return logits if tokens.shape[1] == 3 else logits[:, -1:]
+        return logits if tokens.shape[1] == 3 else logits[:, -1]
 
+    prompt = torch.tensor([[1, 2, 3]])
     draft = Draft(similar(model, 0.0), model.caches())
-    with pytest.raises(
-        ValueError, match=r"must return logits \(1, 5, vocabulary\); got \(1, 1, 7\)"
-    ):
-        generate(fails, torch.tensor([[1, 2, 3]]), model.caches(), max_new_tokens=9, draft=draft)
+    with pytest.raises(ValueError, match=r"must return logits \(1, 5, vocabulary\); got \(1, 7\)"):
+        generate(fails, prompt, model.caches(), max_new_tokens=9, draft=draft)
+    draft = Draft(fails, model.caches())
+    with pytest.raises(ValueError, match=r"must return logits \(1, 1, vocabulary\); got \(1, 7\)"):
+        generate(model, prompt, model.caches(), max_new_tokens=9, draft=draft)
 
 
 def exact(model: Toy, prompt: list[int], count: int, choose: Sampling) -> Tensor:

@@ -64,7 +64,7 @@ def check_logits(logits: object, tokens_BN: Tensor) -> None:
     wanted = f"the model must return logits ({batch}, {count}, vocabulary)"
     if not isinstance(logits, Tensor):
         raise TypeError(f"{wanted}; got {type(logits).__name__}")
-    if logits.dim() != 3 or logits.shape[:2] != tokens_BN.shape:
+    if logits.dim() != 3 or logits.shape[:2] != tokens_BN.shape or not logits.shape[2]:
         raise ValueError(f"{wanted}; got {tuple(logits.shape)}")
 
 

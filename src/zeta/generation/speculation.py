@@ -18,7 +18,7 @@ from zeta.generation.checks import (
     has_no_token,
 )
 from zeta.generation.drawing import draw
-from zeta.generation.prompts import Model
+from zeta.generation.prompts import Model, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Speculation:
             ``(R, N)``, ``1 <= N <= most``. Whatever is raised, the caches are as they were.
 
         Raises:
-            ValueError: The model returns logits of another shape, or of which no token can be
-                chosen where it must be.
+            ValueError: The model or the draft returns logits of another shape, or the model ones
+                of which no token can be chosen where it must be.
         """
         count = min(self._draft.num_tokens, most - 1)
         every = (*self._caches, *self._draft.caches)
@@ -146,7 +146,7 @@ class Speculation:
         positions = position_R[:, None] + torch.arange(-behind, 1, device=recent.device)
         drafted, distributions = [], []
         for _ in range(count):
-            logits_RV = self._draft.model(tokens, self._draft.caches, positions)[:, -1]
+            logits_RV = step(self._draft.model, tokens, self._draft.caches, positions)
             distributions.append(self._probabilities(logits_RV))
             drafted.append(self._drawn(distributions[-1], rows_R))
             tokens, positions = drafted[-1][:, None], positions[:, -1:] + 1
