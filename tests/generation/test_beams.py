@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -182,6 +183,24 @@ def test_a_penalty_beyond_floats_makes_all_long_ones_equal() -> None:
     assert torch.equal(found.scores, torch.zeros_like(found.scores))
     near = beam_search(model, PROMPT, model.caches(), length_penalty=100.0, **options)
     assert bool((near.scores < 0).all())
+
+
+def test_a_bar_is_drawn_only_when_asked_for(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, options = Toy(), {"num_beams": 2, "max_new_tokens": 5, "padding": PADDING}
+    silent = beam_search(model, PROMPT, model.caches(), **options)
+    assert capfd.readouterr().err == ""
+    shown = beam_search(model, PROMPT, model.caches(), progress=True, **options)
+    assert "/5 [" in capfd.readouterr().err
+    assert torch.equal(silent.tokens, shown.tokens)
+    with pytest.raises(TypeError, match="progress must be True or False; got 'no'"):
+        beam_search(model, PROMPT, model.caches(), progress="no", **options)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    model.calls.clear()
+    with pytest.raises(ImportError, match=r"needs tqdm: pip install 'zeta-attention\[demo\]'"):
+        beam_search(model, PROMPT, model.caches(), progress=True, **options)
+    assert not model.calls
 
 
 @pytest.mark.parametrize("name", ["num_beams", "max_new_tokens", "fill"])

@@ -4,17 +4,19 @@ Shapes: B sequences of the prompt, K beams, N new tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
+from zeta.generation.bars import with_bar
 from zeta.generation.checks import check_choice, check_fill, check_int, stops_of
 from zeta.generation.choosing import relative
 from zeta.generation.prompts import Model, Prompt, step
-from zeta.values import check_number
+from zeta.values import check_flag, check_number
 
 
 class Beams(NamedTuple):
@@ -49,6 +51,7 @@ def beam_search(
     stop_tokens: Collection[int] = (),
     prefill_chunk: int | None = None,
     fill: int = 0,
+    progress: bool = False,
 ) -> Beams:
     """Search for the likeliest continuations of each sequence of a prompt.
 
@@ -61,12 +64,14 @@ def beam_search(
         length_penalty: A finished hypothesis is judged by its log-probability divided by ``length
             ** length_penalty``: 0 favours short ones, larger values longer ones.
         fill: What stands behind the end of a continuation.
+        progress: Draw a bar of the steps, of which an early end makes fewer; see `generate`.
         model, prompt, caches, max_new_tokens, padding, stop_tokens, prefill_chunk: As in `stream`.
 
     Returns:
         `Beams`, without the prompt.
 
     Raises:
+        ImportError: ``progress`` was asked for, and tqdm is not installed.
         ValueError, TypeError: As `stream`; also if ``num_beams`` is below 1 or ``length_penalty``
             below 0, infinite or no number.
     """
@@ -76,26 +81,40 @@ def beam_search(
     check_number("length_penalty", length_penalty)
     if not 0 <= length_penalty < math.inf:
         raise ValueError(f"length_penalty must be finite and not negative; got {length_penalty}")
-    stops = stops_of(stop_tokens)
-    read = Prompt(prompt, padding)
-    logits_BV = read.read(model, caches, prefill_chunk)
+    check_flag("progress", progress)
+    stops, read = stops_of(stop_tokens), Prompt(prompt, padding)
+    begin = partial(_Search, len(prompt), num_beams, max_new_tokens, length_penalty)
+    steps = _steps(begin, stops, read, model, caches, prefill_chunk)
+    *_, search = with_bar(steps, max_new_tokens) if progress else steps
+    return search.result(fill, prompt.device)
+
+
+def _steps(
+    begin: Callable[[list[int]], "_Search"],
+    stops: list[int],
+    prompt: Prompt,
+    model: Model,
+    caches: Sequence[DecodingCache],
+    prefill_chunk: int | None,
+) -> Iterator["_Search"]:
+    """The search after each token; ``begin`` makes it of the stop tokens."""
+    logits_BV = prompt.read(model, caches, prefill_chunk)
     # No token can be one outside of the vocabulary.
-    stops = [token for token in stops if 0 <= token < logits_BV.shape[-1]]
-    search = _Search(len(prompt), num_beams, max_new_tokens, length_penalty, stops)
+    search = begin([token for token in stops if 0 <= token < logits_BV.shape[-1]])
     logits = logits_BV[:, None]
-    position_B1 = read.positions_BT[:, -1:]
+    position_B1 = prompt.positions_BT[:, -1:]
     while True:
         source_M, token_M = search.advance(logits)
+        yield search
         if not len(source_M):
-            break
-        source_M, token_M = source_M.to(prompt.device), token_M.to(prompt.device)
+            return
+        source_M, token_M = source_M.to(position_B1.device), token_M.to(position_B1.device)
         with torch.no_grad():
             for cache in caches:
                 cache.select(source_M)
         position_B1 = position_B1[source_M] + 1
         flat = step(model, token_M[:, None], caches, position_B1)
         logits = flat.unflatten(0, (len(search.going), -1))
-    return search.result(fill, prompt.device)
 
 
 class _Search:

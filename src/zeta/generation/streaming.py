@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache
+from zeta.generation.bars import with_bar
 from zeta.generation.checks import (
     check_choice,
     check_fill,
@@ -230,7 +231,7 @@ def generate(
         prefill_chunk=prefill_chunk,
         draft=draft,
     )
-    for now in _with_bar(steps, max_new_tokens) if progress else steps:
+    for now in with_bar(steps, max_new_tokens) if progress else steps:
         column_B = torch.full((batch,), fill, dtype=torch.int64, device=prompt.device)
         column_B[now.rows] = now.tokens
         lengths_B[now.rows] += 1
@@ -238,12 +239,3 @@ def generate(
         if on_step is not None:
             on_step(now)
     return Generated(torch.stack(columns, dim=1), lengths_B)
-
-
-def _with_bar(steps: Iterator[Step], count: int) -> Iterator[Step]:
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("progress=True needs tqdm: pip install 'zeta-attention[demo]'") from error
-    shown: Iterator[Step] = iter(tqdm(steps, total=count, unit="token", leave=False))
-    return shown

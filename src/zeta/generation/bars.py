@@ -1,0 +1,20 @@
+"""A bar on the standard error, for whoever asks for one: a library is silent."""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+Step = TypeVar("Step")
+
+
+def with_bar(steps: Iterator[Step], count: int) -> Iterator[Step]:
+    """The same steps, and a bar of at most ``count`` of them.
+
+    Raises:
+        ImportError: tqdm is not installed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install 'zeta-attention[demo]'") from error
+    shown: Iterator[Step] = iter(tqdm(steps, total=count, unit="token", leave=False))
+    return shown
