@@ -121,6 +121,24 @@ def test_generation_equals_eager(family: Family, cache: str) -> None:
         assert torch.equal(generated(model, **given).sequences, expected.sequences)
 
 
+def test_weights_of_generated_tokens_keep_no_keys_alive() -> None:
+    family = FAMILIES["mistral"]
+    model = family.build(torch.float64, "zeta")
+    prompt, *steps = generated(model, family, "left").attentions
+    # Of the prompt they are more numbers than its keys.
+    assert all(isinstance(weights, zeta.LazyWeights) for weights in prompt)
+    assert not any(isinstance(weights, zeta.LazyWeights) for step in steps for weights in step)
+    with torch.no_grad():
+        cache = model(**family.prompt("left", torch.float64)).past_key_values
+        # Nobody asks for them: they are not computed.
+        with_hook: list[Any] = []
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(lambda *all_of: with_hook.append(all_of[-1][1]))
+        model(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+    assert with_hook
+    assert not any(weights.materialized for weights in with_hook)
+
+
 def test_beams_equal_eager() -> None:
     for family in (FAMILIES["t5"], FAMILIES["mistral"]):
         model = family.build(torch.float64, "eager")

@@ -155,8 +155,9 @@ def attention(
         kwargs: What other implementations need.
 
     Returns:
-        ``(B, T, H, D)``, contiguous, and the weights ``(B, H, T, S)``, lazily. Inside
-        ``torch.compile`` they are None unless ``output_attentions`` asks for them.
+        ``(B, T, H, D)``, contiguous, and the weights ``(B, H, T, S)``, lazily unless they are few
+        and asked for. Inside ``torch.compile`` they are None unless ``output_attentions`` asks for
+        them.
 
     Raises:
         ValueError: An argument asks for what Zeta cannot do.
@@ -190,10 +191,21 @@ def attention(
     if (static or torch.compiler.is_compiling()) and not (output_attentions or _captures_weights()):
         return out, None
     weights_call = call.of_weights(mean=False)
-    if not static:
+    if not static and not (_are_few(query, key) and (output_attentions or _captures_weights())):
         return out, lazy_weights(weights_call, run_weights)
-    # The cache will be written to: now or never.
+    # A static cache will be written to: now or never.
     return out, F.pad(run_weights(weights_call), (0, unused))
+
+
+def _are_few(query: Tensor, key: Tensor) -> bool:
+    """Whether weights are fewer than the numbers of the keys, which lazy ones would keep alive.
+
+    So they are in a step of ``generate()``, which gathers those of every step, each of other keys.
+    Where something needs a gradient or is traced, it keeps the keys anyway.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return query.shape[1] * query.shape[2] < key.shape[1] * key.shape[3]
 
 
 def _captures_weights() -> bool:
