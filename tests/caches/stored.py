@@ -12,6 +12,8 @@ from zeta.stored import Codes, Pages, StoredTensor
 BATCH, HEADS, KEY_HEADS = 3, 4, 2
 HEAD_DIM, VALUE_DIM = 24, 40
 KINDS = ("pages", "ragged pages", "codes")
+NUM_PAGES = 1400
+"""For 3,000 tokens of each sequence, in pages of 7."""
 
 
 def new_cache(
@@ -21,7 +23,7 @@ def new_cache(
         return QuantizedCache()
     return PagedCache(
         PagePool(
-            200, page_size, num_kv_heads=KEY_HEADS, head_dim=HEAD_DIM, value_dim=VALUE_DIM,
+            NUM_PAGES, page_size, num_kv_heads=KEY_HEADS, head_dim=HEAD_DIM, value_dim=VALUE_DIM,
             dtype=dtype, device=device,
         )
     )  # fmt: skip
