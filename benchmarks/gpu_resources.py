@@ -30,7 +30,7 @@ from zeta.ops.backends.triton.kernels.operands import PageTable
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower
 
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """Shared memory that one block may have."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -128,13 +128,14 @@ def assemble(compiled: Any, capability: int) -> tuple[int, int, bool]:
     assembler reports them.
     """
     folder = Path(triton.backends.nvidia.__file__).parent / "bin"
+    assembler = folder / ("ptxas-blackwell" if capability >= 100 else "ptxas")
     with tempfile.TemporaryDirectory() as name:
         source = Path(name) / "kernel.ptx"
         source.write_text(compiled.asm["ptx"])
-        architecture = f"sm_{capability}" + ("a" if capability == 90 else "")
+        architecture = f"sm_{capability}" + ("a" if capability >= 90 else "")
         arguments_ = [f"--gpu-name={architecture}", "-o", f"{source}.o", str(source)]
         told = subprocess.run(
-            [str(folder / "ptxas"), "-v", *arguments_], capture_output=True, text=True, check=True
+            [str(assembler), "-v", *arguments_], capture_output=True, text=True, check=True
         ).stderr
     registers, spill = (
         re.search(pattern, told) for pattern in (r"Used (\d+) reg", r"(\d+) bytes spill stores")

@@ -44,7 +44,7 @@ def test_what_may_be_spilled() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ["80", "86", "90"])
+@pytest.mark.parametrize("capability", ["80", "86", "90", "100"])
 def test_one_form_of_each_kernel_fits(capability: str) -> None:
     done = _resources("--quick", "--capability", capability)
     assert done.returncode == 0, done.stdout + done.stderr
