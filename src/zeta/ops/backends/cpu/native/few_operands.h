@@ -40,7 +40,8 @@ struct FewOperands : FmaOperands {
     using Values = Lines;
 
     static void make_scores(const Rows &rows, int64_t count, const Columns &columns,
-                            int64_t place, int64_t num_keys, float *scores, int64_t stride) {
+                            int64_t place, int64_t num_keys, float *scores, int64_t stride,
+                            const Stairs &) {
         for (int64_t row = 0; row < count; ++row)
             fill(scores + row * stride, 0, num_keys, 0);
         score_keys(rows.data, rows.stride, count, columns.lines->part(place, num_keys),
@@ -49,7 +50,7 @@ struct FewOperands : FmaOperands {
 
     static void make_outputs(const Weights &weights, int64_t count, const Values &values,
                              int64_t place, int64_t num_keys, float *outputs, int64_t stride,
-                             bool adds) {
+                             bool adds, const Stairs &) {
         if (!adds) clear(outputs, count * stride);
         add_values(weights.data, weights.stride, count, values.lines->part(place, num_keys),
                    values.width, outputs, stride, nullptr);

@@ -2,7 +2,6 @@
 //
 // The results of a query depend on nothing but the call: not on the number of threads.
 
-constexpr int64_t BLOCK_QUERIES = 96;
 constexpr int64_t TILE_KEYS = 256;
 static_assert(TILE_KEYS <= MOST_KEYS, "a KeyTile holds them");
 // A row is rescaled only when its maximum grows by more than this, log 256: until then its
@@ -120,8 +119,9 @@ inline void forward_tile(ForwardBlock<Operands> &block, const QueryBlock &querie
                          const Scores &scores, const PackedHead<Operands> &packed, bool adds) {
     const ZetaCall &call = scores.call;
     const KeyTile &tile = *block.tile;
+    const Stairs stairs(scores.sight, queries, tile);
     Operands::make_scores(block.queries, queries.count, packed.keys, tile.first, tile.count,
-                          block.scores, block.score_stride);
+                          block.scores, block.score_stride, stairs);
     for (int64_t row = 0; row < queries.count; ++row) {
         const ScoreRow score_row(scores, tile, queries.first + row);
         float *to = block.scores + row * block.score_stride;
@@ -134,7 +134,7 @@ inline void forward_tile(ForwardBlock<Operands> &block, const QueryBlock &querie
     }
     block.weights.take(block.scores, block.score_stride, queries.count, tile.count);
     Operands::make_outputs(block.weights, queries.count, packed.values, tile.first, tile.count,
-                           block.sums, block.sum_stride, adds);
+                           block.sums, block.sum_stride, adds, stairs);
 }
 
 // A row of the output.

@@ -9,6 +9,7 @@
 #include "products.h"
 #include "dropout.h"
 #include "sight.h"
+#include "stairs.h"
 #include "operands.h"
 #include "fma_operands.h"
 #include "short_rows.h"

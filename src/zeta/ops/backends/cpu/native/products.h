@@ -22,13 +22,23 @@ struct Right {
     int64_t row, vector, panel;
 };
 
+struct Span {
+    int64_t begin, end;
+};
+
+// Which part of the depth a block of C is made of: in the rest of it a factor is 0, or nobody asks for
+// the block.
+struct WholeDepth {
+    Span of(int64_t, int64_t, int64_t, int64_t, int64_t depth) const { return {0, depth}; }
+};
+
 struct MultiplyAdd {
     static Floats apply(Floats a, Floats b, Floats c) { return fma(a, b, c); }
 };
 
 template <class Product, int ROWS, int VECTORS, bool TRANSPOSED>
-inline void multiply_block(const float *a, int64_t a_stride, Right b, int64_t depth, float *c,
-                           int64_t c_row, bool adds) {
+inline void multiply_block(const float *a, int64_t a_stride, const float *b, int64_t b_row,
+                           int64_t b_vector, int64_t depth, float *c, int64_t c_row, bool adds) {
     Floats sums[ROWS][VECTORS];
     // Unrolled early, or the sums would pass through memory.
 #pragma GCC unroll 12
@@ -38,7 +48,7 @@ inline void multiply_block(const float *a, int64_t a_stride, Right b, int64_t de
     for (int64_t k = 0; k < depth; ++k) {
         Floats right[VECTORS];
 #pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) right[v] = load(b.data + k * b.row + v * b.vector);
+        for (int v = 0; v < VECTORS; ++v) right[v] = load(b + k * b_row + v * b_vector);
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; ++i) {
             const Floats left = splat(TRANSPOSED ? a[k * a_stride + i] : a[i * a_stride + k]);
@@ -55,7 +65,9 @@ inline void multiply_block(const float *a, int64_t a_stride, Right b, int64_t de
         }
 }
 
-using BlockProduct = void (*)(const float *, int64_t, Right, int64_t, float *, int64_t, bool);
+// Its numbers come one by one: a `Right` would pass through memory in each call.
+using BlockProduct = void (*)(const float *, int64_t, const float *, int64_t, int64_t, int64_t,
+                              float *, int64_t, bool);
 
 template <class Product, int ROWS, int VECTORS, bool TRANSPOSED>
 inline BlockProduct block_product(int64_t rows) {
@@ -66,31 +78,35 @@ inline BlockProduct block_product(int64_t rows) {
 
 // The product of A with one panel of B. Its rows are cut evenly: blocks of one or two rows would
 // wait for their own sums.
-template <class Product, int VECTORS, bool TRANSPOSED>
-inline void multiply_panel(int64_t rows, int64_t depth, Left a, Right b, float *c, int64_t c_row,
-                           bool adds) {
+template <class Product, int VECTORS, bool TRANSPOSED, class Depth>
+inline void multiply_panel(int64_t rows, int64_t column, int64_t depth, Left a, Right b, float *c,
+                           int64_t c_row, bool adds, const Depth &depths) {
     const int64_t blocks = divide_up(rows, BLOCK_ROWS);
     const int64_t least = rows / blocks, longer = rows % blocks;
     const auto short_block = block_product<Product, BLOCK_ROWS, VECTORS, TRANSPOSED>(least);
     const auto long_block = block_product<Product, BLOCK_ROWS, VECTORS, TRANSPOSED>(least + 1);
-    const int64_t a_row = TRANSPOSED ? 1 : a.stride;
+    const int64_t a_row = TRANSPOSED ? 1 : a.stride, a_depth = TRANSPOSED ? a.stride : 1;
     int64_t row = 0;
     for (int64_t block = 0; block < blocks; ++block) {
         const bool is_long = block < longer;
-        (is_long ? long_block : short_block)(a.data + row * a_row, a.stride, b, depth,
-                                             c + row * c_row, c_row, adds);
-        row += is_long ? least + 1 : least;
+        const int64_t count = is_long ? least + 1 : least;
+        const Span span = depths.of(row, count, column, VECTORS * LANES, depth);
+        (is_long ? long_block : short_block)(
+            a.data + row * a_row + span.begin * a_depth, a.stride, b.data + span.begin * b.row,
+            b.row, b.vector, span.end - span.begin, c + row * c_row, c_row, adds);
+        row += count;
     }
 }
 
-template <class Product, bool TRANSPOSED>
+template <class Product, bool TRANSPOSED, class Depth = WholeDepth>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, float *c,
-                     int64_t c_row, bool adds) {
+                     int64_t c_row, bool adds, const Depth &depths = {}) {
     if (rows == 0) return;
     int64_t column = 0;
     for (; column + PANEL <= columns; column += PANEL, b.data += b.panel)
-        multiply_panel<Product, BLOCK_VECTORS, TRANSPOSED>(rows, depth, a, b, c + column, c_row,
-                                                           adds);
+        multiply_panel<Product, BLOCK_VECTORS, TRANSPOSED>(rows, column, depth, a, b, c + column,
+                                                           c_row, adds, depths);
     if (column < columns)
-        multiply_panel<Product, 1, TRANSPOSED>(rows, depth, a, b, c + column, c_row, adds);
+        multiply_panel<Product, 1, TRANSPOSED>(rows, column, depth, a, b, c + column, c_row, adds,
+                                               depths);
 }

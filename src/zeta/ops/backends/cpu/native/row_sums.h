@@ -126,7 +126,8 @@ struct EarlyPass {
             if (first != tile->first) {
                 first = tile->first;
                 values.pack(value, first, tile->count, 0);
-                Operands::make_scores(grad_out, block.count, values, 0, tile->count, grads, stride);
+                Operands::make_scores(grad_out, block.count, values, 0, tile->count, grads, stride,
+                                      Stairs(of.sight, block, *tile));
                 if (call.dropout_p > 0) tile->set_hashes(of.sight, column_salt(call.seed));
             }
             float *of_row = grads + row * stride;
@@ -175,7 +176,8 @@ struct EarlyPass {
             tile->set(of.sight, first, smaller(TILE_KEYS, block.keys.high - first));
             if (!block.sees(of.sight, *tile)) continue;
             keys.pack(key, first, tile->count, 0);
-            Operands::make_scores(queries, block.count, keys, 0, tile->count, scores, stride);
+            Operands::make_scores(queries, block.count, keys, 0, tile->count, scores, stride,
+                                  Stairs(of.sight, block, *tile));
             for (int64_t row = 0; row < block.count; ++row)
                 body(row, ScoreRow(of, *tile, block.first + row), scores + row * stride);
         }

@@ -156,6 +156,7 @@ struct Sight {
     }
 };
 
+constexpr int64_t BLOCK_QUERIES = 96;
 constexpr int64_t MOST_KEYS = 256;
 
 // A tile's keys. What is behind the last one, up to a whole vector, is hidden.

@@ -1,0 +1,78 @@
+// Which products there are to make of a block of queries and a tile, where each query sees one range of
+// keys whose ends only grow, as under a causal mask or a window: those of hidden keys are left out.
+
+struct Stairs {
+    bool is_whole;  // everybody sees everything, or what they see is not known row by row
+    int64_t queries, keys;
+    Span of_query[BLOCK_QUERIES];  // keys that it sees, from the tile's first on
+    Span of_key[MOST_KEYS];        // from the first query that sees it, or keys behind it alone, to
+                                   // the first that sees keys behind it alone
+
+    Stairs() : is_whole(true), queries(0), keys(0) {}
+
+    Stairs(const Sight &sight, const QueryBlock &block, const KeyTile &tile)
+        : is_whole(true), queries(block.count), keys(tile.count) {
+        if (sight.key_positions) return;
+        const auto seen = [&](int64_t query) {
+            const Range range = sight.of_position(sight.position(block.first + query));
+            const int64_t begin = smaller(larger(range.low - tile.first, 0), keys);
+            return Span{begin, smaller(larger(range.high - tile.first, begin), keys)};
+        };
+        is_whole = seen(0).end == keys && seen(queries - 1).begin == 0;
+        if (is_whole) return;
+        for (int64_t query = 0; query < queries; ++query) of_query[query] = seen(query);
+        int64_t begin = 0, end = 0;
+        for (int64_t key = 0; key < keys; ++key) {
+            while (begin < queries && of_query[begin].end <= key) ++begin;
+            while (end < queries && of_query[end].begin <= key) ++end;
+            of_key[key] = {begin, larger(begin, end)};
+        }
+    }
+
+    Span keys_of(int64_t query, int64_t count) const {
+        const int64_t last = smaller(query + count, queries) - 1;
+        return {of_query[query].begin, of_query[last].end};
+    }
+    Span queries_of(int64_t key, int64_t count) const {
+        const int64_t last = smaller(key + count, keys) - 1;
+        return {of_key[key].begin, larger(of_key[key].begin, of_key[last].end)};
+    }
+};
+
+// The depth of queries x keys is that of features: all or nothing.
+struct ScoreDepth {
+    const Stairs &stairs;
+
+    Span of(int64_t query, int64_t queries, int64_t key, int64_t keys, int64_t depth) const {
+        if (stairs.is_whole) return {0, depth};
+        const Span seen = stairs.keys_of(query, queries);
+        return {0, seen.begin < key + keys && key < seen.end ? depth : 0};
+    }
+};
+
+// That of queries x features is that of keys.
+struct OutputDepth {
+    const Stairs &stairs;
+
+    Span of(int64_t query, int64_t queries, int64_t, int64_t, int64_t depth) const {
+        return stairs.is_whole ? Span{0, depth} : stairs.keys_of(query, queries);
+    }
+};
+
+// That of keys x features is that of queries.
+struct SumDepth {
+    const Stairs &stairs;
+
+    Span of(int64_t key, int64_t keys, int64_t, int64_t, int64_t depth) const {
+        return stairs.is_whole ? Span{0, depth} : stairs.queries_of(key, keys);
+    }
+};
+
+// The same of features x keys.
+struct TurnedSumDepth {
+    const Stairs &stairs;
+
+    Span of(int64_t, int64_t, int64_t key, int64_t keys, int64_t depth) const {
+        return stairs.is_whole ? Span{0, depth} : stairs.queries_of(key, keys);
+    }
+};
