@@ -46,7 +46,9 @@ def test_what_may_be_spilled() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "86", "90", "100"])
 def test_one_form_of_each_kernel_fits(capability: str) -> None:
-    done = _resources("--quick", "--capability", capability)
+    # Blackwell's assembler takes its time; what has room at 128 features has it at 64.
+    dims = "128" if capability == "100" else "64,128"
+    done = _resources("--quick", "--capability", capability, "--dims", dims)
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in ("forward", "keys", "queries", "band", "diagonals", "split", "merge", "rotation"):
         assert f"{kernel}_kernel" in done.stdout
