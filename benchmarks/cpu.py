@@ -62,6 +62,7 @@ def all_rows(quick: bool) -> list[Row]:
     return [
         *cpu_rows.attention_rows(shapes),
         *cpu_rows.length_rows(quick),
+        *cpu_rows.window_rows(quick),
         *cpu_rows.decode_rows(quick),
         *cpu_rows.small_rows(quick),
         *cpu_compiled.compiled_rows(quick),

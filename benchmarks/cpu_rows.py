@@ -70,6 +70,7 @@ class Features:
     """What a call is made with."""
 
     causal: bool = False
+    window: int = 0
     t5: bool = False
     padding: bool = False
     dropout_p: float = 0.0
@@ -125,6 +126,9 @@ TABLE: tuple[tuple[str, str, Features, bool, Bars], ...] = (
 
 LENGTHS = (197, 272, 320, 577, 784)
 """Of 8 sequences and 8 heads of 64 side by side: lengths that no block of a kernel divides."""
+
+WINDOWED: Shape = (1, 16, 2048, 64)
+WINDOWS = (64, 256, 1024)
 
 ALL_HEADS, ALL_LENGTHS = (1, 8, 32), (1, 2, 4, 8, 16, 32, 64)
 SOME_HEADS, SOME_LENGTHS = (1, 8), (4, 16, 64)
@@ -193,6 +197,8 @@ class Problem:
 
     def _run(self, leaves: Results, features: Features, backend: str) -> Results:
         hidden: masks.Mask | None = masks.Causal() if features.causal else None
+        if features.window:
+            hidden = masks.SlidingWindow(features.window)
         if features.padding:
             padding = masks.Padding(self.lengths)
             hidden = padding if hidden is None else hidden & padding
@@ -218,7 +224,7 @@ class Problem:
 
     def torch_does(self) -> Run:
         """`F.scaled_dot_product_attention`; a bias is a dense leaf with a gradient of its own, and
-        padding a bool mask, both made before.
+        padding and a window are bool masks, all made before.
         """
         leaves = {name: leaf for name, leaf in self.leaves.items() if name != "table"}
         features, bias = self.features, None
@@ -229,6 +235,9 @@ class Problem:
         elif features.padding:
             assert not features.causal
             bias = (torch.arange(self.shape[2]) < self.lengths[:, None])[:, None, None]
+        elif features.window:
+            whole = torch.ones(self.shape[2], self.shape[2], dtype=torch.bool)
+            bias = whole.tril().triu(1 - features.window)
 
         def run() -> Results:
             out = F.scaled_dot_product_attention(
@@ -302,6 +311,17 @@ def length_rows(quick: bool) -> Iterator[Row]:
                 shape = (8, 8, length, 64)
                 make = partial(_work, shape, DTYPES[dtype], features, train, side_by_side=True)
                 yield Row(f"{dtype} lengths {name}", f"T {length}", make)
+
+
+def window_rows(quick: bool) -> Iterator[Row]:
+    """Sliding windows, of which torch knows only a mask."""
+    shape = QUICK_SHAPES["quick"] if quick else WINDOWED
+    for dtype in DTYPES:
+        for name, train in (("forward", False), ("training", True)):
+            for window in WINDOWS[:1] if quick else WINDOWS:
+                features = Features(window=window)
+                make = partial(_work, shape, DTYPES[dtype], features, train)
+                yield Row(f"{dtype} window {name}", str(window), make)
 
 
 def _mean_weights(shape: Shape, dtype: torch.dtype) -> Work:
