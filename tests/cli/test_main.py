@@ -217,6 +217,16 @@ def test_progress_is_silent_where_there_is_no_terminal(capsys: Captured) -> None
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("module", ["zeta", "zeta.cli"])
+def test_a_module_is_the_command(module: str) -> None:
+    command = [sys.executable, "-m", module]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"zeta {zeta.__version__}\n")
+    wrong = subprocess.run([*command, "no"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("usage: zeta ")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device without room")
 def test_output_without_room_is_told_in_one_line() -> None:
     command = f"{sys.executable} -m zeta.cli doctor > /dev/full"

@@ -13,6 +13,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 # package's own __init__. A part that stands in no row is an error: say here where it belongs.
 LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "zeta": (
+        ("__main__",),
         ("cli",),
         ("",),
         ("bench", "examples", "plots", "convert"),
