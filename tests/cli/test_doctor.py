@@ -63,13 +63,17 @@ def test_wrong_backend_is_noticed(
     assert printed.count("\n  reference    right to ") == 3 * (1 + torch.cuda.device_count())
 
 
-def test_the_native_kernel_is_described(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("threads", "told"), [(1, "1 thread"), (2, "2 threads")])
+def test_the_native_kernel_is_described(
+    threads: int, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     main(["doctor"])
     part = capsys.readouterr().out.split("Native CPU kernel\n")[1].split("\n\n")[0]
     found = library.load()
     assert f"  library      {found.path}\n" in part
     assert f"  built for    {', '.join(found.built)}\n" in part
-    assert f"  runs         {found.usable[-1]}, on {torch.get_num_threads()} threads" in part
+    assert f"  runs         {found.usable[-1]}, on {told}\n" in f"{part}\n"
     assert "short calls" not in part
 
 

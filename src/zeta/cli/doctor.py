@@ -15,6 +15,11 @@ from zeta.cli.terminal import heading, row
 from zeta.ops.backends.cpu import library
 from zeta.ops.precision import float32_precision
 
+DESCRIPTION = """\
+Say what Zeta finds on this machine, and try every backend that can run.
+
+"right to 6e-07" means that no number of a backend's output is farther than that from the
+reference's, computed in float64; above 1e-04 it is "WRONG by", and the exit code is 1."""
 OPTIONAL = ("triton", "matplotlib", "tqdm", "numpy")
 TOLERANCE = 1e-4
 """Largest error of an output of order 1 in float32; a wrong mask or bias makes far larger ones."""
@@ -25,7 +30,7 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
         help="versions, devices, and which backends run here and why others do not",
-        description="Say what Zeta finds on this machine, and try every backend that can run.",
+        description=DESCRIPTION,
         epilog="examples:\n  zeta doctor",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -71,7 +76,9 @@ def _describe_native() -> None:
     row("built for", ", ".join(found.built) or "nothing")
     row("processor", ", ".join(found.processor) or "none of " + ", ".join(library.INSTRUCTION_SETS))
     runs = found.usable[-1] if found.usable else f"nothing: {library.obstacle()}"
-    row("runs", f"{runs}, on {torch.get_num_threads()} threads" if found.usable else runs)
+    threads = torch.get_num_threads()
+    on = f", on {threads} thread{'s' if threads > 1 else ''}" if found.usable else ""
+    row("runs", runs + on)
     for name in found.processor:
         if name not in found.built:
             row("", f"the compiler that built it knew no {name}")
