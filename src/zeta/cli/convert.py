@@ -15,11 +15,15 @@ from zeta.convert.report import Report
 from zeta.convert.t5 import BIAS
 
 DESCRIPTION = f"""\
-Convert every attention in a checkpoint from one library's keys to another's. The other
-keys stay as they are. Kinds: {", ".join(KINDS)}.
+Find every attention layer in a checkpoint and rename and reshape its tensors, from one
+library's layout to another's. All other tensors are kept as they are.
 
-The file may be a safetensors file, or one of torch's (.pt, .pth, .bin, .ckpt), which is
-read without running any code in it. Without --output nothing is written."""
+A KIND is a library or a model family:
+  {", ".join(KINDS[:6])},
+  {", ".join(KINDS[6:])}
+
+FILE is a safetensors file, or one of torch's (.pt, .pth, .bin, .ckpt); code in it is never
+run. Without --output nothing is written: the command only says what it would convert."""
 EXAMPLES = """\
 examples:
   zeta convert model.safetensors --from torch
@@ -39,24 +43,25 @@ def add_to(commands: Any) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="the checkpoint")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the checkpoint to read")
     parser.add_argument(
         "--from", dest="source", choices=KINDS, required=True, metavar="KIND",
-        help="whose attentions it has",
+        help="the kind of attention that FILE holds",
     )  # fmt: skip
     parser.add_argument(
         "--to", dest="target", choices=KINDS, default=ZETA, metavar="KIND",
-        help="whose they shall be (default: zeta)",
+        help="the kind to convert to (default: zeta)",
     )  # fmt: skip
     parser.add_argument(
-        "--check", action="store_true", help="run both on random inputs and compare; exit code 1 "
-        "and no output where they differ",
+        "--check", action="store_true", help="run both attentions on random inputs and "
+        "compare them; where they differ nothing is written, and the exit code is 1",
     )  # fmt: skip
     parser.add_argument(
-        "--num-heads", type=_positive, metavar="N", help="for --check, where shapes do not tell"
-    )
-    parser.add_argument("--output", type=Path, metavar="OUT", help="where the result goes")
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
+        "--num-heads", type=_positive, metavar="N", help="number of heads; --check needs it where "
+        "shapes do not tell it",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="OUT", help="the file to write")
+    parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     parser.set_defaults(run=run)
 
 
