@@ -6,6 +6,7 @@ Shape suffixes: B batch, H heads, T target length, S source length.
 import dataclasses
 import functools
 import json
+import math
 import numbers
 import operator
 import sys
@@ -250,7 +251,9 @@ def is_finite(value: float) -> bool:
 
     Not by `math.isfinite`, which a compiler cannot ask of a number that it does not know.
     """
-    return -sys.float_info.max <= value <= sys.float_info.max
+    if isinstance(value, int):
+        return -sys.float_info.max <= value <= sys.float_info.max
+    return -math.inf < value < math.inf
 
 
 def check_probability(name: str, value: float) -> None:

@@ -70,7 +70,7 @@ struct BackwardTask {
             return;
         }
         if (call.dropout_p > 0) block.tile->set_hashes(sight, column_salt(call.seed));
-        const Stairs stairs(sight, queries, *block.tile);
+        const Stairs stairs(sight, queries, block.tile->first, block.tile->count);
         make_products(scores, queries, stairs);
         make_gradients(scores, queries);
         sum_products(queries, stairs);

@@ -119,7 +119,7 @@ inline void forward_tile(ForwardBlock<Operands> &block, const QueryBlock &querie
                          const Scores &scores, const PackedHead<Operands> &packed, bool adds) {
     const ZetaCall &call = scores.call;
     const KeyTile &tile = *block.tile;
-    const Stairs stairs(scores.sight, queries, tile);
+    const Stairs stairs(scores.sight, queries, tile.first, tile.count);
     Operands::make_scores(block.queries, queries.count, packed.keys, tile.first, tile.count,
                           block.scores, block.score_stride, stairs);
     for (int64_t row = 0; row < queries.count; ++row) {

@@ -127,7 +127,7 @@ struct EarlyPass {
                 first = tile->first;
                 values.pack(value, first, tile->count, 0);
                 Operands::make_scores(grad_out, block.count, values, 0, tile->count, grads, stride,
-                                      Stairs(of.sight, block, *tile));
+                                      Stairs(of.sight, block, tile->first, tile->count));
                 if (call.dropout_p > 0) tile->set_hashes(of.sight, column_salt(call.seed));
             }
             float *of_row = grads + row * stride;
@@ -177,7 +177,7 @@ struct EarlyPass {
             if (!block.sees(of.sight, *tile)) continue;
             keys.pack(key, first, tile->count, 0);
             Operands::make_scores(queries, block.count, keys, 0, tile->count, scores, stride,
-                                  Stairs(of.sight, block, *tile));
+                                  Stairs(of.sight, block, tile->first, tile->count));
             for (int64_t row = 0; row < block.count; ++row)
                 body(row, ScoreRow(of, *tile, block.first + row), scores + row * stride);
         }

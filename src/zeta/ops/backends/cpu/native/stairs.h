@@ -4,19 +4,18 @@
 struct Stairs {
     bool is_whole;  // everybody sees everything, or what they see is not known row by row
     int64_t queries, keys;
-    Span of_query[BLOCK_QUERIES];  // keys that it sees, from the tile's first on
+    Span of_query[BLOCK_QUERIES];  // keys that it sees, counted from the first
     Span of_key[MOST_KEYS];        // from the first query that sees it, or keys behind it alone, to
                                    // the first that sees keys behind it alone
 
-    Stairs() : is_whole(true), queries(0), keys(0) {}
-
-    Stairs(const Sight &sight, const QueryBlock &block, const KeyTile &tile)
-        : is_whole(true), queries(block.count), keys(tile.count) {
+    // Of `num_keys` keys from `first_key` on.
+    Stairs(const Sight &sight, const QueryBlock &block, int64_t first_key, int64_t num_keys)
+        : is_whole(true), queries(block.count), keys(num_keys) {
         if (sight.key_positions) return;
         const auto seen = [&](int64_t query) {
             const Range range = sight.of_position(sight.position(block.first + query));
-            const int64_t begin = smaller(larger(range.low - tile.first, 0), keys);
-            return Span{begin, smaller(larger(range.high - tile.first, begin), keys)};
+            const int64_t begin = smaller(larger(range.low - first_key, 0), keys);
+            return Span{begin, smaller(larger(range.high - first_key, begin), keys)};
         };
         is_whole = seen(0).end == keys && seen(queries - 1).begin == 0;
         if (is_whole) return;

@@ -76,7 +76,7 @@ inline void score_all(const WeightsBlock<Operands> &block, const WeightsPlan &pl
         if (!is_seen) continue;
         float *to = block.scores + first;
         Operands::make_scores(block.queries, queries.count, keys, first, count, to, plan.stride,
-                              Stairs(sight, queries, *block.tile));
+                              Stairs(sight, queries, first, count));
         for (int64_t row = 0; row < queries.count; ++row) {
             float *of_row = to + row * plan.stride;
             const ScoreRow score_row(scores, *block.tile, queries.first + row);
@@ -168,7 +168,8 @@ inline void add_up_values(WeightsBlock<Operands> &block, const WeightsPlan &plan
         if (!is_seen || count <= 0) return;
         block.weights.take(block.scores + first, plan.stride, queries.count, count);
         Operands::make_outputs(block.weights, queries.count, values, first, count, block.sums,
-                               block.sum_stride, true, Stairs());
+                               block.sum_stride, true,
+                               Stairs(scores.sight, queries, first, count));
     });
     scores.sight.unseen.look_at(block.sums, queries.count, call.value_dim, block.sum_stride);
     HeadRows out = head_rows(call.out, call.dtype, scores.batch, scores.head);
