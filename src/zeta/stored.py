@@ -193,6 +193,11 @@ def _tokens_of_view(
     return (first, last) if dim == 2 and step == 1 and last > first else None
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor that may be a stored one."""
+    return tensor.plain() if isinstance(tensor, StoredTensor) else tensor
+
+
 def can_defer(tensor: Tensor) -> bool:
     """Whether tokens such as these may be left in their store: on the CPU and on CUDA, where there
     are backends that read them, and where nothing traces or transforms what is computed."""

@@ -19,7 +19,7 @@ from zeta.caches.pool import PagePool
 from zeta.caches.rows import Rows
 from zeta.caches.sequences import Sequences
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
-from zeta.stored import StoredTensor, can_defer
+from zeta.stored import can_defer, plain
 from zeta.transforms import uncompiled
 from zeta.values import check_integer, kind
 
@@ -368,8 +368,4 @@ def _update_and_gather(
 ) -> Cached:
     """`PagedCache.update`, for code that reads plain tensors alone."""
     cached = cache.update(key, value, key_padding_mask, origin=origin)
-    key, value = (
-        tensor.plain() if isinstance(tensor, StoredTensor) else tensor
-        for tensor in (cached.key, cached.value)
-    )
-    return cached._replace(key=key, value=value)
+    return cached._replace(key=plain(cached.key), value=plain(cached.value))

@@ -10,7 +10,7 @@ from torch import Tensor
 from zeta.ops import backends
 from zeta.ops.backends import Reader
 from zeta.ops.call import AttentionCall
-from zeta.stored import StoredTensor
+from zeta.stored import StoredTensor, plain
 
 
 def is_stored(call: AttentionCall) -> bool:
@@ -52,10 +52,6 @@ def gathered(call: AttentionCall) -> AttentionCall:
     Raises:
         RuntimeError: What is stored was written over.
     """
-    key = _plain(call.key)
-    value = key if call.value is call.key else _plain(call.value)
+    key = plain(call.key)
+    value = key if call.value is call.key else plain(call.value)
     return dataclasses.replace(call, key=key, value=value)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.plain() if isinstance(tensor, StoredTensor) else tensor

@@ -188,10 +188,12 @@ def attention(
     )
     # Some models view it in another shape: the implementations of Transformers are contiguous.
     out = run(call)[0].transpose(1, 2).contiguous()
-    if (static or torch.compiler.is_compiling()) and not (output_attentions or _captures_weights()):
+    must_be_asked_for, few = static or torch.compiler.is_compiling(), _are_few(query, key)
+    wanted = (must_be_asked_for or few) and (output_attentions or _captures_weights())
+    if must_be_asked_for and not wanted:
         return out, None
     weights_call = call.of_weights(mean=False)
-    if not static and not (_are_few(query, key) and (output_attentions or _captures_weights())):
+    if not static and not (few and wanted):
         return out, lazy_weights(weights_call, run_weights)
     # A static cache will be written to: now or never.
     return out, F.pad(run_weights(weights_call), (0, unused))
