@@ -22,14 +22,10 @@ struct Right {
     int64_t row, vector, panel;
 };
 
+// Which part of the depth a block of C is made of: in the rest of it a factor is 0, or nobody asks for
+// the block. A `Depth` says it by `of(row, rows, column, columns, depth)`; see stairs.h.
 struct Span {
     int64_t begin, end;
-};
-
-// Which part of the depth a block of C is made of: in the rest of it a factor is 0, or nobody asks for
-// the block.
-struct WholeDepth {
-    Span of(int64_t, int64_t, int64_t, int64_t, int64_t depth) const { return {0, depth}; }
 };
 
 struct MultiplyAdd {
@@ -98,9 +94,9 @@ inline void multiply_panel(int64_t rows, int64_t column, int64_t depth, Left a, 
     }
 }
 
-template <class Product, bool TRANSPOSED, class Depth = WholeDepth>
+template <class Product, bool TRANSPOSED, class Depth>
 inline void multiply(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, float *c,
-                     int64_t c_row, bool adds, const Depth &depths = {}) {
+                     int64_t c_row, bool adds, const Depth &depths) {
     if (rows == 0) return;
     int64_t column = 0;
     for (; column + PANEL <= columns; column += PANEL, b.data += b.panel)

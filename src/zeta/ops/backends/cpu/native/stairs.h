@@ -29,10 +29,12 @@ struct Stairs {
     }
 
     Span keys_of(int64_t query, int64_t count) const {
+        if (is_whole) return {0, keys};
         const int64_t last = smaller(query + count, queries) - 1;
         return {of_query[query].begin, of_query[last].end};
     }
     Span queries_of(int64_t key, int64_t count) const {
+        if (is_whole) return {0, queries};
         const int64_t last = smaller(key + count, keys) - 1;
         return {of_key[key].begin, larger(of_key[key].begin, of_key[last].end)};
     }
@@ -43,7 +45,6 @@ struct ScoreDepth {
     const Stairs &stairs;
 
     Span of(int64_t query, int64_t queries, int64_t key, int64_t keys, int64_t depth) const {
-        if (stairs.is_whole) return {0, depth};
         const Span seen = stairs.keys_of(query, queries);
         return {0, seen.begin < key + keys && key < seen.end ? depth : 0};
     }
@@ -53,8 +54,8 @@ struct ScoreDepth {
 struct OutputDepth {
     const Stairs &stairs;
 
-    Span of(int64_t query, int64_t queries, int64_t, int64_t, int64_t depth) const {
-        return stairs.is_whole ? Span{0, depth} : stairs.keys_of(query, queries);
+    Span of(int64_t query, int64_t queries, int64_t, int64_t, int64_t) const {
+        return stairs.keys_of(query, queries);
     }
 };
 
@@ -62,8 +63,8 @@ struct OutputDepth {
 struct SumDepth {
     const Stairs &stairs;
 
-    Span of(int64_t key, int64_t keys, int64_t, int64_t, int64_t depth) const {
-        return stairs.is_whole ? Span{0, depth} : stairs.queries_of(key, keys);
+    Span of(int64_t key, int64_t keys, int64_t, int64_t, int64_t) const {
+        return stairs.queries_of(key, keys);
     }
 };
 
@@ -71,7 +72,7 @@ struct SumDepth {
 struct TurnedSumDepth {
     const Stairs &stairs;
 
-    Span of(int64_t, int64_t, int64_t key, int64_t keys, int64_t depth) const {
-        return stairs.is_whole ? Span{0, depth} : stairs.queries_of(key, keys);
+    Span of(int64_t, int64_t, int64_t key, int64_t keys, int64_t) const {
+        return stairs.queries_of(key, keys);
     }
 };

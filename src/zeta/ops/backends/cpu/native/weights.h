@@ -7,6 +7,7 @@
 
 constexpr int64_t WEIGHT_FLOATS = 1 << 17;  // as many scores as a block of queries should have
 constexpr int64_t MOST_WEIGHT_ROWS = 96;
+static_assert(MOST_WEIGHT_ROWS <= BLOCK_QUERIES, "Stairs hold them");
 constexpr int64_t ALONE_SCORES = 1 << 14;  // as many as one thread makes before others wake up
 
 // How a call is cut.
