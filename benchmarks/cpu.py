@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import cpu_compiled, cpu_growth, cpu_modules, cpu_rows
-from benchmarks.cpu_rows import Results, Row, Run, Work
+from benchmarks.cpu_problem import Results, Run
+from benchmarks.cpu_rows import Row, Work
 from zeta.bench import Timing, describe_machine, time_interleaved
 from zeta.ops.backends.cpu import library
 

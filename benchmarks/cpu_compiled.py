@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cpu_modules import small_module
-from benchmarks.cpu_rows import BOUNDS, DTYPES, PLAIN, Problem, Results, Row, Run, Work
+from benchmarks.cpu_problem import Problem, Results, Run
+from benchmarks.cpu_rows import BOUNDS, DTYPES, PLAIN, Row, Work
 from zeta import attention
 
 HEADS, LENGTHS = 8, (1, 4, 16, 64)

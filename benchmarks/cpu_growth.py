@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cpu_rows import CAUSAL, T5_CAUSAL, Features, Problem, Run
+from benchmarks.cpu_problem import Features, Problem, Run
+from benchmarks.cpu_rows import CAUSAL, T5_CAUSAL
 from zeta import plots
 from zeta.bench import time_interleaved
 

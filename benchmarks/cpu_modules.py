@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.cpu_rows import BOUNDS, DTYPES, Results, Row, Run, Work
+from benchmarks.cpu_problem import Results, Run
+from benchmarks.cpu_rows import BOUNDS, DTYPES, Row, Work
 from zeta.nn import MultiheadAttention, RelativePositionBias
 
 TORCHSCALE = "0.3.0"
