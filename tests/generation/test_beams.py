@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.generation.models import Toy
-from tests.generation.test_generate import CACHES, greedily
+from tests.generation.prompts import CACHES, greedily
 from zeta.generation import beam_search
 
 PROMPT = torch.tensor([[1, 2, 0], [2, 1, 1]])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.generation.models import Toy
-from tests.generation.test_generate import CACHES, padded
+from tests.generation.prompts import CACHES, padded
 from zeta.caches import CrossCache, DynamicCache, RollingCache, StaticCache
 from zeta.generation import Draft, Sampling, generate, stream
 
