@@ -46,7 +46,7 @@ def uncompiled(function: Callable[ParametersT, ResultT]) -> Callable[ParametersT
         return found
 
     # What was compiled is kept, and limited in number, by code object: each has its own.
-    call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]  # of a function
+    call.__code__ = call.__code__.replace(co_name=function.__name__)  # type: ignore[attr-defined]  # functions have one, which `wraps` hides
     return call
 
 
