@@ -84,6 +84,17 @@ def test_a_source_takes_the_place_of_another_until_it_is_taken_back() -> None:
     assert same(before, cache.state_dict()["tensors"])
 
 
+def test_queries_of_another_source_are_counted_from_the_first() -> None:
+    cache, query = CrossCache(), torch.zeros(2, 3, 8)
+    cache.update(*tokens(3))
+    cache.count_queries(query)
+    assert cache.next_queries(query).tolist() == [[3, 4, 5]] * 2
+    cache.update(*tokens(4))
+    assert cache.next_queries(query).tolist() == [[0, 1, 2]] * 2
+    cache.take_back()
+    assert cache.next_queries(query).tolist() == [[3, 4, 5]] * 2
+
+
 def test_what_a_fork_remembers_moves_too() -> None:
     cache = CrossCache()
     cache.update(*tokens(3))
@@ -105,6 +116,16 @@ def test_refusals_change_nothing() -> None:
         (lambda: cache.load_state_dict({"kind": "DynamicCache"}), "must be that of a CrossCache"),
         (
             lambda: cache.load_state_dict({"kind": "CrossCache", "tensors": {"prev_key": 1}}),
+            r"state\['tensors'\] must be a dict of tensors; got \{'prev_key': 1\}",
+        ),
+        (
+            lambda: cache.load_state_dict({"kind": "CrossCache", "tensors": None}),
+            r"state\['tensors'\] must be a dict of tensors; got None",
+        ),
+        (
+            lambda: cache.load_state_dict(
+                {"kind": "CrossCache", "tensors": {"prev_key": before["prev_key"]}}
+            ),
             "must have \\['prev_key_static', 'prev_value'\\] too",
         ),
         (

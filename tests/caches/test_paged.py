@@ -275,6 +275,9 @@ def test_a_state_that_does_not_fit_takes_no_pages() -> None:
     for state, words in (
         (other.state_dict(), r"key must be \(2, 2, length, 6\).*got \(2, 3, length, 6\)"),
         (before | {"lengths": [2, 1]}, "keys as long as its longest sequence, 2; got 3"),
+        (before | {"lengths": 3}, r"state\['lengths'\] must be a list; got 3"),
+        (before | {"lengths": [3, -1]}, r"state\['lengths'\] must have numbers .*; got -1"),
+        (before | {"lengths": [3, True]}, r"state\['lengths'\] must have numbers .*; got True"),
     ):
         with pytest.raises(ValueError, match=words):
             cache.load_state_dict(state)

@@ -155,6 +155,28 @@ REFUSALS: dict[str, tuple[Callable[[DecodingCache], object], str]] = {
         lambda c: c.load_state_dict(c.state_dict() | {"padding": torch.zeros(2, 3, 1)}),
         r"state\['padding'\] must be torch.float32 \(2, 3\).*got torch.float32 \(2, 3, 1\)",
     ),
+    "state with padding of integers": (
+        lambda c: c.load_state_dict(
+            c.state_dict() | {"padding": torch.zeros(2, 3, dtype=torch.int64)}
+        ),
+        r"state\['padding'\] must be torch.bool \(2, 3\).*got torch.int64",
+    ),
+    "state with padding that is no tensor": (
+        lambda c: c.load_state_dict(c.state_dict() | {"padding": "none"}),
+        r"state\['padding'\] must be torch.bool \(2, 3\).*got 'none'",
+    ),
+    "state with a form that is none": (
+        lambda c: c.load_state_dict(c.state_dict() | {"form": 5}),
+        r"state\['form'\] must be \(batch, .*; got 5",
+    ),
+    "state with a form that is too short": (
+        lambda c: c.load_state_dict(c.state_dict() | {"form": c.state_dict()["form"][:4]}),
+        r"state\['form'\] must be \(batch, .*; got \(2, ",
+    ),
+    "state with a form of no heads": (
+        lambda c: c.load_state_dict(c.state_dict() | {"form": (2, 0, 4, 4, torch.float32)}),
+        r"state\['form'\] must be \(batch, .*; got \(2, 0, ",
+    ),
     "state with an origin of another batch": (
         lambda c: c.load_state_dict(c.state_dict() | {"origin": torch.tensor([1])}),
         r"state\['origin'\] must be torch.int64 \(2,\)",

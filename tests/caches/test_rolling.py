@@ -185,3 +185,5 @@ def test_a_state_of_another_window_is_refused() -> None:
         RollingCache(5).load_state_dict(cache.state_dict())
     with pytest.raises(ValueError, match="state of length 3 must not hold 4 tokens"):
         cache.load_state_dict(cache.state_dict() | {"length": 3})
+    with pytest.raises(ValueError, match=r"state\['length'\] must have numbers .*; got 'ten'"):
+        cache.load_state_dict(cache.state_dict() | {"length": "ten"})

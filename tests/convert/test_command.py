@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import pickle
 import re
 import subprocess
@@ -196,6 +197,12 @@ def test_wrong_input(
     names = {"file": checkpoint, "folder": tmp_path, "missing": tmp_path / "none"}
     refuse(capsys, words, *[argument.format(**names) for argument in arguments])
     assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, capsys: Captured) -> None:
+    pipe = tmp_path / "pipe.pt"
+    os.mkfifo(pipe)
+    refuse(capsys, f"cannot read {pipe}: it is no file", pipe, "--from", "torch")
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from zeta.generation import Greedy, Sampling, generate
         ({"prefill_chunk": 2.0}, TypeError, "prefill_chunk must be an int; got 2.0"),
         ({"stop_tokens": 3}, TypeError, "stop_tokens must be a collection of ints; got 3"),
         ({"stop_tokens": [3.5]}, TypeError, r"a collection of ints; got \[3.5\]"),
+        ({"stop_tokens": [True]}, TypeError, r"a collection of ints; got \[True\]"),
         ({"stop_tokens": "ab"}, TypeError, "a collection of ints; got 'ab'"),
         ({"fill": 1.5}, TypeError, "fill must be an int; got 1.5"),
         (

@@ -1,6 +1,7 @@
 """Speculative decoding changes how often the model is called, and nothing else."""
 
 import itertools
+import types
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 from tests.generation.models import Toy
 from tests.generation.prompts import CACHES, padded
 from zeta.caches import CrossCache, DynamicCache, RollingCache, StaticCache
-from zeta.generation import Draft, Sampling, generate, stream
+from zeta.generation import Draft, Greedy, Sampling, generate, stream
 
 VOCABULARY = 3
 
@@ -199,6 +200,17 @@ def test_wrong_drafts_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="num_tokens must be at least 1; got 0"):
         Draft(model, [], 0)
+    caches = model.caches()
+    with pytest.raises(TypeError, match="like them, with repetition_penalty, seed, probabilities"):
+        generate(
+            model,
+            prompt,
+            caches,
+            max_new_tokens=2,
+            choose=types.SimpleNamespace(start=Greedy().start),
+            draft=Draft(model, model.caches()),
+        )
+    assert caches[0].length == 0
 
 
 def test_a_draft_needs_caches_that_grow() -> None:

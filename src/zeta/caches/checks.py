@@ -118,3 +118,14 @@ def state_tensor(name: str, tensor: object, shape: tuple[int, ...], dtype: torch
         return tensor
     found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
     raise ValueError(f"state[{name!r}] must be {dtype} {shape} (-1: any size); got {found}")
+
+
+def state_count(name: str, count: object) -> int:
+    """A number of tokens of a state dict, checked.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if isinstance(count, int) and not isinstance(count, bool) and count >= 0:
+        return count
+    raise ValueError(f"state[{name!r}] must have numbers of tokens; got {count!r}")

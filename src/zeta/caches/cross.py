@@ -49,13 +49,15 @@ class CrossCache:
         return 0 if key is None else key.shape[2]
 
     def update(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Cached:
-        """Keep projected keys ``(B, G, S, D)`` and values, in place of any that are there."""
+        """Keep projected keys ``(B, G, S, D)`` and values, in place of any that are there; queries
+        are counted from the first again."""
         batch, _, source, _ = key.shape
         padding = kept_padding(None, key_padding_mask, batch=batch, length=source, added=source)
         self._before = dict(self._state)
         self._state[KEY], self._state[VALUE] = key, value
         self._state[STATIC] = torch.ones(batch, dtype=torch.bool, device=key.device)
         self._state.pop(PADDING, None)
+        self._state.pop(QUERIES, None)
         if padding is not None:
             self._state[PADDING] = padding
         return Cached(key, value, None, padding)
@@ -188,6 +190,10 @@ class CrossCache:
         """See `DecodingCache`."""
         checks.check_state(state, "CrossCache", {"tensors"})
         tensors = state["tensors"]
+        if not isinstance(tensors, Mapping) or not all(
+            isinstance(tensor, Tensor) for tensor in tensors.values()
+        ):
+            raise ValueError(f"state['tensors'] must be a dict of tensors; got {tensors!r}")
         missing = {KEY, VALUE, STATIC} - set(tensors)
         if tensors and missing:
             raise ValueError(f"state['tensors'] must have {sorted(missing)} too")

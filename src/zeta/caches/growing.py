@@ -14,7 +14,7 @@ from zeta.caches.forks import Forks
 from zeta.caches.form import Form, placed
 from zeta.caches.interface import Cached
 from zeta.caches.padding import kept_padding
-from zeta.caches.states import origin_of
+from zeta.caches.states import origin_of, padding_of, sizes_of
 
 
 class _State(NamedTuple):
@@ -220,20 +220,18 @@ class GrowingCache(abc.ABC):
     def _loaded(self, state: dict[str, Any]) -> _State:
         first = state[self._part_names[0]]
         device = first.device if isinstance(first, Tensor) else torch.device("cpu")
-        batch, heads, head_dim, value_dim, dtype = state["form"]
-        form = Form(batch, heads, head_dim, value_dim, dtype, device)
+        form = Form(*sizes_of(state), device)
         length, parts = -1, []
         for name, (size, dtype) in zip(self._part_names, self._part_forms(form), strict=True):
             shape = (form.batch, form.heads, length, size)
             part = checks.state_tensor(name, state[name], shape, dtype)
             length = part.shape[2]
             parts.append(growth.append(None, part))
-        padding = state["padding"]
-        if padding is not None:
-            padding = checks.state_tensor("padding", padding, (form.batch, length), padding.dtype)
-            padding = padding.clone()
-        origin = origin_of(state, form.batch)
-        return _State(form, tuple(parts), padding, None if origin is None else origin.clone())
+        padding, origin = (
+            None if tensor is None else tensor.clone()
+            for tensor in (padding_of(state, form.batch, length), origin_of(state, form.batch))
+        )
+        return _State(form, tuple(parts), padding, origin)
 
     def to(self, device: torch.device | str) -> Self:
         """See `DecodingCache`."""

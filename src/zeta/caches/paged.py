@@ -322,7 +322,7 @@ class PagedCache:
             CacheFullError: The pool has too few free pages.
         """
         checks.check_state(state, "PagedCache", _NAMES)
-        tokens, lengths = tokens_of(state), tuple(state["lengths"])
+        tokens, lengths = tokens_of(state), _lengths_of(state)
         rows = None
         if tokens is not None:
             form = self.pool.form(len(lengths))
@@ -356,6 +356,18 @@ class PagedCache:
         if target != here:
             raise ValueError(f"device must be that of the pool, {here}; got {target}")
         return self
+
+
+def _lengths_of(state: dict[str, Any]) -> tuple[int, ...]:
+    """The tokens of each sequence of a state dict.
+
+    Raises:
+        ValueError: They are something else.
+    """
+    lengths = state["lengths"]
+    if not isinstance(lengths, Sequence):
+        raise ValueError(f"state['lengths'] must be a list; got {lengths!r}")
+    return tuple(checks.state_count("lengths", length) for length in lengths)
 
 
 @uncompiled

@@ -325,7 +325,7 @@ class RollingCache:
                 f"state must have window={self.window} and sinks={self.sinks}; "
                 f"got {state['window']} and {state['sinks']}"
             )
-        tokens, length = tokens_of(state), state["length"]
+        tokens, length = tokens_of(state), checks.state_count("length", state["length"])
         num_kept = 0 if tokens is None else tokens.key.shape[2]
         if num_kept != min(length, self._ring.num_slots):
             raise ValueError(f"state of length {length} must not hold {num_kept} tokens")

@@ -47,15 +47,44 @@ def tokens_of(state: dict[str, Any]) -> Tokens | None:
     """
     if state["form"] is None:
         return None
-    batch, heads, head_dim, value_dim, dtype = state["form"]
+    batch, heads, head_dim, value_dim, dtype = sizes_of(state)
     key = checks.state_tensor("key", state["key"], (batch, heads, -1, head_dim), dtype)
     length = key.shape[2]
     value = checks.state_tensor("value", state["value"], (batch, heads, length, value_dim), dtype)
-    padding = state["padding"]
-    if padding is not None:
-        padding = checks.state_tensor("padding", padding, (batch, length), padding.dtype)
     form = Form(batch, heads, head_dim, value_dim, dtype, key.device)
-    return Tokens(form, key, value, padding, origin_of(state, batch))
+    return Tokens(form, key, value, padding_of(state, batch, length), origin_of(state, batch))
+
+
+def sizes_of(state: dict[str, Any]) -> tuple[int, int, int, int, torch.dtype]:
+    """What the state dict of a cache that is not empty calls its form: all of a `Form` but where
+    it is.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    form = state["form"]
+    match form:
+        case (int(batch), int(heads), int(head_dim), int(value_dim), torch.dtype() as dtype):
+            if min(batch, heads, head_dim, value_dim) > 0:
+                return batch, heads, head_dim, value_dim, dtype
+    raise ValueError(
+        "state['form'] must be (batch, key heads, head_dim, value's head_dim, dtype) or None; "
+        f"got {form!r}"
+    )
+
+
+def padding_of(state: dict[str, Any], batch: int, length: int) -> Tensor | None:
+    """The padding of a state dict.
+
+    Raises:
+        ValueError: It has the wrong shape or dtype.
+    """
+    padding = state["padding"]
+    if padding is None:
+        return None
+    is_float = isinstance(padding, Tensor) and padding.is_floating_point()
+    dtype = padding.dtype if is_float else torch.bool
+    return checks.state_tensor("padding", padding, (batch, length), dtype)
 
 
 def origin_of(state: dict[str, Any], batch: int) -> Tensor | None:

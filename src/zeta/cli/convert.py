@@ -112,6 +112,8 @@ def _check_output(output: Path | None, force: bool) -> None:
 
 
 def _read(path: Path) -> Checkpoint:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"cannot read {path}: it is no file, but a pipe or a device")
     try:
         size = path.stat().st_size
         with _progress(f"reading {path.name}", size) as progress:

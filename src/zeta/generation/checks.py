@@ -100,10 +100,12 @@ def stops_of(stop_tokens: Iterable[SupportsIndex]) -> list[int]:
     Numbers that int64 does not have, of which no token is, are left out.
     """
     try:
-        stops = {operator.index(token) for token in stop_tokens}
+        listed = list(stop_tokens)
+        for token in listed:
+            check_int("a stop token", token)
     except TypeError as error:
         raise TypeError(f"stop_tokens must be a collection of ints; got {stop_tokens!r}") from error
-    return sorted(filter(_is_int64, stops))
+    return sorted(filter(_is_int64, set(map(operator.index, listed))))
 
 
 def check_fill(fill: object) -> None:

@@ -28,6 +28,8 @@ from zeta.values import check_flag, check_tensor
 class Step(NamedTuple):
     """One new token of each sequence that still goes on.
 
+    The tensors are the generation's own, which goes on from them: copy one before it is changed.
+
     Attributes:
         number: 0 for the first new token.
         rows: ``(R,)`` int64, which sequences of the prompt.
@@ -93,7 +95,7 @@ def stream(
         TypeError: An argument has the wrong type or dtype.
     """
     check_int("max_new_tokens", max_new_tokens, 1)
-    choice = _choice(choose)
+    choice = _choice(choose, with_draft=draft is not None)
     if draft is not None:
         check_draft(draft, caches)
         if choice.repetition_penalty != 1.0:
@@ -132,11 +134,16 @@ def stream(
         logits_RV = step(model, token_R[:, None], caches, position_R[:, None])
 
 
-def _choice(choose: Choice | None) -> Choice:
+def _choice(choose: Choice | None, *, with_draft: bool) -> Choice:
     if choose is None:
         return Greedy()
-    if isinstance(choose, type) or not hasattr(choose, "start"):
-        raise TypeError(f"choose must be Greedy() or Sampling(), or be like them; got {choose!r}")
+    needed = ("repetition_penalty", "seed", "probabilities") if with_draft else ("start",)
+    missing = [name for name in needed if not hasattr(choose, name)]
+    if isinstance(choose, type) or missing:
+        raise TypeError(
+            "choose must be Greedy() or Sampling(), or be like them, with "
+            f"{', '.join(needed)}; got {choose!r}"
+        )
     return choose
 
 
