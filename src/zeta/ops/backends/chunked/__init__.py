@@ -35,7 +35,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
         others, spec = plan.pack()
         found = operators.attention(*operands, biases, others, spec, call.scale, call.dropout_p)
     else:
-        found = functions.Attention.apply(plan, *operands, *biases)  # type: ignore[no-untyped-call]
+        found = functions.Attention.apply(plan, *operands, *biases)
     return found[0], found[1]
 
 
@@ -52,5 +52,5 @@ def weights(call: AttentionCall) -> Tensor:
         others, spec = plan.pack()
         packed = operators.weights(*operands, biases, others, spec, call.scale, mean)
         return cast(Tensor, packed[0])
-    found = functions.Weights.apply(plan, mean, *operands, *biases)  # type: ignore[no-untyped-call]
+    found = functions.Weights.apply(plan, mean, *operands, *biases)
     return cast(Tensor, found[0])

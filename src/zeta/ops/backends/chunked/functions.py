@@ -4,60 +4,16 @@ they compose with ``torch.func.grad``.
 Shape suffixes: B batch, H query heads, T target length, S source length, D features.
 """
 
-import functools
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 from torch import Tensor
-from torch.autograd import Function
 
 from zeta.ops.backends.chunked import passes
 from zeta.ops.backends.chunked.backward import Incoming
 from zeta.ops.backends.chunked.description import Plan
-from zeta.transforms import mapped_one_by_one, of_each_gradient
-
-_NO_VMAP = (
-    "the backend 'chunked' has no torch.func.vmap; make the mapped dimension part of the batch, "
-    "or use backend='reference'"
-)
-
-
-class _Once(Function):
-    """Base of functions whose gradients are `_Gradients`."""
-
-    @staticmethod
-    def vmap(*_: Any) -> NoReturn:
-        raise NotImplementedError(_NO_VMAP)
-
-
-class _Gradients(_Once):
-    @staticmethod
-    def forward(
-        plan: Plan,
-        given: tuple[str, ...],
-        needs_grad: tuple[bool, ...],
-        pairs: Tensor,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """Arguments after ``pairs``: incoming gradients, query, key, value, tensors of biases."""
-        incoming = Incoming(**dict(zip(given, tensors, strict=False)))
-        query, key, value, *biases = tensors[len(given) :]
-        *found, of_biases = passes.gradients(
-            plan, incoming, pairs, query, key, value, biases, needs_grad
-        )
-        return *found, *of_biases
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept: there is no second derivative."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise RuntimeError(passes.ONCE)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        """Of many incoming gradients, as for ``torch.func.jacrev``."""
-        return mapped_one_by_one(_Gradients.apply, info, in_dims, args)
+from zeta.ops.functions import Once, differentiated_once
+from zeta.transforms import of_each_gradient
 
 
 def _remember(ctx: Any, plan: Plan, pairs: Tensor, inputs: tuple[Tensor, ...]) -> None:
@@ -79,15 +35,25 @@ def _find(ctx: Any, incoming: dict[str, Tensor | None], num_operands: int) -> li
     if num_operands == 2:
         operands.append(operands[1])  # Weights have no value; nothing is made of it.
     needs_grad = tuple(ctx.needs_input_grad[-len(biases) :]) if biases else ()
-    given = (*arrived.values(), *operands, *biases)
-    compute = functools.partial(_Gradients.apply, plan, tuple(arrived), needs_grad)
-    found = of_each_gradient(compute, pairs, *given)
+
+    def compute(pairs: Tensor, *tensors: Any) -> tuple[Tensor | None, ...]:
+        incoming = Incoming(**dict(zip(arrived, tensors, strict=False)))
+        query, key, value, *biases = tensors[len(arrived) :]
+        *found, of_biases = passes.gradients(
+            plan, incoming, pairs, query, key, value, biases, needs_grad
+        )
+        return *found, *of_biases
+
+    once = partial(differentiated_once, "chunked", compute)
+    found = of_each_gradient(once, pairs, *arrived.values(), *operands, *biases)
     rest = iter(found[3:])
     return [*found[:3], *(next(rest) if needed else None for needed in needs_grad)]
 
 
-class Attention(_Once):
+class Attention(Once):
     """Output, log-sum-exp and pairs; see `passes.attention`."""
+
+    backend = "chunked"
 
     @staticmethod
     def forward(
@@ -106,8 +72,10 @@ class Attention(_Once):
         return None, *_find(ctx, {"out": grads[0], "lse": grads[1]}, num_operands=3)
 
 
-class Weights(_Once):
+class Weights(Once):
     """Weights and pairs; see `passes.weights`."""
+
+    backend = "chunked"
 
     @staticmethod
     def forward(

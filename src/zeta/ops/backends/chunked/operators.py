@@ -16,6 +16,7 @@ from torch import Tensor
 from zeta.ops.backends.chunked import passes
 from zeta.ops.backends.chunked.backward import Incoming
 from zeta.ops.backends.chunked.description import Plan
+from zeta.ops.functions import asked_twice
 from zeta.values import wide_dtype
 
 _Context = Any
@@ -162,7 +163,7 @@ def _weights_backward(ctx: _Context, *grads: Tensor | None) -> tuple[Any, ...]:
 
 
 def _refuse(ctx: _Context, *grads: Any) -> NoReturn:
-    raise RuntimeError(passes.ONCE)
+    raise RuntimeError(asked_twice("chunked"))
 
 
 attention.register_autograd(_attention_backward, setup_context=_set_up_attention)

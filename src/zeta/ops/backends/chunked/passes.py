@@ -14,13 +14,10 @@ from zeta.ops.backends.chunked.backward import Incoming, backward
 from zeta.ops.backends.chunked.description import Plan
 from zeta.ops.backends.chunked.terms import Softcap
 from zeta.ops.call import without_autocast
-from zeta.transforms import TWICE
 
 _MANY_SCORES = 2**17
 _LARGEST_KEPT = 2**25 - 2**16
 """Just below glibc's DEFAULT_MMAP_THRESHOLD_MAX."""
-
-ONCE = f"the backend 'chunked' differentiates once; {TWICE}"
 
 
 def _reuse_memory(query: Tensor, key: Tensor) -> None:

@@ -2,43 +2,22 @@
 millisecond would be most of a small call, and for ``torch.func.grad``.
 """
 
-import functools
-from collections.abc import Callable
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import Function
 
 from zeta.ops.backends.cpu import passes
 from zeta.ops.backends.cpu.description import Fixed
-from zeta.transforms import mapped_one_by_one, of_each_gradient
-
-Compute = Callable[..., tuple[Tensor | None, ...]]
-
-
-class Once(Function):
-    """Base of functions whose gradients are `_Gradients`."""
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)  # type: ignore[no-untyped-call]
-        # Torch would ask for the signature of `forward` each time, to fill in defaults, of which
-        # there are none: longer than a short call.
-        return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]  # C's
-
-    @staticmethod
-    def vmap(*_: Any) -> NoReturn:
-        raise NotImplementedError(
-            "the backend 'cpu' has no torch.func.vmap; make the mapped dimension part of the "
-            "batch, or use backend='reference'"
-        )
+from zeta.ops.functions import Once, differentiated_once
+from zeta.transforms import of_each_gradient
 
 
 class Attention(Once):
     """Output and log-sum-exp; see `passes.forward`."""
+
+    backend = "cpu"
 
     @staticmethod
     def forward(
@@ -73,12 +52,14 @@ class Attention(Once):
             fixed = without_tensors._replace(tensors=saved[7:])
             return passes.backward(grad_out, grad_lse, tuple(inputs), offsets, dense, fixed, needed)
 
-        once = functools.partial(differentiated_once, compute)
+        once = partial(differentiated_once, "cpu", compute)
         return *of_each_gradient(once, grad_out, grad_lse, *tensors), None
 
 
 class Weights(Once):
     """Weights and log-sum-exp; see `passes.weights`."""
+
+    backend = "cpu"
 
     @staticmethod
     def forward(
@@ -112,37 +93,7 @@ class Weights(Once):
                 grad_weights, query, key, lse, offsets, dense, fixed, needed
             )
 
-        once = functools.partial(differentiated_once, compute)
+        once = partial(differentiated_once, "cpu", compute)
         found = of_each_gradient(once, grad_weights, *ctx.saved_tensors)
         of_query, of_key, _, of_offsets, of_dense = found
         return of_query, of_key, of_offsets, of_dense, None, None
-
-
-class _Gradients(Once):
-    """Gradients that know what they were made from, so that a second derivative is an error."""
-
-    @staticmethod
-    def forward(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(compute(*tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Nothing is kept: there is no second derivative."""
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> NoReturn:
-        raise RuntimeError(passes.ONCE)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        """Of many incoming gradients, as for ``torch.func.jacrev``."""
-        return mapped_one_by_one(_Gradients.apply, info, in_dims, args)
-
-
-def differentiated_once(compute: Compute, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """``compute(*tensors)``, gradients of which a second derivative is an error."""
-    # Only under create_graph=True, or inside a transform, could anybody differentiate them.
-    if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-        return compute(*tensors)
-    found: tuple[Tensor | None, ...] = _Gradients.apply(compute, *tensors)
-    return found

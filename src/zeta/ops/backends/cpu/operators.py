@@ -18,6 +18,7 @@ from zeta.ops.backends.cpu import library, passes
 from zeta.ops.backends.cpu.description import DTYPES, MAX_HEAD_DIM, Fixed
 from zeta.ops.backends.cpu.passes import Gradients
 from zeta.ops.buffers import empty_contiguous, empty_rows
+from zeta.ops.functions import asked_twice
 from zeta.ops.precision import float32_precision
 from zeta.ops.registration import operator
 from zeta.values import is_finite
@@ -267,7 +268,7 @@ def _weights_gradient(ctx: Any, grad_weights: Tensor | None, _: Tensor | None) -
 
 
 def _refuse(ctx: Any, *gradients: Any) -> NoReturn:
-    raise RuntimeError(passes.ONCE)
+    raise RuntimeError(asked_twice("cpu"))
 
 
 attention.register_autograd(_attention_gradient, setup_context=_save_attention)

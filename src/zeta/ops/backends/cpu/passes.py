@@ -19,12 +19,10 @@ from zeta.ops.backends.cpu.description import (
 )
 from zeta.ops.backends.cpu.layout import Part
 from zeta.ops.buffers import empty_rows, rows, written_out
-from zeta.transforms import TWICE
 
 STEP_ROWS, STEP_ROWS_BESIDE_TILES = 48, 16
 """As in ``native/abi.h``."""
 
-ONCE = f"the backend 'cpu' differentiates once; {TWICE}"
 
 _OUT = Part("out", "lse")
 _LSE = Part("lse")

@@ -17,8 +17,8 @@ from torch.autograd import Function
 
 from zeta.ops.backends.cpu import library, passes
 from zeta.ops.backends.cpu.description import Fixed
-from zeta.ops.backends.cpu.functions import Once, differentiated_once
 from zeta.ops.buffers import rows
+from zeta.ops.functions import Once, differentiated_once
 from zeta.ops.plain_lowering import LATER_KEYS, NOTHING, NUM_NUMBERS, Plain
 from zeta.ops.precision import Precision, float32_precision
 from zeta.transforms import of_each_gradient
@@ -82,6 +82,8 @@ def attend(
 class _Attended(Once):
     """The output, made already, with the gradients of a plain call."""
 
+    backend = "cpu"
+
     @classmethod
     def record(cls, *args: Any) -> Tensor:
         """`apply` outside of torch's transforms, of tensors that were read."""
@@ -116,7 +118,7 @@ class _Attended(Once):
         def compute(grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
             return _gradients(grad_out, saved, scale, is_high, plain, needed)
 
-        return *differentiated_once(compute, grad_out, *ctx.saved_tensors), None, None
+        return *differentiated_once("cpu", compute, grad_out, *ctx.saved_tensors), None, None
 
 
 def _is_short(plain: Plain) -> bool:
