@@ -26,7 +26,7 @@ def rotary_frequencies(
 
     Args:
         head_dim: Even number of features that are rotated.
-        base: The longest wavelength is ``2 * pi * base`` positions.
+        base: Wavelengths go from ``2 * pi`` positions to nearly ``2 * pi * base``.
         dtype: In which they are computed.
         device: Of the result.
 
@@ -59,7 +59,7 @@ def rotary_tables(
     Args:
         positions: Any shape ``(...)``, integers or floats.
         head_dim: Even number of features that are rotated.
-        base: The longest wavelength is ``2 * pi * base`` positions.
+        base: Wavelengths go from ``2 * pi`` positions to nearly ``2 * pi * base``.
         dtype: Of the tables; float32, or float64 for a float64 model.
         angle_dtype: Of the angles: see `angle_tables`. float32 gives those of models that were
             trained so.

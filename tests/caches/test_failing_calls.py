@@ -89,6 +89,27 @@ def test_the_cache_is_what_it_was(kind: str, before: int, added: int, failure: s
     assert same(was, cache.state_dict())
 
 
+class Broken(torch.nn.Linear):
+    """An output projection that fails, as one may that runs out of memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("the projection fails")
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_the_cache_is_what_it_was_where_the_output_projection_fails(kind: str) -> None:
+    attention = MultiheadAttention(None, E, H, self_attention=True).eval()
+    cache, x = CACHES[kind](), torch.randn(2, 4, E)
+    with torch.no_grad():
+        attention(x, x, x, cache, is_causal=True)
+        was = cache.state_dict()
+        attention.out_proj = Broken(E, E)
+        with pytest.raises(RuntimeError, match="the projection fails"):
+            attention(x, x, x, cache, is_causal=True)
+    assert same(was, cache.state_dict())
+    assert cache.length == 4
+
+
 def test_pages_of_a_failed_call_are_free_again() -> None:
     attention = MultiheadAttention(None, E, H, self_attention=True).eval()
     shared = pool()

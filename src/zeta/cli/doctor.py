@@ -19,8 +19,9 @@ DESCRIPTION = """\
 Say what Zeta finds on this machine, and try every backend that can run.
 
 "right to 6e-07" means that no number of a backend's output is farther than that from the
-reference's, computed in float64; above 1e-04 it is "WRONG by", and the exit code is 1."""
-OPTIONAL = ("triton", "matplotlib", "tqdm", "numpy")
+reference's, computed in float64; above 1e-04 it is "WRONG by". "FAILED" is an error of the
+backend's. After either the exit code is 1."""
+OPTIONAL = ("triton", "transformers", "safetensors", "matplotlib", "tqdm", "numpy")
 TOLERANCE = 1e-4
 """Largest error of an output of order 1 in float32; a wrong mask or bias makes far larger ones."""
 

@@ -42,7 +42,8 @@ class MultiheadAttention(nn.Module):
             built from the same configuration, goes without.
         embed_dim: Features of queries and of the output.
         num_heads: Query heads.
-        dropout: Probability in ``[0, 1)`` with which a weight is dropped in training.
+        dropout: Probability in ``[0, 1)`` with which a weight is dropped in training. Each call
+            draws its own seed from torch's generator.
         self_attention: Queries and keys are one sequence.
         encoder_decoder_attention: Keys are an encoder's. At most one of the two can be True.
         subln: LayerNorm before the output projection (Magneto, 2022). Self-attention only.
@@ -193,7 +194,8 @@ class MultiheadAttention(nn.Module):
                 scores and gets its gradient.
             rel_pos: ``(B * H, T, S)``, ``(H, T, S)`` or ``(1 or B, H, T, S)``; or never made a
                 tensor: a `RelativePositionBias`, an `ALiBi` or a value of `zeta.biases`.
-            is_first_step: Accepted for compatibility; the cache knows.
+            is_first_step: Accepted for compatibility; the cache knows. An error beside a state that
+                holds tokens.
             is_causal: Hide from a query the keys after it.
             need_weights: ``"lazy"``: computed when first used; True: computed now; ``"mean"``:
                 averaged over heads; False: None. The constructor's by default.
@@ -253,11 +255,11 @@ class MultiheadAttention(nn.Module):
             )  # fmt: skip
             keys: Blocks | ExtraKeys | None = blocks if extra is None else extra.beside(blocks)
             out_BHTD, weights = attend(call, need_weights, keys)
+            out_BTE = self._joined(out_BHTD, place.query_route)
         except BaseException:
             if cache is not None:
                 cache.take_back()
             raise
-        out_BTE = self._joined(out_BHTD, place.query_route)
         if self.multiway and isinstance(cache, CrossCache):
             cache.count_queries(query)
         return out_BTE, weights

@@ -25,7 +25,8 @@ class AttentionConfig:
     Attributes:
         multiway: Separate parameters for different tokens. False: one way; True: two, ``A`` and
             ``B``; a number: that many.
-        layernorm_eps: Added to the variance in every norm of the module.
+        layernorm_eps: Of every norm of the module: added to the variance or the mean square; of
+            ``qk_norm="l2"`` the least norm.
         xpos_rel_pos: Rotate queries and keys by xPos. Self-attention only.
         xpos_scale_base: Positions over which a feature of xPos decays by its factor.
         flash_attention: Accepted for the sake of existing configurations; the fused path is always

@@ -65,7 +65,7 @@ class RotaryEmbedding(Rotation):
 
     Args:
         head_dim: Features of a head.
-        base: The longest wavelength is ``2 * pi * base`` positions.
+        base: Wavelengths go from ``2 * pi`` positions to nearly ``2 * pi * base``.
         interleaved: Features ``(2p, 2p + 1)`` are a pair, as in RoFormer and TorchScale. False
             pairs ``(p, p + rotary_dim / 2)``, as the checkpoints of GPT-NeoX and Llama in
             Transformers do.
