@@ -184,6 +184,17 @@ def test_nan_that_a_query_sees_passes_through(backend: str) -> None:
     assert out[0, 0, 2:].isnan().all()
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("backend", [*EXACT, "cpu"])
+def test_a_nan_in_a_query_reaches_the_gradients(backend: str, dropout_p: float) -> None:
+    leaves = [torch.randn(1, 1, length, 8, requires_grad=True) for length in (40, 50, 50)]
+    with torch.no_grad():
+        leaves[0][0, 0, 3, 0] = float("nan")
+    out = attention(*leaves, dropout_p=dropout_p, seed=1, backend=backend)
+    for grad in torch.autograd.grad(out.sum(), leaves):
+        assert grad.isnan().any()
+
+
 @pytest.mark.parametrize("backend", [*EXACT, "sdpa"])
 def test_a_query_without_keys_gets_zero_and_gives_no_gradient(backend: str) -> None:
     query, key, value = (torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3))

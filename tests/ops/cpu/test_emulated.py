@@ -76,6 +76,15 @@ def test_nan_in_keys_that_no_query_sees_does_not_leak(dtype: torch.dtype) -> Non
         torch.testing.assert_close(tensor, expected[name], msg=name)
 
 
+def test_numbers_in_padding_decide_nothing(dtype: torch.dtype) -> None:
+    """Not even which unit multiplies, where some cannot take NaN apart."""
+    query, key, value = torch.randn(3, 2, 2, 50, 40).to(dtype).unbind()
+    mask = masks.Padding(torch.tensor([50, 30]))
+    expected = attention(query, key, value, mask=mask, backend="cpu")
+    key[1, :, 30:], value[1, :, 30:] = float("nan"), float("inf")
+    assert torch.equal(attention(query, key, value, mask=mask, backend="cpu"), expected)
+
+
 @pytest.mark.parametrize("dtype", [("AMX", torch.float32)], indirect=True, ids=["AMX"])
 def test_float32_is_as_exact_as_is_asked_for(dtype: torch.dtype) -> None:
     made = TILED.tensors(dtype)

@@ -70,6 +70,19 @@ def test_one_head_gives_the_same_bits_on_any_number_of_threads(
 
 
 @pytest.mark.usefixtures("two_threads")
+def test_who_meets_a_nan_does_not_depend_on_the_number_of_threads() -> None:
+    """Rows that are multiplied together share the keys that any of them sees."""
+    query, key, value = torch.randn(3, 1, 1, 62, 40).unbind()
+    value[..., 45, :] = float("nan")
+    found = []
+    for num_threads in (1, 2):
+        torch.set_num_threads(num_threads)
+        found.append(zeta.attention(query, key, value, mask=masks.Causal(), backend="cpu"))
+    assert found[0][0, 0, 45:].isnan().all()
+    torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_a_backward_pass_may_be_a_threads_first_work() -> None:
     """A step's forward pass is one thread's; the others begin with a gradient of many keys."""
     found: Results = []

@@ -9,7 +9,7 @@ inline int64_t prepare_backward(const ZetaCall &call, Unseen &unseen, const Back
                                 const BackwardShared &shared, const OffsetTable &offsets) {
     memset(shared.done, 0, sizes.tasks(call) * sizeof(int64_t));
     if (call.grad_offsets_HR) clear(call.grad_offsets_HR, call.heads * (2 * call.reach + 1));
-    if (call.grad_dense.data) DenseGradient{call, nullptr}.clear();
+    if (call.grad_dense.data) DenseGradient{call, nullptr}.begin();
     Pieces count(nullptr);
     if (sizes.key_blocks == 1) {
         for (int64_t row = 0; row < call.batch * call.heads * call.target; ++row)

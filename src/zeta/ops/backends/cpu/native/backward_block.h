@@ -1,15 +1,12 @@
 // What the backward pass computes in: sizes, what its tasks share, and the memory of one of them.
 
-constexpr int64_t MOST_BLOCK_KEYS = 256;
-static_assert(MOST_BLOCK_KEYS <= MOST_KEYS, "a KeyTile holds them");
-
 // Tasks are numbered by batch, key head and block of keys.
 struct BackwardSizes {
     int64_t group, key_blocks, block_keys, query_blocks;
 
     BackwardSizes(const ZetaCall &call, int64_t step)
         : group(call.heads / call.key_heads),
-          key_blocks(divide_up(call.source, MOST_BLOCK_KEYS)),
+          key_blocks(divide_up(call.source, TILE_KEYS)),
           // Cut evenly: what blocks of a head add to the queries they add in turns, so that a short
           // one would wait for a long one.
           block_keys(key_blocks ? round_up(divide_up(call.source, key_blocks), step) : 0),

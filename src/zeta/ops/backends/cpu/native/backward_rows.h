@@ -24,10 +24,10 @@ inline void backward_row(const ScoreRow &row, RowSums sums, float *weights, floa
     const Floats base = splat(TWICE && is_whole && is_far(sums.base)
                                   ? largest_score<KIND>(row, weights)
                                   : sums.base);
-    alignas(64) float slopes[TWICE && HAS_SLOPE ? MOST_KEYS : LANES];
-    // A dropped weight is passed on with a minus sign.
+    alignas(64) float slopes[TWICE && HAS_SLOPE ? TILE_KEYS : LANES];
+    // A dropped weight is passed on with a minus sign. Of 0 and NaN `max` gives the second.
     const auto finish = [&](int64_t key, Floats weight, Floats grad, Floats slope, Floats delta) {
-        const Floats kept = DROPS ? max(weight, zeros()) * factor : weight;
+        const Floats kept = DROPS ? max(zeros(), weight) * factor : weight;
         const Floats grad_score = (DROPS ? abs(weight) : weight) * (grad - delta);
         store(weights + key, kept);
         // One after the other: they may be the same place.

@@ -64,13 +64,12 @@ struct BackwardTask {
                                  smaller(BLOCK_QUERIES, call.target - first_query));
         const int64_t low = larger(first_key, round_down(queries.keys.low, Operands::STEP));
         const int64_t high = smaller(first_key + num_keys, queries.keys.high);
-        if (low < high) block.tile->set(sight, low, high - low);
-        if (low >= high || !queries.sees(sight, *block.tile)) {
+        if (low >= high || !queries.look_at(sight, low, high - low, *block.tile)) {
             if (sizes.key_blocks == 1) clear_queries(scores, queries);
             return;
         }
         if (call.dropout_p > 0) block.tile->set_hashes(sight, column_salt(call.seed));
-        const Stairs stairs(sight, queries, block.tile->first, block.tile->count);
+        const Stairs stairs(sight, queries, block.tile->first, block.tile->count, true);
         make_products(scores, queries, stairs);
         make_gradients(scores, queries);
         sum_products(queries, stairs);
@@ -89,8 +88,8 @@ struct BackwardTask {
         const KeyTile &tile = *block.tile;
         const HeadRows query = head_rows(call.query, call.dtype, batch, scores.head);
         block.queries.copy(query, queries.first, queries.count, static_cast<float>(call.scale));
-        Operands::make_scores(block.queries, queries.count, block.keys_across, place(), tile.count,
-                              block.weight_tile, block.tile_stride, stairs);
+        Operands::make_scores(block.queries, block.keys_across, place(), block.weight_tile,
+                              block.tile_stride, stairs);
         if (call.grad_weights) {
             for (int64_t row = 0; row < queries.count; ++row)
                 load_weight_gradients(scores, queries.first + row, tile,
@@ -99,8 +98,8 @@ struct BackwardTask {
         }
         const HeadRows grad_out = head_rows(call.grad_out, call.dtype, batch, scores.head);
         block.grad_out.copy(grad_out, queries.first, queries.count, 1);
-        Operands::make_scores(block.grad_out, queries.count, block.values_across, place(),
-                              tile.count, block.grad_tile, block.tile_stride, stairs);
+        Operands::make_scores(block.grad_out, block.values_across, place(), block.grad_tile,
+                              block.tile_stride, stairs);
     }
 
     void make_gradients(const Scores &scores, const QueryBlock &queries) {
@@ -119,16 +118,16 @@ struct BackwardTask {
     void sum_products(const QueryBlock &queries, const Stairs &stairs) const {
         const int64_t keys = block.tile->count, count = queries.count;
         block.grad_scores.take(block.grad_tile, block.tile_stride, count, keys);
-        Operands::add_sums(block.grad_scores, keys, block.queries, count, block.grad_keys,
-                           block.key_stride, place(), stairs);
-        Operands::make_outputs(block.grad_scores, count, block.keys, place(), keys,
-                               block.grad_queries, block.query_stride, false, stairs);
+        Operands::add_sums(block.grad_scores, block.queries, block.grad_keys, block.key_stride,
+                           place(), stairs);
+        Operands::make_outputs(block.grad_scores, block.keys, place(), block.grad_queries,
+                               block.query_stride, false, stairs);
         // Whatever is wrong with a key or a value has come to the gradients of queries.
         sight.unseen.look_at(block.grad_queries, count, call.head_dim, block.query_stride);
         if (call.grad_weights) return;
         block.weights.take(block.weight_tile, block.tile_stride, count, keys);
-        Operands::add_sums(block.weights, keys, block.grad_out, count, block.grad_values,
-                           block.value_stride, place(), stairs);
+        Operands::add_sums(block.weights, block.grad_out, block.grad_values, block.value_stride,
+                           place(), stairs);
     }
 
     // Until everything that was to be added before this step has been.

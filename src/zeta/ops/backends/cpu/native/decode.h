@@ -23,7 +23,7 @@ struct DecodePlan {
           padded_rows(round_up(rows, BLOCK)),
           // Rows apart by an odd number of vectors do not meet in the same banks of the cache.
           query_stride(round_up(call.head_dim, PAIR) + LANES),
-          weight_stride(MOST_KEYS + LANES),
+          weight_stride(TILE_KEYS + LANES),
           sum_stride(round_up(call.value_dim, PAIR)) {
         const int64_t heads = call.batch * call.key_heads;
         const int64_t most = divide_up(call.source, LEAST_KEYS);
@@ -156,9 +156,8 @@ struct DecodePart {
         const int64_t step = round_up((length + plan.parts - 1) / plan.parts, 16);
         const int64_t first = queries.keys.low + part * step;
         const int64_t end = smaller(first + step, queries.keys.high);
-        for (int64_t key = first; key < end; key += MOST_KEYS) {
-            block.tile->set(sight, key, smaller(MOST_KEYS, end - key));
-            if (queries.sees(sight, *block.tile)) add_tile();
+        for (int64_t key = first; key < end; key += TILE_KEYS) {
+            if (queries.look_at(sight, key, smaller(TILE_KEYS, end - key), *block.tile)) add_tile();
         }
         sight.unseen.look_at(block.sums, plan.rows, plan.sum_stride, plan.sum_stride);
     }

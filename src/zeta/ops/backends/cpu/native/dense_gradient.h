@@ -48,14 +48,16 @@ struct DenseGradient {
                 call.grad_dense.column);
     }
 
-    void clear() const {
+    // All of it, which is contiguous, by all threads: they are the first to touch its memory.
+    void begin() const {
+        constexpr int64_t PART = 1 << 18;
         const ZetaPlane &plane = call.grad_dense;
-        const auto size = [](int64_t stride, int64_t length) { return stride ? length : 1; };
-        const int64_t columns = size(plane.column, call.source);
-        for (int64_t batch = 0; batch < size(plane.batch, call.batch); ++batch)
-            for (int64_t head = 0; head < size(plane.head, call.heads); ++head)
-                for (int64_t query = 0; query < size(plane.row, call.target); ++query)
-                    for (int64_t key = 0; key < columns; ++key)
-                        *plane_at(plane, batch, head, query, key) = 0;
+        const int64_t count =
+            (plane.batch ? call.batch : 1) * (plane.head ? call.heads : 1) *
+            (plane.row ? call.target : 1) * (plane.column ? call.source : 1);
+        float *data = static_cast<float *>(plane.data);
+        run(divide_up(count, PART), call.num_threads, [&](int64_t part) {
+            clear(data + part * PART, smaller(PART, count - part * PART));
+        });
     }
 };

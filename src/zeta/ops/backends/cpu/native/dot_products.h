@@ -9,27 +9,18 @@ struct MultiplyPairs {
     }
 };
 
-// In pairs.
-template <class Depth>
-struct PairDepth {
-    const Depth &depths;
-
-    Span of(int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t depth) const {
-        const Span span = depths.of(row, rows, column, columns, 2 * depth);
-        return {span.begin / 2, divide_up(span.end, 2)};
-    }
-};
-
 // C = A B, or C += A B, of one part: a pair is read as if it were one float32 number.
 template <int PARTS, int REACH, class Depth>
-inline void multiply_pairs(int64_t rows, int64_t columns, int64_t depth, PairLeft a, PairRight b,
-                           float *c, int64_t c_row, bool adds, const Depth &depths) {
+inline void multiply_pairs(int64_t rows, int64_t columns, PairLeft a, PairRight b, float *c,
+                           int64_t c_row, bool adds, const Depth &depth) {
     static_assert(PARTS == 1 && REACH == 0, "more parts are slower here than float32 itself");
     // B has panels of 16 columns.
     const int64_t panels = PANEL / 16, vector = LANES == 16 ? b.panel : LANES;
     multiply<MultiplyPairs, false>(
-        rows, round_up(columns, LANES), (depth + 1) / 2,
-        {reinterpret_cast<const float *>(a.data), a.row / 2},
+        rows, round_up(columns, LANES), {reinterpret_cast<const float *>(a.data), a.row / 2},
         {reinterpret_cast<const float *>(b.data), b.row, vector, panels * b.panel}, c, c_row, adds,
-        PairDepth<Depth>{depths});
+        [&](int64_t row, int64_t num_rows, int64_t column, int64_t num_columns) {
+            const Span span = depth(row, num_rows, column, num_columns);
+            return Span{span.begin / 2, divide_up(span.end, 2)};
+        });
 }

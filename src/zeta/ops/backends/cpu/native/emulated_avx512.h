@@ -20,8 +20,6 @@ inline __m512 operator+(__m512 a, __m512 b) { return {a.low + b.low, a.high + b.
 inline __m512 operator-(__m512 a, __m512 b) { return {a.low - b.low, a.high - b.high}; }
 inline __m512 operator*(__m512 a, __m512 b) { return {a.low * b.low, a.high * b.high}; }
 inline __m512 operator/(__m512 a, __m512 b) { return {a.low / b.low, a.high / b.high}; }
-inline __m512 &operator+=(__m512 &a, __m512 b) { return a = a + b; }
-inline __m512 &operator*=(__m512 &a, __m512 b) { return a = a * b; }
 
 // A mask's bits as lanes of ones or zeros, and back.
 inline __m256i spread_bits(uint32_t bits) {
@@ -177,9 +175,6 @@ inline __mmask16 _mm512_cmp_ps_mask(__m512 a, __m512 b, int comparison) {
 }
 inline __mmask16 _mm512_cmpgt_epi32_mask(__m512i a, __m512i b) {
     return gather_bits(_mm256_cmpgt_epi32(a.low, b.low), _mm256_cmpgt_epi32(a.high, b.high));
-}
-inline __mmask16 _mm512_cmpeq_epi32_mask(__m512i a, __m512i b) {
-    return gather_bits(_mm256_cmpeq_epi32(a.low, b.low), _mm256_cmpeq_epi32(a.high, b.high));
 }
 inline __mmask8 _mm512_cmpeq_epi64_mask(__m512i a, __m512i b) {
     const __m256d low = _mm256_castsi256_pd(_mm256_cmpeq_epi64(a.low, b.low));

@@ -39,20 +39,18 @@ struct FewOperands : FmaOperands {
     using Columns = Lines;
     using Values = Lines;
 
-    static void make_scores(const Rows &rows, int64_t count, const Columns &columns,
-                            int64_t place, int64_t num_keys, float *scores, int64_t stride,
-                            const Stairs &) {
-        for (int64_t row = 0; row < count; ++row)
-            fill(scores + row * stride, 0, num_keys, 0);
-        score_keys(rows.data, rows.stride, count, columns.lines->part(place, num_keys),
+    static void make_scores(const Rows &rows, const Columns &columns, int64_t place, float *scores,
+                            int64_t stride, const Stairs &stairs) {
+        for (int64_t row = 0; row < stairs.queries; ++row)
+            fill(scores + row * stride, 0, stairs.keys, 0);
+        score_keys(rows.data, rows.stride, stairs.queries, columns.lines->part(place, stairs.keys),
                    columns.width, scores, stride, nullptr);
     }
 
-    static void make_outputs(const Weights &weights, int64_t count, const Values &values,
-                             int64_t place, int64_t num_keys, float *outputs, int64_t stride,
-                             bool adds, const Stairs &) {
-        if (!adds) clear(outputs, count * stride);
-        add_values(weights.data, weights.stride, count, values.lines->part(place, num_keys),
-                   values.width, outputs, stride, nullptr);
+    static void make_outputs(const Weights &weights, const Values &values, int64_t place,
+                             float *outputs, int64_t stride, bool adds, const Stairs &stairs) {
+        if (!adds) clear(outputs, stairs.queries * stride);
+        add_values(weights.data, weights.stride, stairs.queries,
+                   values.lines->part(place, stairs.keys), values.width, outputs, stride, nullptr);
     }
 };

@@ -70,30 +70,33 @@ struct FmaOperands {
         }
     };
 
-    static void make_scores(const Rows &rows, int64_t count, const Columns &columns,
-                            int64_t place, int64_t num_keys, float *scores, int64_t stride,
-                            const Stairs &stairs) {
+    static void make_scores(const Rows &rows, const Columns &columns, int64_t place, float *scores,
+                            int64_t stride, const Stairs &stairs) {
         multiply<MultiplyAdd, false>(
-            count, round_up(num_keys, LANES), rows.width, {rows.data, rows.stride},
+            stairs.queries, round_up(stairs.keys, LANES), {rows.data, rows.stride},
             {columns.data + place * rows.width, PANEL, LANES, PANEL * rows.width}, scores, stride,
-            false, ScoreDepth{stairs});
+            false, [&](int64_t query, int64_t queries, int64_t key, int64_t keys) {
+                return stairs.features_of(query, queries, key, keys, rows.width);
+            });
     }
 
-    static void make_outputs(const Weights &weights, int64_t count, const Values &values,
-                             int64_t place, int64_t num_keys, float *outputs, int64_t stride,
-                             bool adds, const Stairs &stairs) {
+    static void make_outputs(const Weights &weights, const Values &values, int64_t place,
+                             float *outputs, int64_t stride, bool adds, const Stairs &stairs) {
         multiply<MultiplyAdd, false>(
-            count, round_up(values.width, LANES), round_up(num_keys, LANES),
-            {weights.data, weights.stride},
+            stairs.queries, round_up(values.width, LANES), {weights.data, weights.stride},
             {values.data + place * PANEL, PANEL, LANES, values.panel}, outputs, stride, adds,
-            OutputDepth{stairs});
+            [&](int64_t query, int64_t queries, int64_t, int64_t) {
+                return stairs.keys_of(query, queries);
+            });
     }
 
-    static void add_sums(const Weights &weights, int64_t num_keys, const Rows &rows, int64_t count,
-                         float *sums, int64_t stride, int64_t place, const Stairs &stairs) {
+    static void add_sums(const Weights &weights, const Rows &rows, float *sums, int64_t stride,
+                         int64_t place, const Stairs &stairs) {
         multiply<MultiplyAdd, true>(
-            num_keys, round_up(rows.width, LANES), count, {weights.data, weights.stride},
+            stairs.keys, round_up(rows.width, LANES), {weights.data, weights.stride},
             {rows.data, rows.stride, LANES, PANEL}, sums + place * stride, stride, true,
-            SumDepth{stairs});
+            [&](int64_t key, int64_t keys, int64_t, int64_t) {
+                return stairs.queries_of(key, keys);
+            });
     }
 };

@@ -2,8 +2,6 @@
 //
 // The results of a query depend on nothing but the call: not on the number of threads.
 
-constexpr int64_t TILE_KEYS = 256;
-static_assert(TILE_KEYS <= MOST_KEYS, "a KeyTile holds them");
 // A row is rescaled only when its maximum grows by more than this, log 256: until then its
 // exponentials are at most 2^8 times too large.
 constexpr float RESCALE_FROM = 5.5f;
@@ -12,9 +10,16 @@ constexpr int64_t FEW_TASKS = 4;
 // A head alone of so many queries is worth a second thread that packs the same keys for itself.
 constexpr int64_t SHARED_QUERIES = 32;
 
+// Whether there is one head alone, of one block of queries and one tile, that two threads may share. It is
+// cut in two whether they do or not: which queries are multiplied together decides who meets a NaN.
+inline bool is_shared(const ZetaCall &call) {
+    return call.batch * call.heads == 1 && call.target >= SHARED_QUERIES &&
+           call.target <= BLOCK_QUERIES && call.source <= TILE_KEYS;
+}
+
 // Queries of a block: cut evenly where there are only a few blocks to share out among threads.
 inline int64_t queries_of_block(const ZetaCall &call) {
-    const int64_t blocks = divide_up(call.target, BLOCK_QUERIES);
+    const int64_t blocks = is_shared(call) ? 2 : divide_up(call.target, BLOCK_QUERIES);
     if (call.batch * call.heads * blocks >= FEW_TASKS) return BLOCK_QUERIES;
     return round_up(divide_up(call.target, blocks), 4);
 }
@@ -120,8 +125,8 @@ inline void forward_tile(ForwardBlock<Operands> &block, const QueryBlock &querie
     const ZetaCall &call = scores.call;
     const KeyTile &tile = *block.tile;
     const Stairs stairs(scores.sight, queries, tile.first, tile.count);
-    Operands::make_scores(block.queries, queries.count, packed.keys, tile.first, tile.count,
-                          block.scores, block.score_stride, stairs);
+    Operands::make_scores(block.queries, packed.keys, tile.first, block.scores, block.score_stride,
+                          stairs);
     for (int64_t row = 0; row < queries.count; ++row) {
         const ScoreRow score_row(scores, tile, queries.first + row);
         float *to = block.scores + row * block.score_stride;
@@ -133,8 +138,8 @@ inline void forward_tile(ForwardBlock<Operands> &block, const QueryBlock &querie
         block.totals[row] += exponentials(score_row, to, block.maxima[row]);
     }
     block.weights.take(block.scores, block.score_stride, queries.count, tile.count);
-    Operands::make_outputs(block.weights, queries.count, packed.values, tile.first, tile.count,
-                           block.sums, block.sum_stride, adds, stairs);
+    Operands::make_outputs(block.weights, packed.values, tile.first, block.sums, block.sum_stride,
+                           adds, stairs);
 }
 
 // A row of the output.
@@ -183,8 +188,8 @@ inline void forward_block(ForwardBlock<Operands> &block, const Scores &scores,
     const uint32_t salt = column_salt(call.seed);
     for (int64_t key = round_down(queries.keys.low, Operands::STEP); key < queries.keys.high;
          key += TILE_KEYS) {
-        block.tile->set(scores.sight, key, smaller(TILE_KEYS, queries.keys.high - key));
-        if (!queries.sees(scores.sight, *block.tile)) continue;
+        const int64_t count = smaller(TILE_KEYS, queries.keys.high - key);
+        if (!queries.look_at(scores.sight, key, count, *block.tile)) continue;
         if (call.dropout_p > 0) block.tile->set_hashes(scores.sight, salt);
         forward_tile(block, queries, scores, packed, has_sums);
         has_sums = true;
@@ -279,12 +284,10 @@ inline int64_t forward_with(const ZetaCall &call) {
         offsets = make_offsets(call, reinterpret_cast<float *>(table.data()));
     }
     const bool has_threads = call.num_threads > 1;
-    const bool has_more_tasks = call.target > queries_of_block(call) || call.heads > call.key_heads;
-    const bool is_shared = has_threads && call.batch * call.heads == 1 &&
-                           call.target >= SHARED_QUERIES && call.source <= TILE_KEYS;
+    const bool has_more_tasks = call.target > BLOCK_QUERIES || call.heads > call.key_heads;
     return run_without_unseen(call, [&](Unseen &unseen) {
         if (has_threads && has_more_tasks && call.batch * call.key_heads < 4 * call.num_threads)
             return forward_by_blocks<Operands>(call, unseen, offsets);
-        return forward_by_heads<Operands>(call, unseen, offsets, is_shared ? 2 : 1);
+        return forward_by_heads<Operands>(call, unseen, offsets, has_threads && is_shared(call) ? 2 : 1);
     });
 }

@@ -160,34 +160,34 @@ struct PairOperands {
         }
     };
 
-    static void make_scores(const Rows &rows, int64_t count, const Columns &columns,
-                            int64_t place, int64_t num_keys, float *scores, int64_t stride,
-                            const Stairs &stairs) {
+    static void make_scores(const Rows &rows, const Columns &columns, int64_t place, float *scores,
+                            int64_t stride, const Stairs &stairs) {
         multiply_pairs<PARTS, REACH>(
-            count, num_keys, rows.width,
-            {rows.data, rows.stride, rows.part},
-            {columns.data + place / 16 * columns.panel, 16, columns.panel,
-             columns.part},
-            scores, stride, false, ScoreDepth{stairs});
+            stairs.queries, stairs.keys, {rows.data, rows.stride, rows.part},
+            {columns.data + place / 16 * columns.panel, 16, columns.panel, columns.part}, scores,
+            stride, false, [&](int64_t query, int64_t queries, int64_t key, int64_t keys) {
+                return stairs.features_of(query, queries, key, keys, rows.width);
+            });
     }
 
-    static void make_outputs(const Weights &weights, int64_t count, const Values &values,
-                             int64_t place, int64_t num_keys, float *outputs, int64_t stride,
-                             bool adds, const Stairs &stairs) {
+    static void make_outputs(const Weights &weights, const Values &values, int64_t place,
+                             float *outputs, int64_t stride, bool adds, const Stairs &stairs) {
         multiply_pairs<PARTS, REACH>(
-            count, values.width, num_keys,
-            {weights.data, weights.stride, weights.part},
-            {values.data + place / 2 * 16, 16, values.panel, values.part},
-            outputs, stride, adds, OutputDepth{stairs});
+            stairs.queries, values.width, {weights.data, weights.stride, weights.part},
+            {values.data + place / 2 * 16, 16, values.panel, values.part}, outputs, stride, adds,
+            [&](int64_t query, int64_t queries, int64_t, int64_t) {
+                return stairs.keys_of(query, queries);
+            });
     }
 
-    static void add_sums(const Weights &weights, int64_t num_keys, const Rows &rows, int64_t count,
-                         float *sums, int64_t stride, int64_t place, const Stairs &stairs) {
+    static void add_sums(const Weights &weights, const Rows &rows, float *sums, int64_t stride,
+                         int64_t place, const Stairs &stairs) {
         multiply_pairs<PARTS, REACH>(
-            rows.width, num_keys, count,
-            {rows.turned, rows.turned_stride, rows.turned_part},
-            {weights.pairs, weights.pair_stride, 16, weights.pair_part},
-            sums + place, stride, true, TurnedSumDepth{stairs});
+            rows.width, stairs.keys, {rows.turned, rows.turned_stride, rows.turned_part},
+            {weights.pairs, weights.pair_stride, 16, weights.pair_part}, sums + place, stride, true,
+            [&](int64_t, int64_t, int64_t key, int64_t keys) {
+                return stairs.queries_of(key, keys);
+            });
     }
 
   private:

@@ -23,7 +23,7 @@ struct Right {
 };
 
 // Which part of the depth a block of C is made of: in the rest of it a factor is 0, or nobody asks for
-// the block. A `Depth` says it by `of(row, rows, column, columns, depth)`; see stairs.h.
+// the block. A `Depth` says it of `(row, rows, column, columns)`; see stairs.h.
 struct Span {
     int64_t begin, end;
 };
@@ -75,8 +75,8 @@ inline BlockProduct block_product(int64_t rows) {
 // The product of A with one panel of B. Its rows are cut evenly: blocks of one or two rows would
 // wait for their own sums.
 template <class Product, int VECTORS, bool TRANSPOSED, class Depth>
-inline void multiply_panel(int64_t rows, int64_t column, int64_t depth, Left a, Right b, float *c,
-                           int64_t c_row, bool adds, const Depth &depths) {
+inline void multiply_panel(int64_t rows, int64_t column, Left a, Right b, float *c, int64_t c_row,
+                           bool adds, const Depth &depth) {
     const int64_t blocks = divide_up(rows, BLOCK_ROWS);
     const int64_t least = rows / blocks, longer = rows % blocks;
     const auto short_block = block_product<Product, BLOCK_ROWS, VECTORS, TRANSPOSED>(least);
@@ -86,7 +86,7 @@ inline void multiply_panel(int64_t rows, int64_t column, int64_t depth, Left a, 
     for (int64_t block = 0; block < blocks; ++block) {
         const bool is_long = block < longer;
         const int64_t count = is_long ? least + 1 : least;
-        const Span span = depths.of(row, count, column, VECTORS * LANES, depth);
+        const Span span = depth(row, count, column, VECTORS * LANES);
         (is_long ? long_block : short_block)(
             a.data + row * a_row + span.begin * a_depth, a.stride, b.data + span.begin * b.row,
             b.row, b.vector, span.end - span.begin, c + row * c_row, c_row, adds);
@@ -95,14 +95,13 @@ inline void multiply_panel(int64_t rows, int64_t column, int64_t depth, Left a, 
 }
 
 template <class Product, bool TRANSPOSED, class Depth>
-inline void multiply(int64_t rows, int64_t columns, int64_t depth, Left a, Right b, float *c,
-                     int64_t c_row, bool adds, const Depth &depths) {
+inline void multiply(int64_t rows, int64_t columns, Left a, Right b, float *c, int64_t c_row,
+                     bool adds, const Depth &depth) {
     if (rows == 0) return;
     int64_t column = 0;
     for (; column + PANEL <= columns; column += PANEL, b.data += b.panel)
-        multiply_panel<Product, BLOCK_VECTORS, TRANSPOSED>(rows, column, depth, a, b, c + column,
-                                                           c_row, adds, depths);
+        multiply_panel<Product, BLOCK_VECTORS, TRANSPOSED>(rows, column, a, b, c + column, c_row,
+                                                           adds, depth);
     if (column < columns)
-        multiply_panel<Product, 1, TRANSPOSED>(rows, column, depth, a, b, c + column, c_row, adds,
-                                               depths);
+        multiply_panel<Product, 1, TRANSPOSED>(rows, column, a, b, c + column, c_row, adds, depth);
 }

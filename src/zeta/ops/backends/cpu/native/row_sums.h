@@ -126,7 +126,7 @@ struct EarlyPass {
             if (first != tile->first) {
                 first = tile->first;
                 values.pack(value, first, tile->count, 0);
-                Operands::make_scores(grad_out, block.count, values, 0, tile->count, grads, stride,
+                Operands::make_scores(grad_out, values, 0, grads, stride,
                                       Stairs(of.sight, block, tile->first, tile->count));
                 if (call.dropout_p > 0) tile->set_hashes(of.sight, column_salt(call.seed));
             }
@@ -173,10 +173,10 @@ struct EarlyPass {
         queries.copy(query, block.first, block.count, static_cast<float>(call.scale));
         for (int64_t first = round_down(block.keys.low, Operands::STEP); first < block.keys.high;
              first += TILE_KEYS) {
-            tile->set(of.sight, first, smaller(TILE_KEYS, block.keys.high - first));
-            if (!block.sees(of.sight, *tile)) continue;
+            const int64_t count = smaller(TILE_KEYS, block.keys.high - first);
+            if (!block.look_at(of.sight, first, count, *tile)) continue;
             keys.pack(key, first, tile->count, 0);
-            Operands::make_scores(queries, block.count, keys, 0, tile->count, scores, stride,
+            Operands::make_scores(queries, keys, 0, scores, stride,
                                   Stairs(of.sight, block, tile->first, tile->count));
             for (int64_t row = 0; row < block.count; ++row)
                 body(row, ScoreRow(of, *tile, block.first + row), scores + row * stride);

@@ -9,7 +9,7 @@ struct OffsetTable {
     int64_t reach, pad, length;
 
     static int64_t pad_of(const ZetaCall &call) {
-        return smaller(MOST_KEYS, round_up(call.source, LANES));
+        return smaller(TILE_KEYS, round_up(call.source, LANES));
     }
     static int64_t length_of(const ZetaCall &call) {
         return 2 * (call.reach + pad_of(call)) + 1;
@@ -118,8 +118,8 @@ struct ScoreRow {
         : scores(scores),
           tile(tile),
           range(scores.sight.of_position(scores.sight.position(query))),
-          is_hidden(tile.highest < range.low || tile.lowest >= range.high),
-          is_cut(tile.lowest < range.low || tile.highest >= range.high),
+          is_hidden(tile.ends.highest < range.low || tile.ends.lowest >= range.high),
+          is_cut(tile.ends.lowest < range.low || tile.ends.highest >= range.high),
           first(0),
           end(tile.padded),
           position(scores.sight.position(query)),

@@ -134,9 +134,11 @@ struct Sight {
     bool is_seen(int64_t key, int64_t key_head) const {
         const int64_t group = call.heads / call.key_heads, first = key_head * group;
         const int64_t heads = call.keep.data && call.keep.head ? group : 1;
+        // From the query that stands where the key does: it, or one of those behind it, most often does.
+        const int64_t own = larger(0, smaller(key + target - source, target - 1));
         for (int64_t head = first; head < first + heads; ++head)
-            for (int64_t query = 0; query < target; ++query)
-                if (sees(head, query, key)) return true;
+            for (int64_t index = 0; index < target; ++index)
+                if (sees(head, (own + index) % target, key)) return true;
         return false;
     }
 
@@ -157,27 +159,53 @@ struct Sight {
 };
 
 constexpr int64_t BLOCK_QUERIES = 96;
-constexpr int64_t MOST_KEYS = 256;
+constexpr int64_t TILE_KEYS = 256;
+
+// The least and the greatest of some numbers.
+struct Ends {
+    int64_t lowest, highest;
+
+    template <class T>
+    static Ends of(const T *numbers, int64_t count) {
+        T lowest = numbers[0], highest = numbers[0];
+        for (int64_t index = 1; index < count; ++index) {
+            lowest = numbers[index] < lowest ? numbers[index] : lowest;
+            highest = numbers[index] > highest ? numbers[index] : highest;
+        }
+        return {lowest, highest};
+    }
+
+    bool meet(const Ends &others) const {
+        return lowest <= others.highest && others.lowest <= highest;
+    }
+};
 
 // A tile's keys. What is behind the last one, up to a whole vector, is hidden.
 struct KeyTile {
     int64_t first, count, padded;
-    int64_t lowest, highest;  // positions; -1 is the lowest of a tile with a key that is none
+    Ends ends;  // of positions; -1 is the lowest of a tile with a key that is none
     bool has_documents;
-    int64_t lowest_document, highest_document;
-    alignas(64) int32_t positions[MOST_KEYS];
-    alignas(64) int32_t hashes[MOST_KEYS];
-    alignas(64) int64_t documents[MOST_KEYS];
+    alignas(64) int32_t positions[TILE_KEYS];
+    alignas(64) int32_t hashes[TILE_KEYS];
+    alignas(64) int64_t documents[TILE_KEYS];
 
-    void set(const Sight &sight, int64_t first_key, int64_t num_keys) {
+    // Some keys; the rest of it is for those that anybody may see.
+    void begin(const Sight &sight, int64_t first_key, int64_t num_keys) {
         first = first_key;
         count = num_keys;
         padded = round_up(count, LANES);
-        lowest = first;
-        highest = first + padded - 1;
-        if (sight.key_positions) set_positions(sight.key_positions + first);
+        ends = {first, first + padded - 1};
+        if (!sight.key_positions) return;
+        ends = Ends::of(sight.key_positions + first, count);
+        if (count < padded) ends.lowest = smaller(ends.lowest, -1);
+    }
+
+    void finish(const Sight &sight) {
         has_documents = sight.document_columns;
-        if (has_documents) set_documents(sight.document_columns + first);
+        for (int64_t key = 0; sight.key_positions && key < padded; ++key)
+            positions[key] = key < count ? sight.key_positions[first + key] : -1;
+        for (int64_t key = 0; has_documents && key < padded; ++key)
+            documents[key] = sight.document_columns[first + smaller(key, count - 1)];
     }
 
     void set_hashes(const Sight &sight, uint32_t salt) {
@@ -187,56 +215,38 @@ struct KeyTile {
             store_ints(hashes + key, column_hashes(salt, position));
         }
     }
-
-  private:
-    void set_positions(const int32_t *from) {
-        for (int64_t key = 0; key < padded; ++key) positions[key] = key < count ? from[key] : -1;
-        lowest = highest = positions[0];
-        for (int64_t key = 1; key < padded; ++key) {
-            lowest = smaller(lowest, positions[key]);
-            highest = larger(highest, positions[key]);
-        }
-    }
-
-    void set_documents(const int64_t *from) {
-        lowest_document = highest_document = from[0];
-        for (int64_t key = 0; key < padded; ++key) {
-            documents[key] = from[smaller(key, count - 1)];
-            lowest_document = smaller(lowest_document, documents[key]);
-            highest_document = larger(highest_document, documents[key]);
-        }
-    }
 };
 
 // A block of queries: what they see, together.
 struct QueryBlock {
     int64_t first, count;
-    Range keys, positions;
-    int64_t lowest_document, highest_document;
+    Range keys;
+    Range positions{};  // that they see, where these are explicit
+    Ends documents{};   // their own, where there are any
 
     QueryBlock(const Sight &sight, int64_t first_query, int64_t num_queries)
         : first(first_query), count(num_queries), keys(sight.of_queries(first, count)) {
+        if (sight.document_rows) documents = Ends::of(sight.document_rows + first, count);
+        if (!sight.query_positions) return;
         positions = sight.of_position(sight.position(first));
-        const int64_t *documents = sight.document_rows;
-        lowest_document = highest_document = documents ? documents[first] : 0;
         for (int64_t query = first + 1; query < first + count; ++query) {
-            if (sight.query_positions) {
-                const Range range = sight.of_position(sight.position(query));
-                positions.low = smaller(positions.low, range.low);
-                positions.high = larger(positions.high, range.high);
-            }
-            if (!documents) continue;
-            lowest_document = smaller(lowest_document, documents[query]);
-            highest_document = larger(highest_document, documents[query]);
+            const Range range = sight.of_position(sight.position(query));
+            positions.low = smaller(positions.low, range.low);
+            positions.high = larger(positions.high, range.high);
         }
     }
 
-    // Whether anybody may see anything of a tile that lies in `keys`.
-    bool sees(const Sight &sight, const KeyTile &tile) const {
+    // Makes a tile of some of `keys`, unless nobody sees anything of it.
+    bool look_at(const Sight &sight, int64_t first_key, int64_t num_keys, KeyTile &tile) const {
+        tile.begin(sight, first_key, num_keys);
+        const Ends &ends = tile.ends;
         if (sight.key_positions &&
-            (tile.highest < positions.low || tile.lowest >= positions.high || tile.highest < 0))
+            (ends.highest < positions.low || ends.lowest >= positions.high || ends.highest < 0))
             return false;
-        return !tile.has_documents || (lowest_document <= tile.highest_document &&
-                                       tile.lowest_document <= highest_document);
+        if (sight.document_columns &&
+            !documents.meet(Ends::of(sight.document_columns + first_key, num_keys)))
+            return false;
+        tile.finish(sight);
+        return true;
     }
 };

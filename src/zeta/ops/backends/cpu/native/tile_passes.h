@@ -4,33 +4,39 @@
 
 // Whether numbers can be taken apart: the parts of infinity, and products near the largest float32,
 // would make NaN where the whole does not.
-inline bool is_moderate(const HeadRows &rows, int64_t count, int64_t width) {
+inline bool is_moderate(const void *row, int64_t dtype, int64_t width) {
     const Floats limit = splat(0x1p60f);
-    for (int64_t row = 0; row < count; ++row)
-        for (int64_t column = 0; column < width; column += LANES) {
-            const Floats x = abs(load_dtype(rows.at(row), rows.dtype, column, width - column));
-            if (any(not_less(x, limit))) return false;
-        }
+    for (int64_t column = 0; column < width; column += LANES)
+        if (any(not_less(abs(load_dtype(row, dtype, column, width - column)), limit))) return false;
     return true;
 }
 
+// All of the rows that are there, by `existing_of(batch)`.
+template <class ExistingOf>
 inline bool are_moderate(const ZetaCall &call, const ZetaRows &rows, int64_t heads, int64_t length,
-                         int64_t width) {
+                         int64_t width, const ExistingOf &existing_of) {
     if (!rows.data) return true;
     int64_t found = true;
     run(call.batch * heads, call.num_threads, [&](int64_t task) {
-        if (!is_moderate(head_rows(rows, call.dtype, task / heads, task % heads), length, width))
-            __atomic_store_n(&found, false, __ATOMIC_RELAXED);
+        const int64_t batch = task / heads;
+        const HeadRows of_head = head_rows(rows, call.dtype, batch, task % heads);
+        const Existing existing = existing_of(batch);
+        for (int64_t row = 0; row < length; ++row)
+            if (existing.has(row) && !is_moderate(of_head.at(row), of_head.dtype, width))
+                return __atomic_store_n(&found, false, __ATOMIC_RELAXED);
     });
     return found;
 }
 
 inline bool can_split(const ZetaCall &call) {
     const int64_t source = call.source, target = call.target;
-    return are_moderate(call, call.query, call.heads, target, call.head_dim) &&
-           are_moderate(call, call.key, call.key_heads, source, call.head_dim) &&
-           are_moderate(call, call.value, call.key_heads, source, call.value_dim) &&
-           are_moderate(call, call.grad_out, call.heads, target, call.value_dim);
+    Unseen unseen(call);
+    const auto queries = [&](int64_t) { return Existing{0, target, nullptr, 0, nullptr, 0}; };
+    const auto keys = [&](int64_t batch) { return Sight(call, unseen, batch).existing; };
+    return are_moderate(call, call.query, call.heads, target, call.head_dim, queries) &&
+           are_moderate(call, call.key, call.key_heads, source, call.head_dim, keys) &&
+           are_moderate(call, call.value, call.key_heads, source, call.value_dim, keys) &&
+           are_moderate(call, call.grad_out, call.heads, target, call.value_dim, queries);
 }
 
 using BFloat16Operands = PairOperands<1, 0>;

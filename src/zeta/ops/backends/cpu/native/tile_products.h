@@ -43,13 +43,13 @@ inline void multiply_tile_block(int64_t steps, PairLeft a, PairRight b, float *c
 
 // C = A B, or C += A B: counts of rows, columns and depth are filled up to whole tiles.
 template <int PARTS, int REACH, class Depth>
-inline void multiply_pairs(int64_t rows, int64_t columns, int64_t depth, PairLeft a, PairRight b,
-                           float *c, int64_t c_row, bool adds, const Depth &depths) {
+inline void multiply_pairs(int64_t rows, int64_t columns, PairLeft a, PairRight b, float *c,
+                           int64_t c_row, bool adds, const Depth &depth) {
     for (int64_t column = 0; column < columns; column += 32) {
         const PairRight first{b.data + column / 16 * b.panel, b.row, b.panel, b.part};
         const bool is_wide = column + 16 < columns;
         for (int64_t row = 0; row < rows; row += 32) {
-            const Span span = depths.of(row, 32, column, 32, depth);
+            const Span span = depth(row, 32, column, 32);
             const int64_t step = span.begin / TILE_DEPTH;
             const int64_t steps = divide_up(span.end, TILE_DEPTH) - step;
             const PairLeft left{a.data + row * a.row + step * TILE_DEPTH, a.row, a.part};

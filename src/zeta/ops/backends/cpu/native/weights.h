@@ -6,8 +6,6 @@
 // while they are near. The order of all sums depends on the call's sizes alone.
 
 constexpr int64_t WEIGHT_FLOATS = 1 << 17;  // as many scores as a block of queries should have
-constexpr int64_t MOST_WEIGHT_ROWS = 96;
-static_assert(MOST_WEIGHT_ROWS <= BLOCK_QUERIES, "Stairs hold them");
 constexpr int64_t ALONE_SCORES = 1 << 14;  // as many as one thread makes before others wake up
 
 // How a call is cut.
@@ -15,9 +13,9 @@ struct WeightsPlan {
     int64_t stride, rows, blocks, num_tiles;
 
     explicit WeightsPlan(const ZetaCall &call) {
-        num_tiles = divide_up(call.source, MOST_KEYS);
-        stride = row_stride(num_tiles * MOST_KEYS);
-        rows = smaller(MOST_WEIGHT_ROWS, larger(16, round_down(WEIGHT_FLOATS / stride, 16)));
+        num_tiles = divide_up(call.source, TILE_KEYS);
+        stride = row_stride(num_tiles * TILE_KEYS);
+        rows = smaller(BLOCK_QUERIES, larger(16, round_down(WEIGHT_FLOATS / stride, 16)));
         rows = smaller(rows, round_up(call.target, 16));
         blocks = divide_up(call.target, rows);
     }
@@ -44,7 +42,7 @@ struct WeightsBlock {
         block.is_seen = pieces.take<bool>(plan.num_tiles);
         block.sum_stride = row_stride(call.value_dim);
         if (!call.out.data) return block;
-        block.weights = Operands::Weights::plan(pieces, plan.rows, MOST_KEYS, true, false);
+        block.weights = Operands::Weights::plan(pieces, plan.rows, TILE_KEYS, true, false);
         block.sums = pieces.take<float>(plan.rows * block.sum_stride);
         return block;
     }
@@ -53,8 +51,8 @@ struct WeightsBlock {
 // Calls `body(first, count, is_seen)` for every tile of keys.
 template <class Operands, class Body>
 inline void for_tiles(const WeightsBlock<Operands> &block, const ZetaCall &call, const Body &body) {
-    for (int64_t first = 0; first < call.source; first += MOST_KEYS)
-        body(first, smaller(MOST_KEYS, call.source - first), block.is_seen[first / MOST_KEYS]);
+    for (int64_t first = 0; first < call.source; first += TILE_KEYS)
+        body(first, smaller(TILE_KEYS, call.source - first), block.is_seen[first / TILE_KEYS]);
 }
 
 // Scores of a block of queries of one head with all keys that it may see.
@@ -67,16 +65,14 @@ inline void score_all(const WeightsBlock<Operands> &block, const WeightsPlan &pl
     block.queries.copy(head_rows(call.query, call.dtype, scores.batch, scores.head), queries.first,
                        queries.count, static_cast<float>(call.scale));
     for (int64_t row = 0; row < queries.count; ++row) block.maxima[row] = -INFINITY;
-    for (int64_t first = 0; first < call.source; first += MOST_KEYS) {
-        bool &is_seen = block.is_seen[first / MOST_KEYS];
-        const int64_t count = smaller(MOST_KEYS, call.source - first);
-        is_seen = first < queries.keys.high && first + count > queries.keys.low;
-        if (!is_seen) continue;
-        block.tile->set(sight, first, count);
-        is_seen = queries.sees(sight, *block.tile);
+    for (int64_t first = 0; first < call.source; first += TILE_KEYS) {
+        bool &is_seen = block.is_seen[first / TILE_KEYS];
+        const int64_t count = smaller(TILE_KEYS, call.source - first);
+        is_seen = first < queries.keys.high && first + count > queries.keys.low &&
+                  queries.look_at(sight, first, count, *block.tile);
         if (!is_seen) continue;
         float *to = block.scores + first;
-        Operands::make_scores(block.queries, queries.count, keys, first, count, to, plan.stride,
+        Operands::make_scores(block.queries, keys, first, to, plan.stride,
                               Stairs(sight, queries, first, count));
         for (int64_t row = 0; row < queries.count; ++row) {
             float *of_row = to + row * plan.stride;
@@ -121,7 +117,7 @@ struct PackedHeads {
 
     static PackedHead<Operands> plan(Pieces &pieces, const ZetaCall &call,
                                      const WeightsPlan &plan) {
-        const int64_t length = plan.num_tiles * MOST_KEYS;
+        const int64_t length = plan.num_tiles * TILE_KEYS;
         PackedHead<Operands> head{};
         head.keys = Operands::Columns::plan(pieces, length, call.head_dim);
         if (call.out.data) head.values = Operands::Values::plan(pieces, length, call.value_dim);
@@ -143,10 +139,10 @@ struct PackedHeads {
     void pack(const ZetaCall &call, Unseen &unseen, const WeightsPlan &plan,
               int64_t num_threads) const {
         run(call.batch * call.key_heads * plan.num_tiles, num_threads, [&](int64_t task) {
-            const int64_t first = task % plan.num_tiles * MOST_KEYS, rest = task / plan.num_tiles;
+            const int64_t first = task % plan.num_tiles * TILE_KEYS, rest = task / plan.num_tiles;
             const int64_t batch = rest / call.key_heads, key_head = rest % call.key_heads;
             const Sight sight(call, unseen, batch);
-            const int64_t count = smaller(MOST_KEYS, call.source - first);
+            const int64_t count = smaller(TILE_KEYS, call.source - first);
             const PackedHead<Operands> to = head(call, plan, batch, key_head);
             if (call.out.data)
                 to.pack(sight, key_head, first, count);
@@ -168,8 +164,7 @@ inline void add_up_values(WeightsBlock<Operands> &block, const WeightsPlan &plan
         count = smaller(count, queries.keys.high - first);
         if (!is_seen || count <= 0) return;
         block.weights.take(block.scores + first, plan.stride, queries.count, count);
-        Operands::make_outputs(block.weights, queries.count, values, first, count, block.sums,
-                               block.sum_stride, true,
+        Operands::make_outputs(block.weights, values, first, block.sums, block.sum_stride, true,
                                Stairs(scores.sight, queries, first, count));
     });
     scores.sight.unseen.look_at(block.sums, queries.count, call.value_dim, block.sum_stride);
@@ -188,7 +183,7 @@ inline void weigh_block(WeightsBlock<Operands> &block, const WeightsPlan &plan,
     score_all(block, plan, queries, scores, packed.keys);
     const int64_t first_row =
         (scores.batch * call.heads + scores.head) * call.target + queries.first;
-    float factors[MOST_WEIGHT_ROWS];
+    float factors[BLOCK_QUERIES];
     for (int64_t row = 0; row < queries.count; ++row) {
         float *from = block.scores + row * plan.stride;
         const float highest = block.maxima[row];
