@@ -328,8 +328,8 @@ def drop(tensor: Tensor) -> Dense:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class AllOf(Mask):
-    """Visible where every term allows it; what ``&`` makes."""
+class _Joined(Mask):
+    """Base of masks that are made of others."""
 
     terms: tuple[Mask, ...]
 
@@ -339,6 +339,11 @@ class AllOf(Mask):
 
     def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
         return broadcast_shape(term.shape(batch, heads, target, source) for term in self.terms)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AllOf(_Joined):
+    """Visible where every term allows it; what ``&`` makes."""
 
     def visible(self, tile: Tile) -> Tensor:
         result = self.terms[0].visible(tile)
@@ -359,17 +364,8 @@ class AllOf(Mask):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class AnyOf(Mask):
+class AnyOf(_Joined):
     """Visible where at least one term allows it; what ``|`` makes."""
-
-    terms: tuple[Mask, ...]
-
-    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
-        for term in self.terms:
-            term.check(batch, heads, target, source, device)
-
-    def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
-        return broadcast_shape(term.shape(batch, heads, target, source) for term in self.terms)
 
     def visible(self, tile: Tile) -> Tensor:
         result = self.terms[0].visible(tile)

@@ -87,8 +87,8 @@ def calls(dtype: torch.dtype, only: str) -> Iterator[tuple[str, Callable[[bool |
 
 
 def _all_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[bool | None], Results]]]:
-    # The dtype changes how rows are read and written, not what is asked for; nor does software, which
-    # takes its time.
+    # The dtype changes how rows are read and written, not what is asked for; nor does software,
+    # which takes its time.
     is_emulated = library.load().path == units.EMULATED
     step = 8 if is_emulated else 1 if dtype == torch.float32 else 4
     for case in CASES[::step] + ODD:

@@ -121,15 +121,12 @@ struct EarlyPass {
         const HeadRows grad = head_rows(call.grad_out, call.dtype, of.batch, of.head);
         const KeyRows value = values_of(of.sight, of.head / (call.heads / call.key_heads));
         grad_out.copy(grad, block.first, block.count, 1);
-        int64_t first = -1;  // of the tile whose products there are
-        for_rows(of, block, [&](int64_t row, const ScoreRow &score_row, float *products) {
-            if (first != tile->first) {
-                first = tile->first;
-                values.pack(value, first, tile->count, 0);
-                Operands::make_scores(grad_out, values, 0, grads, stride,
-                                      Stairs(of.sight, block, tile->first, tile->count));
-                if (call.dropout_p > 0) tile->set_hashes(of.sight, column_salt(call.seed));
-            }
+        const auto begin = [&](const Stairs &stairs) {
+            values.pack(value, tile->first, tile->count, 0);
+            Operands::make_scores(grad_out, values, 0, grads, stride, stairs);
+            if (call.dropout_p > 0) tile->set_hashes(of.sight, column_salt(call.seed));
+        };
+        for_tiles(of, block, begin, [&](int64_t row, const ScoreRow &score_row, float *products) {
             float *of_row = grads + row * stride;
             if (call.dropout_p > 0) drop_gradients(score_row, of_row);
             sums[row].delta += sum_products(score_row, products, of_row, sums[row]);
@@ -163,9 +160,16 @@ struct EarlyPass {
         }
     }
 
-    // Calls `body(row, score_row, products)` for the rows of each tile that they may see.
     template <class Body>
     void for_rows(const Scores &of, const QueryBlock &block, const Body &body) const {
+        for_tiles(of, block, [](const Stairs &) {}, body);
+    }
+
+    // Of each tile that the queries may see something of calls `begin(stairs)`, then, for each row,
+    // `body(row, score_row, products)`.
+    template <class Begin, class Body>
+    void for_tiles(const Scores &of, const QueryBlock &block, const Begin &begin,
+                   const Body &body) const {
         const ZetaCall &call = of.call;
         const HeadRows query = head_rows(call.query, call.dtype, of.batch, of.head);
         const int64_t key_head = of.head / (call.heads / call.key_heads);
@@ -175,9 +179,10 @@ struct EarlyPass {
              first += TILE_KEYS) {
             const int64_t count = smaller(TILE_KEYS, block.keys.high - first);
             if (!block.look_at(of.sight, first, count, *tile)) continue;
-            keys.pack(key, first, tile->count, 0);
-            Operands::make_scores(queries, keys, 0, scores, stride,
-                                  Stairs(of.sight, block, tile->first, tile->count));
+            keys.pack(key, first, count, 0);
+            const Stairs stairs(of.sight, block, first, count);
+            Operands::make_scores(queries, keys, 0, scores, stride, stairs);
+            begin(stairs);
             for (int64_t row = 0; row < block.count; ++row)
                 body(row, ScoreRow(of, *tile, block.first + row), scores + row * stride);
         }
