@@ -124,7 +124,7 @@ struct PairedRows {
         for_near(keys, num_rows, [&](int64_t first, const Stream<BFloat16> &part) {
             for_blocks(num_rows, [&](int64_t row, auto rows) {
                 score_block<rows.value>(queries + row * query_stride, query_stride, part, features,
-                                        scores + row * score_stride + first, score_stride);
+                                        scores + row * score_stride + first, score_stride, false);
             });
         });
     }

@@ -10,14 +10,17 @@ inline void project_features(const ZetaProjection &call, const ZetaLayer &layer,
                              int64_t first, int64_t count) {
     alignas(64) float sums[ZETA_MOST_ROWS * LAYER_FEATURES];
     const T *weight = static_cast<const T *>(layer.weight) + first * layer.weight_row;
-    // More rows than one block pass over weights that are near.
-    const int64_t step = call.rows > BLOCK ? LANES : count;
+    // More rows than one block pass over weights that are near, while the next are asked for. Those that
+    // are passed over once the processor asks for by itself.
+    const bool is_near = call.rows > BLOCK;
+    const int64_t step = is_near ? LANES : count;
     for (int64_t feature = 0; feature < count; feature += step) {
         const Stream<T> from = {weight + feature * layer.weight_row, layer.weight_row,
                                 smaller(step, count - feature)};
         for_blocks(call.rows, [&](int64_t row, auto rows) {
             score_block<rows.value>(x + row * x_stride, x_stride, from, call.width,
-                                    sums + row * LAYER_FEATURES + feature, LAYER_FEATURES);
+                                    sums + row * LAYER_FEATURES + feature, LAYER_FEATURES,
+                                    is_near && row == 0);
         });
     }
     const T *bias = layer.bias ? static_cast<const T *>(layer.bias) + first : nullptr;

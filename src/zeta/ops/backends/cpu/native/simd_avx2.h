@@ -77,6 +77,8 @@ inline void store_masked(float *to, Floats x, Mask mask) {
 }
 
 inline void keep_in_register(Floats &x) { __asm__("" : "+v"(x)); }
+// It may point to nowhere.
+inline void prefetch(const void *from) { __builtin_prefetch(from); }
 
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm256_fmsub_ps(a, b, c); }
