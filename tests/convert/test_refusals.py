@@ -210,6 +210,21 @@ def test_a_position_bias_comes_from_t5_alone() -> None:
             convert.relative_position_bias(module)
 
 
+def test_a_table_that_is_more_than_a_parameter_is_refused() -> None:
+    class Doubled(nn.Embedding):
+        def forward(self, index: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(index)
+
+    module = with_(make("t5, encoder bias"), relative_attention_bias=Doubled(32, 4))
+    words = "relative_attention_bias of this transformers T5Attention is a .*Doubled, whose comput"
+    with pytest.raises(ConversionError, match=words):
+        convert.relative_position_bias(module)
+    module = make("t5, encoder bias")
+    with_(module, relative_attention_bias__forward=lambda index: index)
+    with pytest.raises(ConversionError, match=r"is a .*Embedding, whose computation is not known"):
+        convert.relative_position_bias(module)
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
