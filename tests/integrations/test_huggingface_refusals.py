@@ -39,12 +39,6 @@ def test_what_zeta_cannot_express_is_refused(name: str) -> None:
         attention(nn.Module(), query, query, query, None, **{name: object()})
 
 
-def test_a_flat_mask_is_refused() -> None:
-    query = torch.randn(3, 2, 3, 4)
-    with pytest.raises(ValueError, match=r"\(batch, 1 or heads, target, source\).*got \(3, 3\)"):
-        attention(nn.Module(), query, query, query, torch.ones(3, 3) > 0)
-
-
 def test_a_mask_of_three_dimensions_is_refused() -> None:
     model = FAMILIES["llama"].build(torch.float32, "zeta")
     words = r"attention_mask must be \(batch, length\).*got \(2, 5, 5\)"
