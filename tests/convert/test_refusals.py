@@ -250,6 +250,14 @@ def test_check_needs_the_position_bias() -> None:
         convert.check(module, convert.from_module(module))
 
 
+def test_check_needs_parameters_of_one_name() -> None:
+    module: Any = make("bart")
+    module.v_proj = module.k_proj
+    words = "k_proj.weight and v_proj.weight are one parameter, whose gradient is not that of eit"
+    with pytest.raises(ConversionError, match=words):
+        convert.check(module, convert.from_module(module))
+
+
 def test_check_needs_numbers() -> None:
     module = nn.MultiheadAttention(16, 4, device="meta")
     with pytest.raises(ConversionError, match="on the meta device has no numbers"):
