@@ -65,6 +65,18 @@ def test_a_mask_that_a_model_joins_to_numbers_is_made_of_numbers(hidden: int) ->
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_mask_that_a_model_cuts_into_blocks_of_numbers_is_made_of_numbers() -> None:
+    config = transformers.Gemma4AudioConfig(num_hidden_layers=1)
+    model = transformers.Gemma4AudioModel._from_config(config, attn_implementation="eager").eval()
+    given = torch.randn(2, 64, 128), torch.arange(64) < torch.tensor([[64], [40]])
+    found = []
+    for implementation in ("eager", "zeta"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            found.append(model(*given).last_hidden_state)
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_a_model_may_make_a_mask_of_no_window() -> None:
     """Qwen2-MoE makes one of each kind, also for no layer: of size 0 where none has a window."""
     config = transformers.Qwen2MoeConfig(
