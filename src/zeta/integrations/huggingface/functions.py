@@ -90,18 +90,13 @@ def mask(
         return made
     static = isinstance(q_offset, Tensor)
     rule = None if use_vmap or (static and q_length == 1) else recognise(function)
-    if rule is None:
+    if rule is None or not rule.has_value:
         unstructured: Tensor = dense()
         return unstructured
     # A static cache counts on in place: its tensor is read now.
     first_query = int(q_offset)
     keys = min(kv_length, first_query + q_length - kv_offset) if rule.causal else kv_length
-    try:
-        value = as_mask(rule, keys)
-    except NotImplementedError:
-        unstructured = dense()
-        return unstructured
-    value = _joined(value, attention_mask, kv_offset, keys)
+    value = _joined(as_mask(rule, keys), attention_mask, kv_offset, keys)
     pattern = Pattern(value, None if keys == kv_length else keys)
     sizes = (batch_size, 1, q_length, kv_length)
     later = functools.partial(dense, q_offset=first_query)
@@ -247,8 +242,9 @@ def _pattern(
     if not causal:
         return Pattern(None)
     keys = source if target == 1 else target
-    narrow = sliding_window is not None and sliding_window < keys
-    mask = SlidingWindow(sliding_window) if narrow and sliding_window is not None else Causal()
+    mask: Mask = Causal()
+    if sliding_window is not None and sliding_window < keys:
+        mask = SlidingWindow(sliding_window)
     return Pattern(mask, None if keys == source else keys)
 
 
