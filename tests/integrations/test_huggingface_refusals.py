@@ -130,6 +130,20 @@ def test_a_mask_that_hides_something_cannot_be_added_to_scores() -> None:
     torch.testing.assert_close(everything + scores, scores + 1.0)
 
 
+def test_a_model_that_asks_nobody_for_a_mask_runs_without_zeta() -> None:
+    """As the page says; if it comes to run on Zeta, or to a refusal, the page is wrong."""
+    config = transformers.DebertaV2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    model = transformers.DebertaV2Model._from_config(config, attn_implementation="eager").eval()
+    given = {"input_ids": torch.ones(2, 5, dtype=torch.int64)}
+    given["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    expected = model(**given).last_hidden_state
+    model.set_attn_implementation("zeta")
+    assert torch.equal(model(**given).last_hidden_state, expected)
+
+
 OWN_TABLE: dict[str, Callable[[], Any]] = {
     "FalconForCausalLM": lambda: transformers.FalconConfig(
         vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4
