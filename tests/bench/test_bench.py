@@ -2,6 +2,7 @@
 
 import time
 
+import pytest
 import torch
 
 from zeta.bench import describe_machine, peak_bytes, time_interleaved
@@ -18,6 +19,28 @@ def test_peak_bytes_counts_what_is_held_at_once() -> None:
 
     # Two results of four million bytes are held at once, never three.
     assert 8_000_000 <= peak_bytes(work) < 8_010_000
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", torch.device("cuda", 1)])
+def test_peak_bytes_asks_the_gpu_that_is_named(
+    device: torch.device | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def answer(name: str, value: int | None) -> None:
+        monkeypatch.setattr(torch.cuda, name, lambda of=None: (asked.append(of), value)[1])
+
+    answer("synchronize", None)
+    answer("reset_peak_memory_stats", None)
+    answer("memory_allocated", 3)
+    answer("max_memory_allocated", 10)
+    assert peak_bytes(lambda: None, device) == 7
+    assert set(asked) == {torch.device(device)}
+
+
+def test_peak_bytes_knows_no_third_kind_of_device() -> None:
+    with pytest.raises(ValueError, match="device must be the CPU or a CUDA device; got meta"):
+        peak_bytes(lambda: None, "meta")
 
 
 def test_interleaved_times_are_of_one_call_and_in_turn() -> None:

@@ -19,7 +19,7 @@ TIMED = re.compile(r" in \d+ s|bytes per second|\d ms |MiB|picture is")
 
 def start(*arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "zeta.cli", "demo", *arguments],
+        [sys.executable, "-m", "zeta", "demo", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

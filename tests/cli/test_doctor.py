@@ -36,9 +36,14 @@ def fail(call: Any) -> Any:
     raise OSError("no such library\nand more")
 
 
+def fail_silently(call: Any) -> Any:
+    raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("run", "verdict"),
     [
+        (fail_silently, "FAILED: NotImplementedError\n"),
         (lambda call: (chunked.run(call)[0] + 0.01, None), "WRONG by 1e-02"),
         (fail, "FAILED: OSError: no such library"),
     ],
@@ -61,6 +66,17 @@ def test_wrong_backend_is_noticed(
     assert f"  chunked      {verdict}" in printed
     # The others are still judged.
     assert printed.count("\n  reference    right to ") == 3 * (1 + torch.cuda.device_count())
+
+
+def test_a_device_that_does_not_work_is_a_row(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = torch.cuda.device_count()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found + 1)
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert f"\nBackends on cuda:{found}\n  all          FAILED: " in printed
+    assert printed.count("\n  reference    right to ") == 3 * (1 + found)
 
 
 @pytest.mark.parametrize(("threads", "told"), [(1, "1 thread"), (2, "2 threads")])

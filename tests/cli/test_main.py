@@ -128,7 +128,7 @@ def test_output_not_writable(
 def test_wrong_input_in_a_process(tmp_path: Path) -> None:
     path = tmp_path / "none.txt"
     ended = subprocess.run(
-        [sys.executable, "-m", "zeta.cli", "demo", "--text", str(path)],
+        [sys.executable, "-m", "zeta", "demo", "--text", str(path)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -217,9 +217,8 @@ def test_progress_is_silent_where_there_is_no_terminal(capsys: Captured) -> None
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("module", ["zeta", "zeta.cli"])
-def test_a_module_is_the_command(module: str) -> None:
-    command = [sys.executable, "-m", module]
+def test_the_package_is_the_command() -> None:
+    command = [sys.executable, "-m", "zeta"]
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"zeta {zeta.__version__}\n")
     wrong = subprocess.run([*command, "no"], capture_output=True, text=True, check=False)
@@ -229,7 +228,7 @@ def test_a_module_is_the_command(module: str) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device without room")
 def test_output_without_room_is_told_in_one_line() -> None:
-    command = f"{sys.executable} -m zeta.cli doctor > /dev/full"
+    command = f"{sys.executable} -m zeta doctor > /dev/full"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("zeta doctor: ")
@@ -241,7 +240,7 @@ def test_output_without_room_is_told_in_one_line() -> None:
 def test_a_command_runs_where_nothing_can_be_written(tmp_path: Path, closed: str) -> None:
     file, output = tmp_path / "torch.pt", tmp_path / "zeta.pt"
     torch.save(torch.nn.MultiheadAttention(8, 2).state_dict(), file)
-    command = f"{sys.executable} -m zeta.cli convert {file} --from torch --output {output}"
+    command = f"{sys.executable} -m zeta convert {file} --from torch --output {output}"
     done = subprocess.run(
         ["sh", "-c", f"{command} {closed}"], capture_output=True, text=True, check=False
     )

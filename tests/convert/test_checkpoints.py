@@ -281,6 +281,31 @@ def test_a_target_that_cannot_have_the_shapes() -> None:
         convert_state_dict(partial, "zeta", "torch")
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "words"),
+    [
+        ("t5", "torch", "T5Attention and torch.nn.MultiheadAttention differ in what no tensor "
+         "tells: the factor of the scores"),
+        ("t5", "bart", "the factor of the scores"),
+        ("llama", "torch", "the rotation of queries and keys"),
+        ("torch, no bias", "llama", "the rotation of queries and keys"),
+        ("llama", "t5", "the factor of the scores and the rotation of queries and keys"),
+    ],
+)  # fmt: skip
+def test_kinds_whose_scores_differ_in_what_no_tensor_tells(
+    name: str, target: str, words: str
+) -> None:
+    state = inside("a.", make(name))
+    with pytest.raises(ConversionError, match=f"{re.escape(words)}$"):
+        convert_state_dict(state, kind_of(name), target)
+
+
+def test_kinds_of_the_same_scores_are_converted_directly() -> None:
+    state = inside("a.", make("mistral, no window"))
+    (found,) = convert_state_dict(state, "mistral", "llama").attentions
+    assert prove(found.zeta, found.after, "llama", 4, "it").passed
+
+
 @pytest.mark.parametrize(("source", "target"), [("jax", "zeta"), ("torch", "jax")])
 def test_unknown_kinds(source: str, target: str) -> None:
     with pytest.raises(ValueError, match=r"kind must be one of zeta, torch, torchscale,.*'jax'"):
@@ -303,6 +328,7 @@ def test_the_same_kind_twice() -> None:
     [
         (None, "the shapes of it do not tell the number of heads"),
         (3, "32 features of it cannot be shared by 3 heads"),
+        (32, "head_dim must be even"),
         (1, "32 features of queries and 16 of keys, which are not 1 heads and equal shares"),
     ],
 )

@@ -161,6 +161,26 @@ def test_torch_files_keep_what_is_around_the_state_dict(
     assert load_file(alone).keys() == loaded["model"].keys()
 
 
+@pytest.mark.parametrize("place", ["state_dict", "model", "model_state_dict"])
+def test_a_tensor_beside_the_state_dict_is_left_there(
+    place: str, state: dict[str, Tensor], tmp_path: Path, capsys: Captured
+) -> None:
+    path, out = tmp_path / "in.pt", tmp_path / "out.pt"
+    torch.save({place: state, "rng_state": torch.get_rng_state(), "best": torch.ones(())}, path)
+    assert run(path, "--from", "torch", "--output", out) == 0
+    assert "  kept         rng_state, best: as they were" in capsys.readouterr().out
+    assert "layers.0.self_attn.q_proj.weight" in torch.load(out)[place]
+
+
+def test_names_that_no_file_can_have_are_refused(
+    checkpoint: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    long = tmp_path / f"{'a' * 300}.pt"
+    refuse(capsys, f"cannot read {long}: File name too long", long, "--from", "torch")
+    refuse(capsys, f"cannot write {long}: File name too long", checkpoint, "--from", "torch",
+           "--output", long)  # fmt: skip
+
+
 def test_an_output_is_replaced_only_by_force(
     checkpoint: Path, tmp_path: Path, capsys: Captured
 ) -> None:
@@ -187,8 +207,8 @@ def test_an_output_is_replaced_only_by_force(
         (["{file}", "--from", "torch", "--check", "--num-heads", "3"], "cannot be shared by 3"),
         (["{file}", "--from", "torch", "--output", "{folder}/out.txt"], "must end in one of"),
         (["{file}", "--from", "torch", "--output", "{missing}/out.pt"], "is not a folder"),
-        (["{file}", "--from", "torch", "--to", "llama", "--check", "--num-heads", "16"],
-         "head_dim must be even"),
+        (["{file}", "--from", "torch", "--to", "llama", "--check", "--num-heads", "4"],
+         "differ in what no tensor tells: the rotation of queries and keys"),
     ],
 )  # fmt: skip
 def test_wrong_input(
@@ -250,7 +270,7 @@ def test_in_a_process(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     path.write_bytes(pickle.dumps({"a": Evil()}, protocol=2))
     ended = subprocess.run(
-        [sys.executable, "-m", "zeta.cli", "convert", str(path), "--from", "torch"],
+        [sys.executable, "-m", "zeta", "convert", str(path), "--from", "torch"],
         capture_output=True, text=True, cwd=tmp_path, check=False,
     )  # fmt: skip
     assert ended.returncode == 2

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import zeta
 from tests.convert.sources import MODULES, kind_of, make
 from tests.convert.textbooks import FairseqAttention
 from zeta import convert
@@ -137,6 +138,27 @@ def test_flags_dtypes_and_mode_are_carried_over() -> None:
         "in_proj_bias"
     }
     assert all(parameter.dtype == torch.bfloat16 for parameter in back.parameters())
+
+
+def test_flags_of_a_projection_under_two_names_are_carried_over() -> None:
+    module: Any = make("bart")
+    module.v_proj = module.k_proj
+    module.k_proj.requires_grad_(False)
+    attention = convert.from_module(module)
+    frozen = {name for name, part in attention.named_parameters() if not part.requires_grad}
+    assert frozen == {"k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"}
+    attention.v_proj = attention.k_proj
+    back = convert.to_module(attention, "bart")
+    frozen = {name for name, part in back.named_parameters() if not part.requires_grad}
+    assert frozen == {"k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias"}
+
+
+def test_zetas_drop_in_for_torchs_is_converted() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True)
+    zeta.swap(layer)
+    attention = convert.from_module(layer.self_attn)
+    report = convert.check(layer.self_attn, attention)
+    assert report.passed, str(report)
 
 
 def test_modules_on_the_meta_device_are_converted() -> None:

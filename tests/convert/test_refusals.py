@@ -210,6 +210,21 @@ def test_a_position_bias_comes_from_t5_alone() -> None:
             convert.relative_position_bias(module)
 
 
+def test_a_table_that_is_more_than_a_parameter_is_refused() -> None:
+    class Doubled(nn.Embedding):
+        def forward(self, index: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(index)
+
+    module = with_(make("t5, encoder bias"), relative_attention_bias=Doubled(32, 4))
+    words = "relative_attention_bias of this transformers T5Attention is a .*Doubled, whose comput"
+    with pytest.raises(ConversionError, match=words):
+        convert.relative_position_bias(module)
+    module = make("t5, encoder bias")
+    with_(module, relative_attention_bias__forward=lambda index: index)
+    with pytest.raises(ConversionError, match=r"is a .*Embedding, whose computation is not known"):
+        convert.relative_position_bias(module)
+
+
 @pytest.mark.parametrize(
     ("options", "kind", "words"),
     [
@@ -232,6 +247,14 @@ def test_check_refuses(options: dict[str, Any], kind: type[Exception], words: st
 def test_check_needs_the_position_bias() -> None:
     module = make("t5, encoder bias")
     with pytest.raises(ConversionError, match=r"needs rel_pos, its zeta\.convert\.relative_posit"):
+        convert.check(module, convert.from_module(module))
+
+
+def test_check_needs_parameters_of_one_name() -> None:
+    module: Any = make("bart")
+    module.v_proj = module.k_proj
+    words = "k_proj.weight and v_proj.weight are one parameter, whose gradient is not that of eit"
+    with pytest.raises(ConversionError, match=words):
         convert.check(module, convert.from_module(module))
 
 

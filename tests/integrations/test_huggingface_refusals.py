@@ -39,12 +39,6 @@ def test_what_zeta_cannot_express_is_refused(name: str) -> None:
         attention(nn.Module(), query, query, query, None, **{name: object()})
 
 
-def test_a_flat_mask_is_refused() -> None:
-    query = torch.randn(3, 2, 3, 4)
-    with pytest.raises(ValueError, match=r"\(batch, 1 or heads, target, source\).*got \(3, 3\)"):
-        attention(nn.Module(), query, query, query, torch.ones(3, 3) > 0)
-
-
 def test_a_mask_of_three_dimensions_is_refused() -> None:
     model = FAMILIES["llama"].build(torch.float32, "zeta")
     words = r"attention_mask must be \(batch, length\).*got \(2, 5, 5\)"
@@ -134,6 +128,20 @@ def test_a_mask_that_hides_something_cannot_be_added_to_scores() -> None:
     everything = mask(1, 4, 4, mask_function=masking_utils.bidirectional_mask_function)
     assert everything is not None
     torch.testing.assert_close(everything + scores, scores + 1.0)
+
+
+def test_a_model_that_asks_nobody_for_a_mask_runs_without_zeta() -> None:
+    """As the page says; if it comes to run on Zeta, or to a refusal, the page is wrong."""
+    config = transformers.DebertaV2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    model = transformers.DebertaV2Model._from_config(config, attn_implementation="eager").eval()
+    given = {"input_ids": torch.ones(2, 5, dtype=torch.int64)}
+    given["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    expected = model(**given).last_hidden_state
+    model.set_attn_implementation("zeta")
+    assert torch.equal(model(**given).last_hidden_state, expected)
 
 
 OWN_TABLE: dict[str, Callable[[], Any]] = {

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from zeta import biases
 from zeta.nn import ALiBi, MultiheadAttention, RelativePositionBias
@@ -69,6 +70,28 @@ def test_alibi_stays_on_its_device_beside_another_default() -> None:
     assert there.slopes.is_meta
     assert torch.equal(here.slopes, exact)
     assert torch.equal(moved.slopes, exact)
+
+
+class Doubled(nn.Embedding):
+    def forward(self, index: Tensor) -> Tensor:
+        return 2 * super().forward(index)
+
+
+@pytest.mark.parametrize("how", ["a class", "a method", "a hook"])
+def test_what_makes_more_of_the_table_is_called(how: str) -> None:
+    rel_pos = RelativePositionBias(n_heads=2)
+    embedding = rel_pos.relative_attention_bias
+    expected = 2 * rel_pos(1, 5, 5)
+    if how == "a class":
+        embedding.__class__ = Doubled
+    elif how == "a method":
+        embedding.forward = lambda index: 2 * embedding.weight[index]  # type: ignore[method-assign]  # on purpose
+    else:
+        embedding.register_forward_hook(lambda module, args, out: 2 * out)
+    assert torch.equal(rel_pos(1, 5, 5), expected)
+    rel_pos(1, 5, 5).sum().backward()
+    assert embedding.weight.grad is not None
+    assert embedding.weight.grad.sum() == 100
 
 
 def test_values_carry_gradients_to_the_parameter() -> None:

@@ -8,7 +8,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_bytes(work: Callable[[], object], device: str | None = None) -> int:
+def peak_bytes(work: Callable[[], object], device: torch.device | str | None = None) -> int:
     """The most memory that ``work`` holds at once, beyond what was held before it, in bytes.
 
     On the CPU every allocation of torch is counted, by its profiler; on a GPU the allocator keeps
@@ -16,15 +16,22 @@ def peak_bytes(work: Callable[[], object], device: str | None = None) -> int:
 
     Args:
         work: What is called, once.
-        device: Whose memory counts, ``"cpu"`` or ``"cuda"``; the GPU's by default, if there is one.
+        device: Whose memory counts, the CPU's or a GPU's; the GPU's by default, if there is one.
+
+    Raises:
+        ValueError: It is another device.
     """
-    if device == "cuda" or (device is None and torch.cuda.is_available()):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(default if device is None else device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         work()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu":
+        raise ValueError(f"device must be the CPU or a CUDA device; got {device}")
     # Accumulated, though there is one time only: or else torch 2.11 warns that it keeps no more.
     activities = [ProfilerActivity.CPU]
     with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:

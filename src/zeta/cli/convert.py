@@ -103,18 +103,21 @@ def _check_output(output: Path | None, force: bool) -> None:
     if output is None:
         return
     check_suffix(output)
-    if output.is_dir():
-        raise InputError(f"cannot write {output}: Is a directory")
-    if output.exists() and not force:
-        raise InputError(f"{output} exists; --force replaces it")
-    if not output.parent.is_dir():
-        raise InputError(f"cannot write {output}: {output.parent} is not a folder")
+    try:
+        if output.is_dir():
+            raise InputError(f"cannot write {output}: Is a directory")
+        if output.exists() and not force:
+            raise InputError(f"{output} exists; --force replaces it")
+        if not output.parent.is_dir():
+            raise InputError(f"cannot write {output}: {output.parent} is not a folder")
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror or error}") from error
 
 
 def _read(path: Path) -> Checkpoint:
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError(f"cannot read {path}: it is no file, but a pipe or a device")
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"cannot read {path}: it is no file, but a pipe or a device")
         size = path.stat().st_size
         with _progress(f"reading {path.name}", size) as progress:
             return read(path, progress)

@@ -58,13 +58,15 @@ def check(
     Raises:
         TypeError: An argument has the wrong type.
         ValueError: A size is not positive, or the dtype another.
-        ConversionError: The module is of no known kind, or ``rel_pos`` is missing or not wanted.
+        ConversionError: The module is of no known kind, two of its projections share a parameter,
+            or ``rel_pos`` is missing or not wanted.
     """
     _check_arguments(attention, rel_pos, batch, length, dtype)
     source = recognise(module)
     for part in (module, attention):
         if any(parameter.is_meta for parameter in part.parameters()):
             raise ConversionError("a module on the meta device has no numbers to compare")
+        _check_nothing_shared(part)
     if has_bias(module) != (rel_pos is not None):
         verb = "needs" if has_bias(module) else "takes no"
         raise ConversionError(
@@ -219,6 +221,18 @@ def _check_arguments(
         raise ValueError(f"batch must be at least 1 and length at least 2; got {batch}, {length}")
     if dtype not in (torch.float64, torch.float32):
         raise ValueError(f"dtype must be torch.float64 or torch.float32; got {dtype}")
+
+
+def _check_nothing_shared(part: nn.Module) -> None:
+    """Raise ConversionError for a parameter of two names: its gradient would be that of both."""
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in part.named_parameters(remove_duplicate=False):
+        other = first.setdefault(parameter, name)
+        if other != name:
+            raise ConversionError(
+                f"{other} and {name} are one parameter, whose gradient is not that of either; "
+                "compare a copy in which each has its own"
+            )
 
 
 def _prepared(part: Any, dtype: torch.dtype) -> Any:

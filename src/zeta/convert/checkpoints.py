@@ -83,7 +83,8 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str = ZETA
         TypeError: ``state`` is no mapping of names.
         ValueError: There is no such kind, or both are the same.
         ConversionError: There is no attention of this kind; one lacks keys, has unknown ones, or
-            shapes that this kind or the target cannot have.
+            shapes that this kind or the target cannot have; or the two kinds compute different
+            scores from the same tensors.
     """
     for kind in (source, target):
         if kind not in KINDS:
@@ -92,6 +93,8 @@ def convert_state_dict(state: Mapping[str, Any], source: str, target: str = ZETA
         raise TypeError(f"state must be a mapping of names to tensors; got {type(state).__name__}")
     if source == target:
         raise ValueError(f"source and target are both {source!r}")
+    if ZETA not in (source, target):
+        _check_scores(source_of(source), source_of(target))
     theirs, ours = _kind(source), _kind(target)
     prefixes, others = _prefixes(state, theirs, source)
     apart = theirs.apart | ours.apart
@@ -270,6 +273,21 @@ def _to_target(zeta: StateDict, target: Source, name: str) -> StateDict:
         except ConversionError as error:
             problems.append(error)
     raise ConversionError(f"no place in {target.title}: {problems[0]}")
+
+
+def _check_scores(source: Source, target: Source) -> None:
+    """Raise ConversionError for kinds whose scores differ in what no tensor tells."""
+    one, other = (kind.settle(Form.plain(1, 1), ()) for kind in (source, target))
+    reasons = []
+    if one.scale != other.scale:
+        reasons.append("the factor of the scores")
+    if one.rotary != other.rotary:
+        reasons.append("the rotation of queries and keys")
+    if reasons:
+        raise ConversionError(
+            f"{source.title} and {target.title} differ in what no tensor tells: "
+            f"{' and '.join(reasons)}"
+        )
 
 
 def _check_biases(zeta: StateDict, kind: str, name: str) -> None:

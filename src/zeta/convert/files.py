@@ -178,12 +178,13 @@ def _read_torch(path: Path) -> Checkpoint:
         raise ConversionError(f"{path} {_complaint(error)}") from error
     if not isinstance(loaded, Mapping):
         raise ConversionError(f"{path} holds a {type(loaded).__name__}, not a state dict")
-    if _is_state(loaded):
-        return Checkpoint(dict(loaded))
     places = [
         key for key, value in loaded.items() if isinstance(value, Mapping) and _is_state(value)
     ]
     named = [key for key in ("state_dict", "model", "model_state_dict") if key in places]
+    # Other tensors may lie beside a state dict.
+    if not named and _is_state(loaded):
+        return Checkpoint(dict(loaded))
     if len(named or places) != 1:
         listed = ", ".join(map(repr, places)) or "none"
         raise ConversionError(f"{path} must hold one state dict; it has {listed}")

@@ -100,7 +100,7 @@ def to_module(attention: MultiheadAttention, kind: str) -> nn.Module:
     module.to(device=parameter.device, dtype=parameter.dtype)
     table = source.table(list(module.state_dict()))
     load(module, from_zeta(attention.state_dict(), table, "the attention"), source)
-    flags = {name: part.requires_grad for name, part in attention.named_parameters()}
+    flags = _gradient_flags(attention)
     parameters = dict(module.named_parameters())
     for entry in table:
         if entry.source in parameters:
@@ -198,8 +198,14 @@ def _parts(module: nn.Module, known: set[str]) -> Iterator[tuple[str, nn.Module]
             yield name, part
 
 
+def _gradient_flags(module: nn.Module) -> dict[str, bool]:
+    """By every name: one parameter may have several."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: part.requires_grad for name, part in named}
+
+
 def _copy_gradient_flags(module: nn.Module, attention: MultiheadAttention, table: Table) -> None:
-    flags = {name: part.requires_grad for name, part in module.named_parameters()}
+    flags = _gradient_flags(module)
     parameters = dict(attention.named_parameters())
     for entry in table:
         for key in entry.zeta:

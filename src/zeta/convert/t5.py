@@ -37,7 +37,7 @@ def relative_position_bias(module: nn.Module) -> RelativePositionBias:
         What to give every attention of the stack as ``rel_pos=``. Unidirectional for a decoder.
 
     Raises:
-        ConversionError: It is no such module, or has no bias.
+        ConversionError: It is no such module, has no bias, or makes it by other means than a table.
     """
     name = qualified_name(type(module))
     if name != _CLASS or not has_bias(module):
@@ -46,7 +46,13 @@ def relative_position_bias(module: nn.Module) -> RelativePositionBias:
             f"stack does; got {name}"
         )
     source: Any = module
-    weight = source.relative_attention_bias.weight
+    table = source.relative_attention_bias
+    if type(table).forward is not nn.Embedding.forward or "forward" in vars(table):
+        raise ConversionError(
+            f"relative_attention_bias of this {T5.title} is a {qualified_name(type(table))}, "
+            "whose computation is not known"
+        )
+    weight = table.weight
     bias = RelativePositionBias(
         bidirectional=not source.is_decoder,
         num_buckets=source.relative_attention_num_buckets,

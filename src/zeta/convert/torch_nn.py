@@ -80,7 +80,12 @@ def _runner(module: nn.Module) -> Runner:
 TORCH = Source(
     kind="torch",
     title="torch.nn.MultiheadAttention",
-    classes=frozenset({"torch.nn.modules.activation.MultiheadAttention"}),
+    classes=frozenset(
+        {
+            "torch.nn.modules.activation.MultiheadAttention",
+            "zeta.integrations.pytorch.MultiheadAttention",
+        }
+    ),
     tables=(PACKED, SEPARATE),
     read=_read,
     settle=lambda form, keys: form,

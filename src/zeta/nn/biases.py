@@ -7,6 +7,7 @@ Shapes: B batch, H heads, T target length, S source length, N buckets.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ class RelativePositionBias(nn.Module):
     def value(self) -> biases.Bucketed:
         """The bias as a value for `zeta.attention`; gradients reach the parameter."""
         return biases.Bucketed(
-            self.relative_attention_bias.weight,
+            table_of(self.relative_attention_bias, self.num_buckets),
             bidirectional=self.bidirectional,
             max_distance=self.max_distance,
         )
@@ -127,6 +128,29 @@ class ALiBi(nn.Module):
     def forward(self, batch_size: int, qlen: int, klen: int, step: int | None = None) -> Tensor:
         """The bias as a float32 tensor ``(B * H, T, S)``; see `RelativePositionBias.forward`."""
         return _dense(self.value(), batch_size, qlen, klen, step)
+
+
+def table_of(embedding: nn.Module, num_buckets: int, device: torch.device | None = None) -> Tensor:
+    """``(num_buckets, n_heads)``: an embedding's parameter, or what else it makes of each bucket.
+
+    Args:
+        embedding: It is called where it is more than torch's: adapted, sharded, with hooks.
+        num_buckets: Its rows.
+        device: Of what it is called with; by default its parameters'.
+    """
+    own: Any = embedding.__dict__
+    if type(embedding) is nn.Embedding and not (
+        own["_forward_pre_hooks"]
+        or own["_forward_hooks"]
+        or own["_backward_pre_hooks"]
+        or own["_backward_hooks"]
+        or "forward" in own
+    ):
+        return embedding.weight
+    if device is None:
+        device = next(embedding.parameters()).device
+    table: Tensor = embedding(torch.arange(num_buckets, device=device))
+    return table
 
 
 def _dense(

@@ -44,7 +44,7 @@ def mask(
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor:
     """What a model's attention is given as its mask; called by Transformers once a forward pass.
 
     Arguments are those of Transformers' own mask functions.
@@ -83,24 +83,20 @@ def mask(
         device=device,
         **kwargs,
     )
-    if numbers or is_traced():
-        made: Tensor | None = dense()
-        return made
+    # None would mean none: not every attention says whether it is causal.
     dense = functools.partial(dense, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    if numbers or is_traced():
+        made: Tensor = dense()
+        return made
     static = isinstance(q_offset, Tensor)
     rule = None if use_vmap or (static and q_length == 1) else recognise(function)
-    if rule is None:
+    if rule is None or not rule.has_value:
         unstructured: Tensor = dense()
         return unstructured
     # A static cache counts on in place: its tensor is read now.
     first_query = int(q_offset)
     keys = min(kv_length, first_query + q_length - kv_offset) if rule.causal else kv_length
-    try:
-        value = as_mask(rule, keys)
-    except NotImplementedError:
-        unstructured = dense()
-        return unstructured
-    value = _joined(value, attention_mask, kv_offset, keys)
+    value = _joined(as_mask(rule, keys), attention_mask, kv_offset, keys)
     pattern = Pattern(value, None if keys == kv_length else keys)
     sizes = (batch_size, 1, q_length, kv_length)
     later = functools.partial(dense, q_offset=first_query)
@@ -144,10 +140,11 @@ def attention(
 
     Args:
         module: The attention module.
-        query: ``(B, H, T, D)``.
+        query: ``(B, H, T, D)``; or ``(1, H, T, D)``, the same for all sequences.
         key, value: ``(B, G, S, D)``.
-        attention_mask: What `mask` made, or a user's own: bool, True: seen; or float, added. With
-            None, causal attention where ``is_causal`` or the module says so.
+        attention_mask: What `mask` made, or one's own, of a shape that can be broadcast to
+            ``(B, H, T, S)``: bool, True: seen; or float, added. With None, causal attention where
+            ``is_causal`` or the module says so.
         dropout, scaling, is_causal, softcap, sliding_window, output_attentions: As Transformers'
             own implementations take them.
         position_bias: Added to the scores: ``(1 or B, H, T, S)``, or T5's table.
@@ -168,6 +165,8 @@ def attention(
                 f"attn_implementation='zeta' cannot do {meaning} (the argument {name!r} of "
                 f"{type(module).__name__}); use another attn_implementation for this model"
             )
+    if query.shape[0] == 1 and key.shape[0] > 1:
+        query = query.expand(key.shape[0], -1, -1, -1)
     pattern = _pattern(module, query, key, attention_mask, is_causal, sliding_window)
     static = pattern.keys is not None or hasattr(key, "_dynamo_static_input_type")
     unused = 0
@@ -228,26 +227,24 @@ def _pattern(
 ) -> Pattern:
     """What the queries see, of whatever a model hands on as its mask."""
     if isinstance(attention_mask, MaskStandIn):
-        if attention_mask.shape[2:] == (query.shape[2], key.shape[2]):
+        fits = attention_mask.shape[2:] == (query.shape[2], key.shape[2])
+        if fits and not attention_mask.is_made:
             return attention_mask.pattern
-        # Made for other lengths: as a tensor it is broadcast, or does not fit.
+        # Made for other lengths, as a tensor it is broadcast, or does not fit.
         attention_mask = attention_mask.clone()
     if attention_mask is not None:
-        if attention_mask.dim() != 4:
-            raise ValueError(
-                "the attention mask must be (batch, 1 or heads, target, source) where it meets the "
-                f"attention of {type(module).__name__}; got {tuple(attention_mask.shape)}"
-            )
         # A float mask is a bias.
         return Pattern(None if attention_mask.is_floating_point() else keep(attention_mask))
-    # Nobody made a mask: the rules of Transformers' "sdpa".
+    # Nobody made a mask: the rules of Transformers' "sdpa", save that what does not say so is not
+    # causal, as in "eager".
     target, source = query.shape[2], key.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = getattr(module, "is_causal", False) if is_causal is None else is_causal
     if not causal:
         return Pattern(None)
     keys = source if target == 1 else target
-    narrow = sliding_window is not None and sliding_window < keys
-    mask = SlidingWindow(sliding_window) if narrow and sliding_window is not None else Causal()
+    mask: Mask = Causal()
+    if sliding_window is not None and sliding_window < keys:
+        mask = SlidingWindow(sliding_window)
     return Pattern(mask, None if keys == source else keys)
 
 

@@ -5,11 +5,7 @@ from typing import Any
 
 import torch
 
-_MIXED = {
-    "BigBirdPegasusConfig": "its encoder",
-    "GitConfig": "its text; its images call by name",
-    "PPDocLayoutV2ReadingOrderConfig": "the part of PP-DocLayoutV2 that orders",
-}
+_MIXED = frozenset({"BigBirdPegasusConfig", "GitConfig", "PPDocLayoutV2ReadingOrderConfig"})
 """Configurations of models that compute attention themselves in a file that also calls by name."""
 
 
@@ -34,8 +30,9 @@ def joins_numbers(config: Any) -> bool:
     """Whether a model joins its mask to numbers of its own that are added to scores.
 
     DeepSeek-V4 does, by way of the mask's dtype: of bool, its 0 would be hidden and its -inf seen.
+    Gemma 4's audio cuts the mask into blocks, and fills what is between them with the least number.
     """
-    return type(config).__name__ == "DeepseekV4Config"
+    return type(config).__name__ in ("DeepseekV4Config", "Gemma4AudioConfig")
 
 
 def _is_mixed(config: Any) -> bool:

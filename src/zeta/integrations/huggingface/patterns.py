@@ -35,6 +35,11 @@ class Rule:
     window: int | None = None
     documents: Tensor | None = None
 
+    @property
+    def has_value(self) -> bool:
+        """Whether Zeta has a mask for it: not for a window to both sides, nor for an empty one."""
+        return self.window is None or (self.causal and self.window > 0)
+
 
 @functools.cache
 def _functions() -> tuple[dict[MaskFunction, Rule], dict[CodeType, str]]:
@@ -94,18 +99,10 @@ def _both(one: Rule | None, other: Rule | None) -> Rule | None:
 
 
 def as_mask(rule: Rule, keys: int) -> Mask | None:
-    """The value of a rule over ``keys`` keys of which the queries are the last.
-
-    Raises:
-        NotImplementedError: Zeta has no such value.
-    """
+    """The value of a rule that has one, over ``keys`` keys of which the queries are the last."""
     mask: Mask | None = None
-    if rule.window is not None:
-        if not rule.causal:
-            raise NotImplementedError("a window to both sides")
-        if rule.window < 1:
-            raise NotImplementedError("a window in which there is nothing")
-        mask = Causal() if rule.window >= keys else SlidingWindow(rule.window)
+    if rule.window is not None and rule.window < keys:
+        mask = SlidingWindow(rule.window)
     elif rule.causal:
         mask = Causal()
     if rule.documents is None:

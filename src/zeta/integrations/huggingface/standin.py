@@ -31,8 +31,9 @@ _SUMS = {torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor}
 class MaskStandIn(StandIn):
     """A bool mask ``(B, 1, T, S)``, True: seen, of which there is only its `Pattern`.
 
-    Models only hand it on. One that computes with it gets the dense tensor, made on first use; but
-    one that adds it to floating-point numbers takes it for another kind of mask.
+    Models only hand it on. One that computes with it gets the dense tensor, made on first use, and
+    may write to it: from then on its numbers count. But one that adds it to floating-point numbers
+    takes it for another kind of mask.
     """
 
     pattern: Pattern
@@ -54,6 +55,11 @@ class MaskStandIn(StandIn):
         self.pattern, self._dense, self._made = pattern, dense, None
         return self
 
+    @property
+    def is_made(self) -> bool:
+        """Whether there are numbers, which need no longer be those of the pattern."""
+        return self._made is not None
+
     def _value(self) -> Tensor:
         if self._made is None:
             self._made = self._dense().contiguous()
@@ -67,7 +73,9 @@ class MaskStandIn(StandIn):
             # Reentrant activation checkpointing detaches every argument.
             source: MaskStandIn = args[0]
             sizes: Any = tuple(source.shape)
-            return cls.of(source.pattern, sizes, source.device, source._value)
+            detached = cls.of(source.pattern, sizes, source.device, source._value)
+            detached._made = source._made
+            return detached
         if func in _SUMS and any(map(_adds_up_wrong, (args[1], args[0]), args)):
             raise ValueError(
                 "attn_implementation='zeta' cannot run this model: it adds its mask to scores that "

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from zeta.biases import Bucketed
+from zeta.nn.biases import table_of
 
 CLASSES = {"T5Attention": "transformers.models.t5.modeling_t5"}
 CLASSES |= {"MT5Attention": "transformers.models.mt5.modeling_mt5"}
@@ -33,6 +34,16 @@ class TableBias:
 
     value: Bucketed | None
     past: int | Tensor = 0
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> "TableBias":
+        """On another device; Accelerate asks for it where layers lie on several."""
+        value, past = self.value, self.past
+        if value is not None:
+            table = value.table.to(device, non_blocking=non_blocking)
+            value = dataclasses.replace(value, table=table)
+        if isinstance(past, Tensor):
+            past = past.to(device, non_blocking=non_blocking)
+        return TableBias(value, past)
 
     def query_positions(self, query_BHTD: Tensor, key_BHSD: Tensor) -> Tensor | None:
         """``(T,)`` where the queries are not the last of the keys; otherwise None."""
@@ -83,7 +94,7 @@ def _with_table(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         if position_bias is None and self.config._attn_implementation == name:
-            position_bias = _table_bias(self, past_key_values)
+            position_bias = _table_bias(self, past_key_values, hidden_states.device)
         return forward(
             self, hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs
         )
@@ -92,12 +103,13 @@ def _with_table(forward: Callable[..., Any], name: str) -> Callable[..., Any]:
     return with_table
 
 
-def _table_bias(module: Any, cache: Any) -> TableBias:
+def _table_bias(module: Any, cache: Any, device: torch.device) -> TableBias:
     if not module.has_relative_attention_bias:
         return TableBias(None)
     past = 0 if cache is None else cache.get_seq_length(module.layer_idx)
+    num_buckets = module.relative_attention_num_buckets
     value = Bucketed(
-        module.relative_attention_bias.weight,
+        table_of(module.relative_attention_bias, num_buckets, device),
         bidirectional=not module.is_decoder,
         max_distance=module.relative_attention_max_distance,
     )
