@@ -61,8 +61,8 @@ class StaticCache:
         # The length: on the device, and as far as the host knows it without asking; None: it must.
         self._count: Tensor | None = None
         self._known: int | None = 0
-        # Length, padding and origin before the last eager update.
-        self._before: tuple[int, Tensor | None, Tensor | None] = (0, None, None)
+        # Length, padding and origin before an eager update that was the last; otherwise None.
+        self._before: tuple[int, Tensor | None, Tensor | None] | None = None
         self._forks: Forks[_Kept] = Forks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class StaticCache:
         self._pad_fixed(form, at_N, key_padding_mask)
         self._keep_origin(origin, form.batch)
         self._count.add_(added)
-        self._known = None
+        self._known = self._before = None
         slot_C = torch.arange(self.max_length, device=form.device)
         positions_C = torch.where(slot_C < self._count, slot_C, -1)
         padding = self._padding_BC
@@ -244,7 +244,7 @@ class StaticCache:
 
     def take_back(self) -> None:
         """See `Cache`. A step that is recorded leaves nothing to undo."""
-        if self._slots is not None and not is_recorded(self._slots.form.device):
+        if self._before is not None:
             length, self._padding_BC, self._origin_B = self._before
             self._shorten(length)
 
