@@ -290,6 +290,14 @@ def test_what_cannot_be_represented_is_refused() -> None:
     assert cache.length == 3
 
 
+@pytest.mark.parametrize("kind", ["dict", "dynamic"])
+def test_a_cache_that_began_elsewhere_is_told_where_it_goes_on(kind: str) -> None:
+    module, x, cache = attention(), torch.randn(1, 3, E), CACHES[kind](torch.float32)
+    module(x, x, x, cache, positions=torch.arange(3) + FAR)
+    with pytest.raises(ValueError, match="positions must follow each other within"):
+        module(x, x, x, cache)
+
+
 @pytest.mark.parametrize("kind", ["dict", "dynamic", "static", "paged", "quantized"])
 def test_every_cache_that_keeps_the_order_is_read_in_slices(
     kind: str, monkeypatch: pytest.MonkeyPatch

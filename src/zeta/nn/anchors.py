@@ -25,7 +25,7 @@ from torch import Tensor
 from zeta.caches import Cache
 from zeta.caches.recording import is_recorded
 from zeta.nn.positions import XPos
-from zeta.nn.tables import Positions, last_positions
+from zeta.nn.tables import Positions, last_positions, position_tensor
 from zeta.ops.attention import run, run_weights
 from zeta.ops.call import AttentionCall
 from zeta.ops.parts import Indivisible, keys_of, rows_of
@@ -246,6 +246,8 @@ def rotate_xpos(
         if cache is not None:
             numbers = cache.next_positions(added, key.device)
         anchor, most, needed = blocks.anchors(numbers), 2 * blocks.half, blocks
+    if origin is not None and not isinstance(positions, Tensor):
+        positions = position_tensor(positions, added, key.device)
     if isinstance(positions, Tensor) and (given or origin is not None):
         _check_distance(positions, origin, anchor, most)
     return _rotated(rotation, query, key, positions, anchor, origin)._replace(blocks=needed)

@@ -232,7 +232,7 @@ class MultiheadAttention(nn.Module):
         place = Placement.of(
             query, cache, positions, split_position,
             multiway=self.multiway, rotates=self.xpos is not None,
-            keys=key if self.self_attention else None,
+            key=key, keys_too=self.self_attention,
         )  # fmt: skip
         # Straight from the dict: `nn.Module.__getattr__` adds up where a step takes microseconds.
         parts: dict[str, Any] = self._modules

@@ -116,7 +116,12 @@ class Ways(nn.Module):
             split = self._split if split_position is None else split_position
             if isinstance(split, int) and isinstance(token_positions, int):
                 return self._slices(x, split, token_positions, kwargs)
-        split = self._split_tensor if split_position is None else split_position
+        split = split_position
+        if split is None:
+            if self._split_tensor.device != x.device:
+                # Others may have been assigned to the parameters: no `_apply` has told.
+                self._place_split()
+            split = self._split_tensor
         return self._select(x, split, token_positions, kwargs)
 
     def _slices(self, x: Tensor, split: int, first: int, kwargs: dict[str, Any]) -> Tensor:
@@ -315,7 +320,8 @@ def _over(chosen: Tensor, tensor: Tensor, dim: int) -> Tensor:
 def _anew(module: nn.Module) -> nn.Module:
     """A copy of ``module`` with new parameters, where it knows how to draw them."""
     duplicate = copy.deepcopy(module)
-    for part in duplicate.modules():
+    # What a module draws for its parts is not to be drawn anew by them.
+    for part in reversed(list(duplicate.modules())):
         reset = getattr(part, "reset_parameters", None)
         if callable(reset):
             reset()
