@@ -123,10 +123,7 @@ def test_parameters_that_were_assigned_may_be_on_another_device() -> None:
         module = attention()
     module.load_state_dict(attention().state_dict(), assign=True)
     x = tokens()
-    for split in (None, 3):
-        module(
-            x, x, x, split_position=torch.tensor(3) if split else None, positions=torch.arange(T)
-        )
+    assert module(x, x, x, positions=torch.arange(T))[0].isfinite().all()
 
 
 def test_wrapper_asks_the_configuration() -> None:

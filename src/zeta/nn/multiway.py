@@ -116,12 +116,10 @@ class Ways(nn.Module):
             split = self._split if split_position is None else split_position
             if isinstance(split, int) and isinstance(token_positions, int):
                 return self._slices(x, split, token_positions, kwargs)
-        split = split_position
-        if split is None:
-            if self._split_tensor.device != x.device:
-                # Others may have been assigned to the parameters: no `_apply` has told.
-                self._place_split()
-            split = self._split_tensor
+        if split_position is None and self._split_tensor.device != x.device:
+            # Parameters may have been assigned, of which no `_apply` told.
+            self._place_split()
+        split = self._split_tensor if split_position is None else split_position
         return self._select(x, split, token_positions, kwargs)
 
     def _slices(self, x: Tensor, split: int, first: int, kwargs: dict[str, Any]) -> Tensor:
