@@ -66,3 +66,11 @@ def test_a_way_computes_only_its_own_tokens_behind_any_cache(make_cache: Any) ->
     for x in tokens(5).split([3, 2], dim=1):
         module(x, x, x, cache, split_position=2)
     assert [module.out_proj.A.seen, module.out_proj.B.seen] == [2, 3]
+
+
+def test_a_split_is_one_or_a_pair() -> None:
+    x, one = tokens(3), tokens(3)[0]
+    module = make(args={"multiway": True}, self_attention=True)
+    for given in (x, one):
+        with pytest.raises(ValueError, match=r"split_position must be one, or a pair.* got 3"):
+            module(given, given, given, split_position=(1, 2, 3))

@@ -152,6 +152,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert module.scale == 2.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_tensor_for_sources_of_other_features_is_refused_by_name(dtype: torch.dtype) -> None:
+    module, x = MultiheadAttention(None, E, H, kdim=E // 2, dtype=dtype), torch.ones(1, 32, E)
+    with pytest.raises(ValueError, match=rf"key must have shape \(batch, length, {E // 2}\)"):
+        module(*[x.to(dtype)] * 3)
+
+
 def test_constructor_refuses_a_position_that_cannot_rotate() -> None:
     with pytest.raises(TypeError, match="position must be a RotaryEmbedding or an XPos; got ALiBi"):
         make(position=ALiBi(4), self_attention=True)

@@ -21,7 +21,7 @@ from zeta.caches.sequences import Sequences
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
 from zeta.stored import can_defer, plain
 from zeta.transforms import uncompiled
-from zeta.values import check_integer, kind
+from zeta.values import check_integer, kind, python_integer
 
 _NAMES = STATE_NAMES | {"lengths"}
 
@@ -241,7 +241,7 @@ class PagedCache:
 
     def crop(self, length: int) -> None:
         """See `DecodingCache`. Sequences that are shorter stay as they are."""
-        checks.check_crop(length, self.length)
+        length = checks.check_crop(length, self.length)
         if self._rows is not None:
             self._shorten(self._rows.crop([length] * len(self.lengths), self.pool.page_size))
 
@@ -260,7 +260,7 @@ class PagedCache:
                 f"got {count}"
             )
         if self._rows is not None:
-            kept = [length - count for length in self.lengths]
+            kept = [length - python_integer(count) for length in self.lengths]
             self._shorten(self._rows.crop(kept, self.pool.page_size))
 
     def fork(self) -> None:

@@ -15,7 +15,7 @@ from zeta.caches.form import Form
 from zeta.caches.interface import CacheFullError
 from zeta.caches.slots import own
 from zeta.stored import Pages
-from zeta.values import check_size
+from zeta.values import check_size, python_integer
 
 
 class PagePool:
@@ -56,6 +56,8 @@ class PagePool:
             ("head_dim", head_dim), ("value_dim", value_dim),
         ):  # fmt: skip
             check_size(name, size)
+        num_pages, page_size = python_integer(num_pages), python_integer(page_size)
+        num_kv_heads, head_dim, value_dim = map(python_integer, (num_kv_heads, head_dim, value_dim))
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point dtype; got {dtype!r}")
         self.num_pages = num_pages

@@ -12,7 +12,7 @@ from zeta.caches import checks
 from zeta.caches.form import Form
 from zeta.caches.growing import GrowingCache
 from zeta.stored import Codes, StoredTensor, can_defer
-from zeta.values import check_integer, wide_dtype
+from zeta.values import check_integer, python_integer, wide_dtype
 
 
 class QuantizedCache(GrowingCache):
@@ -46,7 +46,7 @@ class QuantizedCache(GrowingCache):
         if bits not in (8, 4):
             raise ValueError(f"bits must be 8 or 4; got {bits}")
         super().__init__()
-        self.bits = bits
+        self.bits = python_integer(bits)
 
     def _encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         checks.check_no_gradient("QuantizedCache", key, value)

@@ -17,7 +17,7 @@ from zeta.caches.padding import extend_padding
 from zeta.caches.recording import is_recorded
 from zeta.caches.slots import Slots, own, own_on
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
-from zeta.values import check_size
+from zeta.values import check_size, python_integer
 
 
 class _Kept(NamedTuple):
@@ -57,7 +57,7 @@ class StaticCache:
 
     def __init__(self, max_length: int) -> None:
         check_size("max_length", max_length)
-        self.max_length = max_length
+        self.max_length = python_integer(max_length)
         self._slots: Slots | None = None
         self._padding_BC: Tensor | None = None
         self._origin_B: Tensor | None = None
@@ -302,7 +302,7 @@ class StaticCache:
 
     def crop(self, length: int) -> None:
         """See `DecodingCache`."""
-        checks.check_crop(length, self.length)
+        length = checks.check_crop(length, self.length)
         if self._slots is None or length == self.length:
             return
         self._back_up(self._slots, length)

@@ -94,7 +94,7 @@ def stream(
             no token can be chosen: NaN, or -inf for all.
         TypeError: An argument has the wrong type or dtype.
     """
-    check_int("max_new_tokens", max_new_tokens, 1)
+    max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
     choice = _choice(choose, with_draft=draft is not None)
     if draft is not None:
         check_draft(draft, caches)
@@ -224,8 +224,9 @@ def generate(
     check_tensor("prompt", prompt)
     check_fill(fill)
     check_flag("progress", progress)
-    batch = len(prompt)
     columns = []
+    # Of one of another shape, which `stream` refuses.
+    batch = prompt.shape[:1]
     lengths_B = torch.zeros(batch, dtype=torch.int64, device=prompt.device)
     steps = stream(
         model,
@@ -239,7 +240,7 @@ def generate(
         draft=draft,
     )
     for now in with_bar(steps, max_new_tokens) if progress else steps:
-        column_B = torch.full((batch,), fill, dtype=torch.int64, device=prompt.device)
+        column_B = torch.full(batch, fill, dtype=torch.int64, device=prompt.device)
         column_B[now.rows] = now.tokens
         lengths_B[now.rows] += 1
         columns.append(column_B)

@@ -155,7 +155,7 @@ class Blocks(NamedTuple):
             )
         for start in range(0, call.target, self.half):
             rows = slice(start, min(start + self.half, call.target))
-            yield self._about_one_anchor(rows_of(call, rows))
+            yield self._about_one_anchor(_rows_of(call, rows))
 
     def _about_one_anchor(self, call: AttentionCall, last: Tensor | None = None) -> AttentionCall:
         """The call about the anchor of the token ``last``, ``(1 or B, 1)``, or its last query."""
@@ -258,6 +258,16 @@ def rotate_earlier(rotation: XPos, key: Tensor) -> Tensor:
     blocks = Blocks.of(rotation, key.dtype)
     numbers = torch.arange(key.shape[2], device=key.device)
     return rotation.keys(key, numbers, blocks.anchors(numbers))
+
+
+def _rows_of(call: AttentionCall, rows: slice) -> AttentionCall:
+    try:
+        return rows_of(call, rows)
+    except Indivisible as error:
+        raise TypeError(
+            f"xPos takes {call.target} queries with a cache in parts, and {error}: "
+            "give fewer at once, or a tensor"
+        ) from error
 
 
 def _sees_later(call: AttentionCall) -> bool:

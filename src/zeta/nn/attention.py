@@ -278,7 +278,7 @@ class MultiheadAttention(nn.Module):
         if place.query_route is None:
             parts: dict[str, Any] = self._modules
             modules = [parts["q_proj"]]
-            if key is query and value is query:
+            if key is query and value is query and self.kdim == self.vdim == self.embed_dim:
                 modules += parts["k_proj"], parts["v_proj"]
             found = project_heads(query, modules, self.head_dim)
         return (*(found or ()), None, None, None)[:3]

@@ -41,9 +41,20 @@ def through(module: nn.Module, x: Tensor, route: Route | None) -> Tensor:
 def batched_split(split: SplitArgument | None) -> SplitArgument | None:
     """The split of one sequence, with ``(T,)`` way ids, as that of a batch of one."""
     if isinstance(split, tuple):
-        query_split, key_split = (_batched(part) for part in split)
-        return query_split, key_split
+        query_split, key_split = _pair(split)
+        return _batched(query_split), _batched(key_split)
     return None if split is None else _batched(split)
+
+
+def _pair(split: SplitArgument) -> tuple[Split, Split]:
+    """The split of queries and that of keys."""
+    if not isinstance(split, tuple):
+        return split, split
+    if len(split) != 2:
+        raise ValueError(
+            f"split_position must be one, or a pair: queries' and keys'; got {len(split)}"
+        )
+    return split
 
 
 def _batched(split: Split) -> Split:
@@ -138,7 +149,7 @@ class Placement(NamedTuple):
             query_at = last_positions(key_at, source - target)
         if positions is None and isinstance(cache, CrossCache):
             query_at = cache.next_queries(query)
-        query_split, key_split = split if isinstance(split, tuple) else (split, split)
+        query_split, key_split = (None, None) if split is None else _pair(split)
         routes = Route(query_split, query_at), Route(key_split, key_at)
         return cls(first, positions, given, *routes)
 
