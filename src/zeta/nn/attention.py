@@ -154,7 +154,8 @@ class MultiheadAttention(nn.Module):
         ``nn.Linear``; ``bias_k`` and ``bias_v`` Xavier normal.
 
         Raises:
-            TypeError: A projection has been replaced by a layer that is no ``nn.Linear``.
+            TypeError: A projection has been replaced by a layer that is no ``nn.Linear``, or its
+                weight is no parameter, as a pruned one's.
         """
         draw_inputs((self.q_proj, self.k_proj, self.v_proj))
         draw_output(self.out_proj)
