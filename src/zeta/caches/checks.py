@@ -53,6 +53,8 @@ def select_index(rows: Tensor, batch: int, device: torch.device) -> Tensor:
         if rows.shape != (batch,):
             raise ValueError(f"bool rows must have shape ({batch},); got {tuple(rows.shape)}")
         rows = rows.nonzero()[:, 0]
+        if len(rows):
+            return rows.to(device)
     if rows.dim() != 1 or len(rows) == 0:
         raise ValueError(f"rows must name at least one sequence; got shape {tuple(rows.shape)}")
     return _row_numbers("rows", rows, batch, device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zeta.caches import checks, growth
 from zeta.caches.forks import Forks
-from zeta.caches.form import Form, placed
+from zeta.caches.form import Form, following, placed
 from zeta.caches.interface import Cached
 from zeta.caches.padding import kept_padding
 from zeta.caches.states import origin_of, padding_of, sizes_of
@@ -67,7 +67,7 @@ class GrowingCache(abc.ABC):
 
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """See `Cache`."""
-        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
+        return following(self.length, num_tokens, device)
 
     def origin(self, first: Tensor | None) -> Tensor | None:
         """See `Cache`."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zeta.caches.form import Form
+from zeta.caches.form import Form, sent
 from zeta.caches.interface import CacheFullError
 from zeta.caches.slots import own
 from zeta.stored import Pages
@@ -168,7 +168,7 @@ class PagePool:
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy the contents of pages."""
         device = self._form.device
-        source, target = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+        source, target = sent(sources, device), sent(targets, device)
         for pages in (self._key_PSGD, self._value_PSGD):
             pages.index_copy_(0, target, pages.index_select(0, source))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from zeta.caches import checks
 from zeta.caches.captured import check_allocated, check_seen, replaced
 from zeta.caches.forks import Forks
-from zeta.caches.form import Form, placed
+from zeta.caches.form import Form, following, placed
 from zeta.caches.interface import Cached, CacheFullError
 from zeta.caches.padding import extend_padding
 from zeta.caches.recording import is_recorded
@@ -133,7 +133,7 @@ class StaticCache:
         """See `Cache`."""
         if self._count is not None and is_recorded(self._count.device):
             return (self._count + torch.arange(num_tokens, device=device))[None]
-        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
+        return following(self.length, num_tokens, device)
 
     def origin(self, first: Tensor | None) -> Tensor | None:
         """See `Cache`."""

@@ -183,10 +183,11 @@ class _Search:
     def _stop(self, totals: Tensor) -> None:
         """Finish every hypothesis with every stop token."""
         for place, sequence in enumerate(self.going):
-            for source, hypothesis in enumerate(self._tokens[place]):
-                for token in self._stops:
-                    total = float(totals[place, source, token])
-                    self._finish(sequence, total, (*hypothesis, token))
+            found = totals[place, :, self._stops].tolist()
+            for hypothesis, row in zip(self._tokens[place], found, strict=True):
+                for token, total in zip(self._stops, row, strict=True):
+                    if total > -math.inf:
+                        self._finish(sequence, total, (*hypothesis, token))
 
     def _pad(self, sources: list[list[int]], sums: list[list[float]]) -> None:
         """Give every sequence as many hypotheses, impossible ones where there are fewer."""
