@@ -1,5 +1,8 @@
 """What every cache does the same way: forks, padding, modes of autograd, devices, state dicts."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +17,10 @@ from zeta.caches import (
     DecodingCache,
     DictCache,
     DynamicCache,
+    PagedCache,
+    PagePool,
+    RollingCache,
+    StaticCache,
 )
 
 
@@ -276,3 +283,60 @@ def test_moving_to_another_device(name: str) -> None:
     cache.rollback()
     cache.to("cpu")
     assert same(before, cache.state_dict())
+
+
+@pytest.mark.parametrize("change", ["select", "reorder", "rollback", "load_state_dict"])
+@pytest.mark.parametrize("name", ["dynamic", "rolling"])
+def test_what_was_replaced_is_not_held(name: str, change: str) -> None:
+    cache = filled(name)
+    cache.fork()
+    cache.update(*tokens(70))
+    held = weakref.ref(cache._state.slots.key if name == "rolling" else cache._state.parts[0])
+    if change == "rollback":
+        cache.rollback()
+    elif change == "load_state_dict":
+        cache.load_state_dict(filled(name).state_dict())
+    else:
+        cache.commit()
+        getattr(cache, change)(torch.tensor([1]) if change == "select" else torch.tensor([1, 0]))
+    if name != "rolling" or change not in ("reorder", "rollback"):
+        assert held() is None
+    # There is nothing to take back.
+    before = cache.state_dict()
+    cache.take_back()
+    assert same(before, cache.state_dict())
+
+
+def test_numbers_of_numpy_may_be_sizes_and_lengths() -> None:
+    byte = np.uint8
+    pool = PagePool(
+        byte(60),
+        byte(16),
+        num_kv_heads=byte(2),
+        head_dim=byte(6),
+        value_dim=byte(5),
+        dtype=torch.float64,
+    )
+    makes = {
+        "rolling": lambda number: RollingCache(number(4), number(1)),
+        "static": lambda number: StaticCache(number(250)),
+        "paged": lambda number: PagedCache(pool),
+        "dynamic": lambda number: DynamicCache(),
+    }
+    for make in makes.values():
+        caches = make(byte), make(int)
+        prompt, new = tokens(200), tokens(40)
+        for cache, number in zip(caches, (byte, int), strict=True):
+            cache.update(*prompt)
+            cache.crop(number(cache.length))
+            cache.update(*new)
+            if isinstance(cache, PagedCache):
+                cache.drop(number(3))
+        assert caches[0].length == caches[1].length
+        assert type(caches[0].length) is int
+        if not isinstance(caches[0], RollingCache):
+            caches[0].crop(byte(9))
+            caches[1].crop(9)
+            caches[0].update(*new)
+            caches[1].update(*new)
+        assert same(*(cache.state_dict() for cache in caches))

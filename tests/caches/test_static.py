@@ -127,6 +127,17 @@ def test_a_compiled_step_on_a_full_cache_fails_and_writes_nothing() -> None:
     torch.compiler.reset()
 
 
+def test_a_compiled_step_is_not_taken_back() -> None:
+    torch.compiler.reset()
+    cache = StaticCache(8)
+    cache.update(*tokens(3))
+    step = torch.compile(lambda k, v: cache.update(k, v).key.sum(), backend="eager")
+    step(*tokens(1))
+    cache.take_back()
+    assert cache.length == 4
+    torch.compiler.reset()
+
+
 def test_sequences_are_reordered_within_one_graph() -> None:
     torch.compiler.reset()
     cache = StaticCache(8)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.generation.models import Toy
 from tests.generation.prompts import CACHES, greedily
-from zeta.generation import beam_search
+from zeta.generation import beam_search, beams
 
 PROMPT = torch.tensor([[1, 2, 0], [2, 1, 1]])
 PADDING = torch.tensor([[False, False, True], [False, False, False]])
@@ -219,3 +219,13 @@ def test_stop_tokens_are_a_set_of_tokens(stop_tokens: object) -> None:
     found = beam_search(model, PROMPT, model.caches(), stop_tokens=stop_tokens, **options)
     assert torch.equal(found.tokens, plain.tokens)
     assert torch.equal(found.scores, plain.scores)
+
+
+def test_hypotheses_are_on_the_host_beside_another_default_device() -> None:
+    with torch.device("meta"):
+        search = beams._Search(2, 2, 2, 1.0, [0])
+        for hypotheses in (1, 2):
+            sources, tokens = search.advance(torch.zeros(2, hypotheses, 5, device="cpu"))
+            assert sources.device == tokens.device == torch.device("cpu")
+        found = search.result(0, torch.device("cpu"))
+    assert found.lengths.min() > 0

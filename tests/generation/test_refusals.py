@@ -2,19 +2,21 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from tests.generation.models import Toy
 from tests.generation.prompts import PROMPTS
 from zeta.caches import DynamicCache
-from zeta.generation import Greedy, Sampling, generate
+from zeta.generation import Draft, Greedy, Sampling, beam_search, generate
 
 
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
         ({"prompt": torch.ones(3)}, ValueError, r"prompt must have shape \(batch, length\)"),
+        ({"prompt": torch.tensor(5)}, ValueError, r"prompt must have shape .* got \(\)"),
         ({"prompt": torch.ones(1, 3)}, TypeError, "prompt must be int64; got torch.float32"),
         ({"prompt": torch.ones(1, 0).long()}, ValueError, "not empty"),
         ({"padding": torch.zeros(1, 2).bool()}, ValueError, r"padding must have shape \(1, 4\)"),
@@ -145,3 +147,25 @@ def test_caches_must_be_empty_and_logits_of_the_right_shape() -> None:
         generate(lambda *_: torch.zeros(1, 2, 0), prompt, [], max_new_tokens=1)
     with pytest.raises(TypeError, match=r"must return logits \(1, 2, vocabulary\); got tuple"):
         generate(lambda *_: (torch.zeros(1, 2, 7),), prompt, [], max_new_tokens=1)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_numbers_of_numpy_are_numbers(kind: type[np.integer]) -> None:
+    model, prompt, draft = Toy(), torch.tensor([[1, 2, 3, 4]]), [DynamicCache(), DynamicCache()]
+    found, expected = (
+        generate(
+            model,
+            prompt,
+            [DynamicCache(), DynamicCache()],
+            choose=Greedy(),
+            max_new_tokens=number(6),
+            prefill_chunk=number(3),
+            draft=Draft(model, [DynamicCache(), DynamicCache()], number(2)),
+        )
+        for number in (kind, int)
+    )
+    assert torch.equal(found.tokens, expected.tokens)
+    assert type(Draft(model, draft, kind(4)).num_tokens) is int
+    options = {"num_beams": kind(2), "max_new_tokens": kind(3), "prefill_chunk": kind(2)}
+    best = beam_search(model, prompt, draft, **options)
+    assert best.tokens.shape == (1, 2, 3)

@@ -123,6 +123,17 @@ def test_a_mask_that_cannot_be_cut_is_still_right() -> None:
     )
 
 
+def test_a_mask_that_cannot_be_cut_is_refused_where_it_would_have_to_be() -> None:
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Odd(masks.Mask):
+        def visible(self, tile: Any) -> Tensor:
+            return tile.key_position % 2 == 1
+
+    blocks, call = long_call(torch.float32, 200, mask=masks.Causal() & Odd())
+    with pytest.raises(TypeError, match=r"xPos takes 200 queries .* a Odd cannot be cut"):
+        blocks.run(call)
+
+
 def test_no_token_is_further_from_its_anchor_than_half_a_block() -> None:
     blocks = Blocks.of(XPos(D, 0.5), torch.float32)
     numbers = torch.arange(-1, 4 * blocks.half)

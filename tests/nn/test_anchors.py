@@ -151,6 +151,24 @@ def test_weights_of_a_call_with_many_anchors(need_weights: Any) -> None:
     torch.testing.assert_close(torch.cat(found, -2).double(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [[59, 1], [1, 59], slice(0, None, 20), [3], range(T - 1, -1, -1)])
+@pytest.mark.parametrize("kind", ["dynamic", "paged", "rolling"])
+@pytest.mark.parametrize("is_causal", [False, True])
+@torch.no_grad()
+def test_rows_of_weights_may_be_any_of_a_call_with_many_anchors(
+    rows: Any, kind: str, is_causal: bool
+) -> None:
+    module, x = attention(SHORT), torch.randn(2, T, E)
+    padding = torch.arange(T) < torch.tensor([[5], [0]])
+    options = {"is_causal": is_causal, "key_padding_mask": padding}
+    _, weights = module(x, x, x, CACHES[kind](torch.float32), **options)
+    _, expected = module(x, x, x, CACHES[kind](torch.float32), need_weights=True, **options)
+    index = rows if isinstance(rows, slice) else list(rows)
+    found = weights.rows(index)
+    assert not weights.materialized
+    torch.testing.assert_close(found, expected[..., index, :], rtol=0, atol=1e-5)
+
+
 def test_masks_and_biases_of_a_call_with_many_anchors() -> None:
     exact, module = attention(SHORT, torch.float64), attention(SHORT, torch.float16)
     module.load_state_dict(exact.state_dict())
@@ -270,6 +288,14 @@ def test_what_cannot_be_represented_is_refused() -> None:
     with pytest.raises(ValueError, match="positions must follow each other within"):
         module(x[:, :1], x[:, :1], x[:, :1], cache, positions=torch.tensor([3]))
     assert cache.length == 3
+
+
+@pytest.mark.parametrize("kind", ["dict", "dynamic"])
+def test_a_cache_that_began_elsewhere_is_told_where_it_goes_on(kind: str) -> None:
+    module, x, cache = attention(), torch.randn(1, 3, E), CACHES[kind](torch.float32)
+    module(x, x, x, cache, positions=torch.arange(3) + FAR)
+    with pytest.raises(ValueError, match="positions must follow each other within"):
+        module(x, x, x, cache)
 
 
 @pytest.mark.parametrize("kind", ["dict", "dynamic", "static", "paged", "quantized"])

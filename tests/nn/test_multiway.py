@@ -106,6 +106,26 @@ def test_copies_of_a_module_made_of_parts_are_drawn_anew() -> None:
     assert not torch.equal(module.A[2].weight, module.B[2].weight)
 
 
+def test_a_module_that_draws_for_its_parts_draws_last_in_a_copy() -> None:
+    class Zeros(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(E, E)
+
+        def reset_parameters(self) -> None:
+            nn.init.zeros_(self.inner.weight)
+
+    assert not MultiwayNetwork(Zeros()).B.inner.weight.any()
+
+
+def test_parameters_that_were_assigned_may_be_on_another_device() -> None:
+    with torch.device("meta"):
+        module = attention()
+    module.load_state_dict(attention().state_dict(), assign=True)
+    x = tokens()
+    assert module(x, x, x, positions=torch.arange(T))[0].isfinite().all()
+
+
 def test_wrapper_asks_the_configuration() -> None:
     linear = nn.Linear(E, E)
     assert MultiwayWrapper(None, linear) is linear

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from zeta import biases, masks
 from zeta.caches import DynamicCache
@@ -150,6 +151,33 @@ def test_numbers_of_numpy_are_numbers() -> None:
     )
     assert module(**inputs())[0].shape == (B, T, E)
     assert module.scale == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_one_tensor_for_sources_of_other_features_is_refused_by_name(dtype: torch.dtype) -> None:
+    module, x = MultiheadAttention(None, E, H, kdim=E // 2, dtype=dtype), torch.ones(1, 32, E)
+    with pytest.raises(ValueError, match=rf"key must have shape \(batch, length, {E // 2}\)"):
+        module(*[x.to(dtype)] * 3)
+
+
+@pytest.mark.parametrize("way", ["pruned", "parametrized"])
+def test_weights_that_are_no_parameters_are_not_drawn(way: str) -> None:
+    module = MultiheadAttention(None, E, H)
+    if way == "pruned":
+        prune.random_unstructured(module.k_proj, "weight", 0.5)
+    else:
+        parametrizations.weight_norm(module.k_proj)
+    with pytest.raises(TypeError, match="reset_parameters draws the weight of a projection, but"):
+        module.reset_parameters()
+
+
+@pytest.mark.parametrize("module", [XPos(8), ALiBi(4)], ids=["xpos", "alibi"])
+def test_modules_with_a_buffer_of_their_own_fill_it(module: torch.nn.Module) -> None:
+    expected = [buffer.clone() for buffer in module.buffers()]
+    for buffer in module.buffers():
+        buffer.fill_(torch.nan)
+    module.reset_parameters()
+    torch.testing.assert_close(list(module.buffers()), expected, rtol=0, atol=0)
 
 
 def test_constructor_refuses_a_position_that_cannot_rotate() -> None:

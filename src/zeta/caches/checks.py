@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zeta.transforms import is_forward_mode
-from zeta.values import check_integer, check_tensor
+from zeta.values import check_integer, check_tensor, python_integer
 
 KIND = "kind"
 """The key of a state dict that names the class of the cache."""
@@ -53,6 +53,8 @@ def select_index(rows: Tensor, batch: int, device: torch.device) -> Tensor:
         if rows.shape != (batch,):
             raise ValueError(f"bool rows must have shape ({batch},); got {tuple(rows.shape)}")
         rows = rows.nonzero()[:, 0]
+        if len(rows):
+            return rows.to(device)
     if rows.dim() != 1 or len(rows) == 0:
         raise ValueError(f"rows must name at least one sequence; got shape {tuple(rows.shape)}")
     return _row_numbers("rows", rows, batch, device)
@@ -69,8 +71,8 @@ def _row_numbers(name: str, rows: Tensor, batch: int, device: torch.device) -> T
     return rows.to(device, torch.int64)
 
 
-def check_crop(length: int, present: int) -> None:
-    """Check that the first ``length`` of the ``present`` tokens can be kept.
+def check_crop(length: int, present: int) -> int:
+    """``length`` as one of Python's numbers, if so many of the ``present`` tokens can be kept.
 
     Raises:
         TypeError: ``length`` is no integer.
@@ -79,6 +81,7 @@ def check_crop(length: int, present: int) -> None:
     check_integer("length", length)
     if not 0 <= length <= present:
         raise ValueError(f"length must be in [0, {present}], the tokens in the cache; got {length}")
+    return python_integer(length)
 
 
 def check_state(state: dict[str, Any], kind: str, names: set[str]) -> None:

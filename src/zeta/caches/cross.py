@@ -14,7 +14,7 @@ from zeta.caches.dictionary import KEY, PADDING, QUERIES, ROTATED, STATIC, VALUE
 from zeta.caches.forks import Forks
 from zeta.caches.interface import Cached
 from zeta.caches.padding import check_padding, extend_padding, kept_padding
-from zeta.values import check_integer
+from zeta.values import check_integer, python_integer
 
 
 class CrossCache:
@@ -140,7 +140,7 @@ class CrossCache:
             TypeError: ``length`` is no integer.
             ValueError: It is negative.
         """
-        _check_count("length", length)
+        length = _checked_count("length", length)
         if QUERIES in self._state:
             self._state[QUERIES] = self._state[QUERIES].clamp(max=length)
 
@@ -151,7 +151,7 @@ class CrossCache:
             TypeError: ``count`` is no integer.
             ValueError: It is negative.
         """
-        _check_count("count", count)
+        count = _checked_count("count", count)
         if QUERIES in self._state:
             self._state[QUERIES] = (self._state[QUERIES] - count).clamp(min=0)
 
@@ -210,7 +210,8 @@ class CrossCache:
         return self
 
 
-def _check_count(name: str, count: int) -> None:
+def _checked_count(name: str, count: int) -> int:
     check_integer(name, count)
     if count < 0:
         raise ValueError(f"{name} must not be negative; got {count}")
+    return python_integer(count)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zeta.caches.form import following
 from zeta.caches.growth import append
 from zeta.caches.interface import Cached
 from zeta.caches.padding import check_padding, kept_padding
@@ -68,7 +69,7 @@ class DictCache:
 
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """See `zeta.caches.Cache`."""
-        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
+        return following(self.length, num_tokens, device)
 
     def origin(self, first: Tensor | None) -> Tensor | None:
         """See `zeta.caches.Cache`."""

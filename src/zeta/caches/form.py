@@ -3,7 +3,8 @@
 Shapes: B batch, G key heads, N new tokens, D head dimension.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,3 +72,14 @@ class Form(NamedTuple):
 def placed(device: torch.device | str) -> torch.device:
     """A device as tensors on it name theirs: ``"cuda"`` stands for the present GPU, by number."""
     return torch.empty(0, device=device).device
+
+
+def following(length: int, num_tokens: int, device: torch.device) -> Tensor:
+    """Positions ``(1, num_tokens)`` of tokens behind ``length`` others."""
+    return torch.arange(length, length + num_tokens, device=device)[None]
+
+
+def sent(numbers: Sequence[Any], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers as a tensor on a device, which is not waited for."""
+    tensor = torch.tensor(numbers, dtype=dtype, device="cpu")
+    return tensor.to(device, non_blocking=device.type == "cuda")

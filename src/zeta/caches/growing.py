@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zeta.caches import checks, growth
 from zeta.caches.forks import Forks
-from zeta.caches.form import Form, placed
+from zeta.caches.form import Form, following, placed
 from zeta.caches.interface import Cached
 from zeta.caches.padding import kept_padding
 from zeta.caches.states import origin_of, padding_of, sizes_of
@@ -67,7 +67,7 @@ class GrowingCache(abc.ABC):
 
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """See `Cache`."""
-        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
+        return following(self.length, num_tokens, device)
 
     def origin(self, first: Tensor | None) -> Tensor | None:
         """See `Cache`."""
@@ -143,10 +143,12 @@ class GrowingCache(abc.ABC):
             tuple(growth.take(part, index) for part in parts),
             *(None if tensor is None else tensor.index_select(0, index) for tensor in rows),
         )
+        # What was there would keep its memory.
+        self._before = self._state
 
     def crop(self, length: int) -> None:
         """See `DecodingCache`."""
-        checks.check_crop(length, self.length)
+        length = checks.check_crop(length, self.length)
         if self._state is not None:
             form, parts, padding, origin = self._state
             self._state = _State(
@@ -167,7 +169,7 @@ class GrowingCache(abc.ABC):
 
     def rollback(self) -> None:
         """See `DecodingCache`."""
-        self._state = self._forks.close("rollback")
+        self._state = self._before = self._forks.close("rollback")
         self._reclaim()
 
     def _reclaim(self) -> None:
@@ -211,7 +213,7 @@ class GrowingCache(abc.ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `DecodingCache`."""
         checks.check_state(state, type(self).__name__, self._state_names())
-        self._state = None if state["form"] is None else self._loaded(state)
+        self._state = self._before = None if state["form"] is None else self._loaded(state)
         self._forks.clear()
 
     def _state_names(self) -> set[str]:

@@ -4,6 +4,7 @@ Shapes: B batch, G key heads, N new tokens, M tokens that are stored, L longest 
 dimension.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, Self
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from zeta.caches import checks
 from zeta.caches.forks import Forks
-from zeta.caches.form import Form, placed
+from zeta.caches.form import Form, following, placed, sent
 from zeta.caches.interface import Cached
 from zeta.caches.pool import PagePool
 from zeta.caches.rows import Rows
@@ -21,7 +22,7 @@ from zeta.caches.sequences import Sequences
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
 from zeta.stored import can_defer, plain
 from zeta.transforms import uncompiled
-from zeta.values import check_integer, kind
+from zeta.values import check_integer, kind, python_integer
 
 _NAMES = STATE_NAMES | {"lengths"}
 
@@ -82,9 +83,9 @@ class PagedCache:
     @uncompiled
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """See `Cache`. ``(B, num_tokens)`` if sequences differ in length."""
-        alike = len(set(self.lengths)) <= 1
-        first = torch.tensor([self.length] if alike else self.lengths, device=device)
-        return first[:, None] + torch.arange(num_tokens, device=device)
+        if len(set(self.lengths)) <= 1:
+            return following(self.length, num_tokens, device)
+        return sent(self.lengths, device)[:, None] + torch.arange(num_tokens, device=device)
 
     @uncompiled
     def origin(self, first: Tensor | None) -> Tensor | None:
@@ -155,13 +156,16 @@ class PagedCache:
         """The tables with pages for more tokens, and a page that is written to used once."""
         size = self.pool.page_size
         copied: list[int | None] = []
+        copies: Counter[int] = Counter()
         missing: list[int] = []
         for table, length, count in zip(rows.tables, rows.lengths, counts, strict=True):
             missing.append(-(-(length + count) // size) - len(table))
             # Of the sequences that share a page, the last to get here keeps it.
             partial = bool(count and length % size)
-            alone = partial and self.pool.uses(table[-1]) == 1 + copied.count(table[-1])
+            alone = partial and self.pool.uses(table[-1]) == 1 + copies[table[-1]]
             copied.append(table[-1] if partial and not alone else None)
+            if partial and not alone:
+                copies[table[-1]] += 1
         sources = [page for page in copied if page is not None]
         new = self.pool.take(sum(missing) + len(sources))
         if sources:
@@ -189,10 +193,10 @@ class PagedCache:
         for b, (table, length, count) in enumerate(zip(tables, lengths, counts, strict=True)):
             at += [table[n // size] * size + n % size for n in range(length, length + count)]
             tokens += range(b * added, b * added + count)
-        at_M = torch.tensor(at, device=key.device)
+        at_M = sent(at, key.device)
         key_MGD, value_MGD = (x.transpose(1, 2).flatten(0, 1) for x in (key, value))
         if len(tokens) < len(key_MGD):
-            token_M = torch.tensor(tokens, device=key.device, dtype=torch.int64)
+            token_M = sent(tokens, key.device)
             key_MGD, value_MGD = key_MGD[token_M], value_MGD[token_M]
         if at:
             self.pool.write(at_M, key_MGD, value_MGD)
@@ -203,7 +207,7 @@ class PagedCache:
             device = self.pool.form(1).device
             width = max(1, *map(len, self._rows.tables))
             rows = [table + (0,) * (width - len(table)) for table in self._rows.tables]
-            self._table = torch.tensor(rows, dtype=torch.int32, device=device)
+            self._table = sent(rows, device, torch.int32)
         return Sequences(self.pool, self._rows, self._table, self.pool.now)
 
     def reorder(self, index: Tensor) -> None:
@@ -241,7 +245,7 @@ class PagedCache:
 
     def crop(self, length: int) -> None:
         """See `DecodingCache`. Sequences that are shorter stay as they are."""
-        checks.check_crop(length, self.length)
+        length = checks.check_crop(length, self.length)
         if self._rows is not None:
             self._shorten(self._rows.crop([length] * len(self.lengths), self.pool.page_size))
 
@@ -260,7 +264,7 @@ class PagedCache:
                 f"got {count}"
             )
         if self._rows is not None:
-            kept = [length - count for length in self.lengths]
+            kept = [length - python_integer(count) for length in self.lengths]
             self._shorten(self._rows.crop(kept, self.pool.page_size))
 
     def fork(self) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zeta.caches.form import Form
+from zeta.caches.form import Form, sent
 from zeta.caches.interface import CacheFullError
 from zeta.caches.slots import own
 from zeta.stored import Pages
-from zeta.values import check_size
+from zeta.values import check_size, python_integer
 
 
 class PagePool:
@@ -56,6 +56,8 @@ class PagePool:
             ("head_dim", head_dim), ("value_dim", value_dim),
         ):  # fmt: skip
             check_size(name, size)
+        num_pages, page_size = python_integer(num_pages), python_integer(page_size)
+        num_kv_heads, head_dim, value_dim = map(python_integer, (num_kv_heads, head_dim, value_dim))
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point dtype; got {dtype!r}")
         self.num_pages = num_pages
@@ -166,7 +168,7 @@ class PagePool:
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy the contents of pages."""
         device = self._form.device
-        source, target = torch.tensor(sources, device=device), torch.tensor(targets, device=device)
+        source, target = sent(sources, device), sent(targets, device)
         for pages in (self._key_PSGD, self._value_PSGD):
             pages.index_copy_(0, target, pages.index_select(0, source))
 

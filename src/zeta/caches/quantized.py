@@ -12,7 +12,7 @@ from zeta.caches import checks
 from zeta.caches.form import Form
 from zeta.caches.growing import GrowingCache
 from zeta.stored import Codes, StoredTensor, can_defer
-from zeta.values import check_integer, wide_dtype
+from zeta.values import check_integer, python_integer, wide_dtype
 
 
 class QuantizedCache(GrowingCache):
@@ -46,7 +46,7 @@ class QuantizedCache(GrowingCache):
         if bits not in (8, 4):
             raise ValueError(f"bits must be 8 or 4; got {bits}")
         super().__init__()
-        self.bits = bits
+        self.bits = python_integer(bits)
 
     def _encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         checks.check_no_gradient("QuantizedCache", key, value)
@@ -104,8 +104,9 @@ def dequantize(codes: Tensor, steps: Tensor, bits: int, size: int, dtype: torch.
     packed, digits = codes.split((_num_bytes(size, bits), steps.dtype.itemsize), dim=-1)
     if bits == 4:
         packed = torch.stack((packed & 15, packed >> 4 & 15), dim=-1).flatten(-2)[..., :size]
-    powers = [256.0**place for place in range(digits.shape[-1])]
-    middle = (digits * steps.new_tensor(powers)).sum(-1, keepdim=True)
+    # Made on the device, which need not be waited for; products of powers of two are exact.
+    powers = steps.new_full((digits.shape[-1],), 256.0).cumprod(0) / 256.0
+    middle = (digits * powers).sum(-1, keepdim=True)
     found: Tensor = packed.to(steps.dtype).add_(middle).mul_(steps).to(dtype)
     return found
 

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from zeta.caches import checks
 from zeta.caches.forks import Forks
-from zeta.caches.form import Form, placed
+from zeta.caches.form import Form, following, placed
 from zeta.caches.interface import Cached
 from zeta.caches.padding import alike, extend_padding
 from zeta.caches.ring import Ring
 from zeta.caches.slots import Slots
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
-from zeta.values import check_integer, check_tensor
+from zeta.values import check_integer, check_tensor, python_integer
 
 _NAMES = STATE_NAMES | {"length", "window", "sinks"}
 
@@ -83,9 +83,8 @@ class RollingCache:
             raise ValueError(
                 f"window must be at least 1 and sinks at least 0; got {window} and {sinks}"
             )
-        self.window = window
-        self.sinks = sinks
-        self._ring = Ring(window, sinks)
+        self.window, self.sinks = python_integer(window), python_integer(sinks)
+        self._ring = Ring(self.window, self.sinks)
         self._state: _State | None = None
         self._before: _Overwritten | None = None
         self._forks: Forks[_Kept] = Forks()
@@ -97,7 +96,7 @@ class RollingCache:
 
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """See `Cache`."""
-        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
+        return following(self.length, num_tokens, device)
 
     def origin(self, first: Tensor | None) -> Tensor | None:
         """See `Cache`."""
@@ -238,6 +237,7 @@ class RollingCache:
             length,
             None if origin is None else origin.index_select(0, index),
         )
+        self._before = None
         self._limit_common(0)
 
     def _limit_common(self, length: int) -> None:
@@ -247,7 +247,7 @@ class RollingCache:
 
     def crop(self, length: int) -> None:
         """See `DecodingCache`."""
-        checks.check_crop(length, self.length)
+        length = checks.check_crop(length, self.length)
         state = self._state
         if state is None or length == state.length:
             return
@@ -292,6 +292,7 @@ class RollingCache:
     def rollback(self) -> None:
         """See `DecodingCache`."""
         self._state, _, outer = self._forks.close("rollback")
+        self._before = None
         pairs = zip(self._forks.states, outer, strict=True)
         self._forks.states = [kept._replace(common=common) for kept, common in pairs]
 

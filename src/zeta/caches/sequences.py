@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zeta.caches.form import sent
 from zeta.caches.pool import PagePool
 from zeta.caches.rows import Rows
 from zeta.stored import Pages, StoredTensor
@@ -38,7 +39,7 @@ class Sequences(NamedTuple):
         """``(B, L)``: the position of each token, -1 behind the end of a sequence."""
         device = self.table.device
         slot_L = torch.arange(self.length, device=device)
-        lengths = torch.tensor(self.rows.lengths, device=device)
+        lengths = sent(self.rows.lengths, device)
         return torch.where(slot_L < lengths[:, None], slot_L, -1)
 
     def gathered(self, *, values: bool) -> Tensor:
@@ -75,7 +76,7 @@ class Sequences(NamedTuple):
 
     def check(self) -> None:
         """Raise RuntimeError if tokens were written over since."""
-        if not self.pool.keeps(self.rows.pages, self.since):
+        if self.pool.now != self.since and not self.pool.keeps(self.rows.pages, self.since):
             raise RuntimeError(
                 "these keys and values were not looked at before, and cannot be now: their pages "
                 "have been given up and may be another's"

@@ -132,6 +132,13 @@ def own(tensor: Tensor) -> Tensor:
     return new.copy_(tensor)
 
 
+def own_on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    """A tensor on a device that can be written to whatever the mode; itself if it is that."""
+    if tensor is None or (tensor.device == device and not tensor.is_inference()):
+        return tensor
+    return own(tensor.to(device))
+
+
 def _zeros(form: Form, num_slots: int) -> tuple[Tensor, Tensor]:
     shape = form.batch, form.heads, num_slots
     key = torch.zeros(*shape, form.head_dim, dtype=form.dtype, device=form.device)

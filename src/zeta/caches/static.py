@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from zeta.caches import checks
+from zeta.caches.captured import check_allocated, check_seen, replaced
 from zeta.caches.forks import Forks
-from zeta.caches.form import Form, placed
+from zeta.caches.form import Form, following, placed
 from zeta.caches.interface import Cached, CacheFullError
 from zeta.caches.padding import extend_padding
 from zeta.caches.recording import is_recorded
-from zeta.caches.slots import Slots, own
+from zeta.caches.slots import Slots, own, own_on
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
-from zeta.values import check_size
+from zeta.values import check_size, python_integer
 
 
 class _Kept(NamedTuple):
@@ -28,12 +29,9 @@ class _Kept(NamedTuple):
     origin: Tensor | None
 
     def to(self, device: torch.device) -> "_Kept":
-        return _Kept(
-            None if self.num_tokens is None else own(self.num_tokens.to(device)),
-            None if self.slots is None else self.slots.to(device),
-            None if self.padding is None else own(self.padding.to(device)),
-            None if self.origin is None else own(self.origin.to(device)),
-        )
+        slots = None if self.slots is None else self.slots.to(device)
+        rows = (own_on(device, tensor) for tensor in (self.padding, self.origin))
+        return _Kept(own_on(device, self.num_tokens), slots, *rows)
 
 
 class StaticCache:
@@ -43,6 +41,11 @@ class StaticCache:
     traced or captured step gets all ``max_length`` slots back, the empty ones with position -1, and
     never waits for the device; so one graph does for every length. An eager step gets only the
     tokens that are there.
+
+    A captured step reads padding, and the position from which xPos counts, where they were when it
+    was captured. So the cache must have its memory by then, and padding or positions if any are to
+    come: run the step with them first, and `crop` to 0, which keeps their place as `reset` does
+    not.
 
     Args:
         max_length: Tokens it can hold.
@@ -54,19 +57,22 @@ class StaticCache:
 
     def __init__(self, max_length: int) -> None:
         check_size("max_length", max_length)
-        self.max_length = max_length
+        self.max_length = python_integer(max_length)
         self._slots: Slots | None = None
         self._padding_BC: Tensor | None = None
         self._origin_B: Tensor | None = None
         # The length: on the device, and as far as the host knows it without asking; None: it must.
         self._count: Tensor | None = None
         self._known: int | None = 0
-        # Length, padding and origin before the last eager update.
-        self._before: tuple[int, Tensor | None, Tensor | None] = (0, None, None)
+        # Whether a CUDA graph may add tokens: then the host never knows, and no tensor is replaced.
+        self._captured = False
+        # Length, padding and origin before an eager update that was the last; otherwise None.
+        self._before: tuple[int, Tensor | None, Tensor | None] | None = None
         self._forks: Forks[_Kept] = Forks()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._captured = False
         if self._slots is not None:
             # What was copied in inference mode could only be written to there.
             self.to(self._slots.form.device)
@@ -105,6 +111,7 @@ class StaticCache:
     def _allocate(self, form: Form) -> Slots:
         self._slots = slots = Slots.empty(form, self.max_length)
         self._padding_BC = self._origin_B = None
+        self._captured = False
         self._count = own(torch.zeros((), dtype=torch.int64, device=form.device))
         if form.device.type == "cuda" and not torch.compiler.is_compiling():
             # Otherwise a compiled step would copy the cache into memory of its own graph.
@@ -115,16 +122,18 @@ class StaticCache:
     @property
     def length(self) -> int:
         """Tokens so far. After a compiled or captured step it is read from the device."""
-        if self._known is None:
-            assert self._count is not None
-            self._known = int(self._count)
-        return self._known
+        if self._known is not None:
+            return self._known
+        assert self._count is not None
+        length = int(self._count)
+        self._known = None if self._captured else length
+        return length
 
     def next_positions(self, num_tokens: int, device: torch.device) -> Tensor:
         """See `Cache`."""
         if self._count is not None and is_recorded(self._count.device):
             return (self._count + torch.arange(num_tokens, device=device))[None]
-        return torch.arange(self.length, self.length + num_tokens, device=device)[None]
+        return following(self.length, num_tokens, device)
 
     def origin(self, first: Tensor | None) -> Tensor | None:
         """See `Cache`."""
@@ -151,11 +160,11 @@ class StaticCache:
         form = Form.of(key, value)
         checks.check_no_gradient("StaticCache", key, value)
         fixed = is_recorded(form.device)
-        if self._slots is not None and (fixed or self.length):
+        first, added = 0 if fixed else self.length, key.shape[2]
+        if self._slots is not None and (fixed or first):
             self._slots.form.check(form)
         if fixed:
             return self._update_fixed(form, key, value, key_padding_mask, origin)
-        first, added = self.length, key.shape[2]
         total = first + added
         if total > self.max_length:
             raise CacheFullError(
@@ -167,6 +176,7 @@ class StaticCache:
             known, key_padding_mask, batch=form.batch, length=total, added=added
         )
         slots = self._make_room(form)
+        self._check_captured(padding, origin)
         padding_BC, origin_B = (
             None if tensor is None else own(tensor) for tensor in (self._padding_BC, self._origin_B)
         )
@@ -175,11 +185,9 @@ class StaticCache:
         if padding is not None:
             self._keep_padding(padding)
         if origin is None:
-            self._origin_B = None
+            self._origin_B = replaced(self._origin_B, None, in_place=self._captured)
         self._keep_origin(origin, form.batch)
-        assert self._count is not None
-        self._count.fill_(total)
-        self._known = total
+        self._set_length(total)
         return Cached(*slots.show(total), None, padding)
 
     def _update_fixed(
@@ -191,6 +199,10 @@ class StaticCache:
         origin: Tensor | None,
     ) -> Cached:
         """`update` with shapes that do not depend on the length, and without knowing it."""
+        if not torch.compiler.is_compiling():
+            check_allocated(self._slots)
+            self._captured = True
+            self._check_captured(key_padding_mask, origin)
         slots = self._make_room(form)
         assert self._count is not None
         added = key.shape[2]
@@ -204,7 +216,7 @@ class StaticCache:
         self._pad_fixed(form, at_N, key_padding_mask)
         self._keep_origin(origin, form.batch)
         self._count.add_(added)
-        self._known = None
+        self._known = self._before = None
         slot_C = torch.arange(self.max_length, device=form.device)
         positions_C = torch.where(slot_C < self._count, slot_C, -1)
         padding = self._padding_BC
@@ -236,6 +248,14 @@ class StaticCache:
         else:
             self._origin_B.copy_(origin)
 
+    def _check_captured(self, padding: Tensor | None, origin: Tensor | None) -> None:
+        if self._captured:
+            check_seen(self._padding_BC, self._origin_B, padding, origin)
+
+    def _put_rows(self, padding_BC: Tensor | None, origin_B: Tensor | None) -> None:
+        self._padding_BC = replaced(self._padding_BC, padding_BC, in_place=self._captured)
+        self._origin_B = replaced(self._origin_B, origin_B, in_place=self._captured)
+
     def _keep_padding(self, padding_BL: Tensor) -> None:
         batch, length = padding_BL.shape
         if self._padding_BC is None or self._padding_BC.dtype != padding_BL.dtype:
@@ -244,8 +264,9 @@ class StaticCache:
 
     def take_back(self) -> None:
         """See `Cache`. A step that is recorded leaves nothing to undo."""
-        if self._slots is not None and not is_recorded(self._slots.form.device):
-            length, self._padding_BC, self._origin_B = self._before
+        if self._before is not None:
+            length, padding_BC, origin_B = self._before
+            self._put_rows(padding_BC, origin_B)
             self._shorten(length)
 
     def reorder(self, index: Tensor) -> None:
@@ -263,11 +284,13 @@ class StaticCache:
     def _take(self, index: Tensor) -> None:
         assert self._slots is not None
         self._back_up(self._slots, 0)
-        self._slots = self._slots.take(index)
-        if self._padding_BC is not None:
-            self._padding_BC = own(self._padding_BC.index_select(0, index))
-        if self._origin_B is not None:
-            self._origin_B = own(self._origin_B.index_select(0, index))
+        slots, self._slots = self._slots, self._slots.take(index)
+        self._captured = self._captured and self._slots is slots
+        padding_BC, origin_B = (
+            None if tensor is None else own(tensor.index_select(0, index))
+            for tensor in (self._padding_BC, self._origin_B)
+        )
+        self._put_rows(padding_BC, origin_B)
 
     def _back_up(self, slots: Slots, length: int) -> None:
         """Copy the memory for the open forks that still need tokens from ``length`` on."""
@@ -279,7 +302,7 @@ class StaticCache:
 
     def crop(self, length: int) -> None:
         """See `DecodingCache`."""
-        checks.check_crop(length, self.length)
+        length = checks.check_crop(length, self.length)
         if self._slots is None or length == self.length:
             return
         self._back_up(self._slots, length)
@@ -304,7 +327,8 @@ class StaticCache:
     def rollback(self) -> None:
         """See `DecodingCache`."""
         kept = self._forks.close("rollback")
-        self._padding_BC, self._origin_B = kept.padding, kept.origin
+        length = 0 if kept.num_tokens is None else int(kept.num_tokens)
+        self._put_rows(*((kept.padding, kept.origin) if length else (None, None)))
         if self._slots is not None and kept.slots is not None:
             self._slots = slots = self._slots.restore(kept.slots)
             # A copy that forks share may be the memory now, which is written to.
@@ -312,20 +336,23 @@ class StaticCache:
                 outer._replace(slots=None) if outer.slots is slots else outer
                 for outer in self._forks.states
             ]
-        self._shorten(0 if kept.num_tokens is None else int(kept.num_tokens))
+        self._shorten(length)
 
     def reset(self) -> None:
         """See `DecodingCache`. The memory is kept for sequences of the same sizes."""
         self._forks.clear()
-        self._padding_BC = self._origin_B = None
+        self._put_rows(None, None)
         self._shorten(0)
 
-    def _shorten(self, length: int) -> None:
-        self._known = length
-        if self._slots is not None:
-            assert self._count is not None
-            self._slots.clear_from(length)
+    def _set_length(self, length: int) -> None:
+        self._known = None if self._captured else length
+        if self._count is not None:
             self._count.fill_(length)
+
+    def _shorten(self, length: int) -> None:
+        self._set_length(length)
+        if self._slots is not None:
+            self._slots.clear_from(length)
         if self._padding_BC is not None:
             self._padding_BC[:, length:].zero_()
 
@@ -354,6 +381,8 @@ class StaticCache:
             raise CacheFullError(
                 f"state holds {length} tokens, too many for max_length={self.max_length}"
             )
+        if found is not None and self._slots is not None and self._slots.form == found.form:
+            self._check_captured(found.padding, found.origin)
         self.reset()
         if found is not None:
             with torch.inference_mode():
@@ -362,6 +391,8 @@ class StaticCache:
     def to(self, device: torch.device | str) -> Self:
         """See `DecodingCache`."""
         target = placed(device)
+        if self._slots is not None and self._slots.form.device != target:
+            self._captured = False
         now = _Kept(self._count, self._slots, self._padding_BC, self._origin_B).to(target)
         self._count, self._slots, self._padding_BC, self._origin_B = now
         self._forks.states = [kept.to(target) for kept in self._forks.states]

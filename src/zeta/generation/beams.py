@@ -18,6 +18,9 @@ from zeta.generation.choosing import relative
 from zeta.generation.prompts import Model, Prompt, step
 from zeta.values import check_flag, check_number
 
+_HOST = torch.device("cpu")
+"""Where hypotheses are kept, whatever the default device."""
+
 
 class Beams(NamedTuple):
     """The best continuations of each sequence, the best first.
@@ -75,8 +78,8 @@ def beam_search(
         ValueError, TypeError: As `stream`; also if ``num_beams`` is below 1 or ``length_penalty``
             below 0, infinite or no number.
     """
-    check_int("num_beams", num_beams, 1)
-    check_int("max_new_tokens", max_new_tokens, 1)
+    num_beams = check_int("num_beams", num_beams, 1)
+    max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
     check_fill(fill)
     check_number("length_penalty", length_penalty)
     if not 0 <= length_penalty < math.inf:
@@ -134,7 +137,7 @@ class _Search:
         self._finished: list[list[_Finished]] = [[] for _ in range(batch)]
         # Of each sequence that goes on: its hypotheses, and their log-probabilities.
         self._tokens: list[list[tuple[int, ...]]] = [[()] for _ in range(batch)]
-        self._sums = torch.zeros(batch, 1, dtype=torch.float64)
+        self._sums = torch.zeros(batch, 1, dtype=torch.float64, device=_HOST)
 
     def advance(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Add a token to every hypothesis.
@@ -172,18 +175,19 @@ class _Search:
                 sums.append([total for total, _, _ in kept])
         self.going, self._tokens = going, tokens
         self._pad(sources, sums)
-        self._sums = torch.tensor(sums, dtype=torch.float64)
+        self._sums = torch.tensor(sums, dtype=torch.float64, device=_HOST)
         last = [hypothesis[-1] for hypotheses in self._tokens for hypothesis in hypotheses]
         flat = [source for row in sources for source in row]
-        return torch.tensor(flat, dtype=torch.int64), torch.tensor(last, dtype=torch.int64)
+        return _indices(flat), _indices(last)
 
     def _stop(self, totals: Tensor) -> None:
         """Finish every hypothesis with every stop token."""
         for place, sequence in enumerate(self.going):
-            for source, hypothesis in enumerate(self._tokens[place]):
-                for token in self._stops:
-                    total = float(totals[place, source, token])
-                    self._finish(sequence, total, (*hypothesis, token))
+            found = totals[place, :, self._stops].tolist()
+            for hypothesis, row in zip(self._tokens[place], found, strict=True):
+                for token, total in zip(self._stops, row, strict=True):
+                    if total > -math.inf:
+                        self._finish(sequence, total, (*hypothesis, token))
 
     def _pad(self, sources: list[list[int]], sums: list[list[float]]) -> None:
         """Give every sequence as many hypotheses, impossible ones where there are fewer."""
@@ -223,12 +227,16 @@ class _Search:
         """The finished hypotheses as tensors."""
         batch, width = len(self._finished), self._num_beams
         longest = max((len(found.tokens) for row in self._finished for found in row), default=0)
-        tokens = torch.full((batch, width, longest), fill, dtype=torch.int64)
-        lengths = torch.zeros(batch, width, dtype=torch.int64)
-        scores = torch.full((batch, width), float("-inf"), dtype=torch.float64)
+        tokens = torch.full((batch, width, longest), fill, dtype=torch.int64, device=_HOST)
+        lengths = torch.zeros(batch, width, dtype=torch.int64, device=_HOST)
+        scores = torch.full((batch, width), -math.inf, dtype=torch.float64, device=_HOST)
         for b, finished in enumerate(self._finished):
             for k, found in enumerate(finished):
-                tokens[b, k, : len(found.tokens)] = torch.tensor(found.tokens)
+                tokens[b, k, : len(found.tokens)] = _indices(found.tokens)
                 lengths[b, k] = len(found.tokens)
                 scores[b, k] = found.score
         return Beams(tokens.to(device), lengths.to(device), scores.to(device))
+
+
+def _indices(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=_HOST)

@@ -13,8 +13,8 @@ from torch import Tensor
 from zeta.caches import CrossCache, DecodingCache
 
 
-def check_int(name: str, value: object, least: int | None = None) -> None:
-    """Check a whole number.
+def check_int(name: str, value: object, least: int | None = None) -> int:
+    """A whole number, checked, as one of Python's: NumPy's narrow ones would wrap around.
 
     Raises:
         TypeError: It is none, as a bool is none.
@@ -29,6 +29,7 @@ def check_int(name: str, value: object, least: int | None = None) -> None:
         raise TypeError(message) from error
     if least is not None and number < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
+    return number
 
 
 def check_caches(name: str, caches: object) -> None:

@@ -167,6 +167,8 @@ class Sampling:
         # Within the limits of what has a reciprocal, by which a GPU multiplies.
         temperature = min(max(self.temperature, sys.float_info.min), sys.float_info.max)
         probability_RV = (relative(logits_RV) / temperature).softmax(-1)
+        if self.top_k is None and self.top_p == 1 and self.min_p == 0:
+            return probability_RV
         order_RV = probability_RV.argsort(dim=-1, descending=True, stable=True)
         sorted_RV = probability_RV.gather(-1, order_RV)
         if self.top_k is not None:

@@ -108,9 +108,9 @@ class Prompt:
         if any(held):
             raise ValueError(f"caches must be empty; got some that hold {held} tokens")
         self._check_sinks(caches)
+        size = self.tokens_BT.shape[1]
         if chunk is not None:
-            check_int("prefill_chunk", chunk, 1)
-        size = chunk or self.tokens_BT.shape[1]
+            size = check_int("prefill_chunk", chunk, 1)
         logits_BV = self.tokens_BT.new_empty(0)
         parts = self.tokens_BT.split(size, dim=1), self.positions_BT.split(size, dim=1)
         for tokens_BN, positions_BN in zip(*parts, strict=True):

@@ -45,7 +45,8 @@ class Draft:
     num_tokens: int = 4
 
     def __post_init__(self) -> None:
-        check_int("num_tokens", self.num_tokens, 1)
+        num_tokens = check_int("num_tokens", self.num_tokens, 1)
+        object.__setattr__(self, "num_tokens", num_tokens)
 
 
 class Speculation:

@@ -94,7 +94,7 @@ def stream(
             no token can be chosen: NaN, or -inf for all.
         TypeError: An argument has the wrong type or dtype.
     """
-    check_int("max_new_tokens", max_new_tokens, 1)
+    max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
     choice = _choice(choose, with_draft=draft is not None)
     if draft is not None:
         check_draft(draft, caches)
@@ -167,18 +167,22 @@ def _speculate(
     new = draw(choice.probabilities(logits_BV), uniforms(rows_R))[:, None]
     number = 0
     while True:
-        going_R = torch.ones_like(rows_R, dtype=torch.bool)
+        going_R, all_go = torch.ones_like(rows_R, dtype=torch.bool), True
         for token_R in new.unbind(1):
             stopped_R = torch.isin(token_R, stops)
-            yield Step(number, rows_R[going_R], token_R[going_R], stopped_R[going_R])
+            shown = rows_R, token_R, stopped_R
+            # To choose by a mask waits for the device.
+            yield Step(number, *(shown if all_go else (part[going_R] for part in shown)))
             going_R = going_R & ~stopped_R
             number += 1
-            if number == max_new_tokens or not bool(going_R.any()):
+            num_going = int(going_R.sum())
+            if number == max_new_tokens or not num_going:
                 return
-        recent = torch.cat((recent, new), dim=1)[going_R, -2:]
-        position_R = position_R[going_R] + new.shape[1]
-        if not bool(going_R.all()):
-            rows_R = rows_R[going_R]
+            all_go = num_going == len(going_R)
+        recent = torch.cat((recent, new), dim=1)[:, -2:]
+        position_R = position_R + new.shape[1]
+        if not all_go:
+            recent, position_R, rows_R = recent[going_R], position_R[going_R], rows_R[going_R]
             _keep((*caches, *draft.caches), going_R)
         new = speculation.advance(recent, position_R, rows_R, number, max_new_tokens - number)
 
@@ -224,8 +228,9 @@ def generate(
     check_tensor("prompt", prompt)
     check_fill(fill)
     check_flag("progress", progress)
-    batch = len(prompt)
     columns = []
+    # Of one of another shape, which `stream` refuses.
+    batch = prompt.shape[:1]
     lengths_B = torch.zeros(batch, dtype=torch.int64, device=prompt.device)
     steps = stream(
         model,
@@ -239,7 +244,7 @@ def generate(
         draft=draft,
     )
     for now in with_bar(steps, max_new_tokens) if progress else steps:
-        column_B = torch.full((batch,), fill, dtype=torch.int64, device=prompt.device)
+        column_B = torch.full(batch, fill, dtype=torch.int64, device=prompt.device)
         column_B[now.rows] = now.tokens
         lengths_B[now.rows] += 1
         columns.append(column_B)

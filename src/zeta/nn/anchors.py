@@ -25,10 +25,11 @@ from torch import Tensor
 from zeta.caches import Cache
 from zeta.caches.recording import is_recorded
 from zeta.nn.positions import XPos
-from zeta.nn.tables import Positions, last_positions
+from zeta.nn.tables import Positions, last_positions, position_tensor
 from zeta.ops.attention import run, run_weights
 from zeta.ops.call import AttentionCall
 from zeta.ops.parts import Indivisible, keys_of, rows_of
+from zeta.transforms import is_traced
 
 _SHARE = 4
 """Of the reach of xPos, a block extends over half of this part at each side of its anchor: room for
@@ -84,8 +85,27 @@ class Blocks(NamedTuple):
         return next(results) if len(parts) == 1 else _merged(results)
 
     def weights(self, call: AttentionCall) -> Tensor:
-        """Of such an attention, what ``call.result`` asks for."""
-        return torch.cat([run_weights(part) for part in self._parts(call)], dim=-2)
+        """Of such an attention, or some of its queries in any order, what ``call.result`` asks
+        for."""
+        number_T = call.query_positions
+        if number_T is None or is_traced() or is_recorded(number_T.device):
+            parts = self._parts(call)
+        elif _sees_later(call):
+            parts = iter((self._about_one_anchor(call, _last_number(call)),))
+        elif bool((number_T.diff() == 1).all()):
+            parts = self._parts(call)
+        else:
+            return self._weights_by_block(call, self.anchors(number_T))
+        return torch.cat([run_weights(part) for part in parts], dim=-2)
+
+    def _weights_by_block(self, call: AttentionCall, anchor_T: Tensor) -> Tensor:
+        _, group_T = anchor_T.unique(dim=1, return_inverse=True)
+        order_T = group_T.argsort(stable=True)
+        found = [
+            run_weights(self._about_one_anchor(rows_of(call, rows)))
+            for rows in order_T.split(group_T.bincount().tolist())
+        ]
+        return torch.cat(found, dim=-2)[..., order_T.argsort(), :]
 
     def _key_blocks(self, call: AttentionCall) -> list[tuple[AttentionCall, Tensor]] | None:
         """The call over each block of keys, and the factors ``(D,)`` that bring the queries there.
@@ -123,7 +143,7 @@ class Blocks(NamedTuple):
 
     def _parts(self, call: AttentionCall) -> Iterator[AttentionCall]:
         # Of queries that see later keys none can be far from the anchor of those.
-        sees_later = call.mask is None or call.mask.key_bounds(0, 0)[1] is None
+        sees_later = _sees_later(call)
         if call.target <= (2 * self.half if sees_later else self.half):
             yield self._about_one_anchor(call)
             return
@@ -135,15 +155,16 @@ class Blocks(NamedTuple):
             )
         for start in range(0, call.target, self.half):
             rows = slice(start, min(start + self.half, call.target))
-            yield self._about_one_anchor(rows_of(call, rows))
+            yield self._about_one_anchor(_rows_of(call, rows))
 
-    def _about_one_anchor(self, call: AttentionCall) -> AttentionCall:
+    def _about_one_anchor(self, call: AttentionCall, last: Tensor | None = None) -> AttentionCall:
+        """The call about the anchor of the token ``last``, ``(1 or B, 1)``, or its last query."""
         device = call.query.device
         number_T = call.query_positions
         if number_T is None:
             number_T = torch.arange(call.source - call.target, call.source, device=device)[None]
         own_T = self.anchors(number_T)
-        anchor = own_T[:, -1:]
+        anchor = own_T[:, -1:] if last is None else self.anchors(last)
         query = _times_two_to(call.query, self._exponents(own_T) - self._exponents(anchor))
         key = self._keys_about(anchor, call)
         value = key if call.value is call.key else call.value
@@ -225,6 +246,8 @@ def rotate_xpos(
         if cache is not None:
             numbers = cache.next_positions(added, key.device)
         anchor, most, needed = blocks.anchors(numbers), 2 * blocks.half, blocks
+    if origin is not None and not isinstance(positions, Tensor):
+        positions = position_tensor(positions, added, key.device)
     if isinstance(positions, Tensor) and (given or origin is not None):
         _check_distance(positions, origin, anchor, most)
     return _rotated(rotation, query, key, positions, anchor, origin)._replace(blocks=needed)
@@ -235,6 +258,27 @@ def rotate_earlier(rotation: XPos, key: Tensor) -> Tensor:
     blocks = Blocks.of(rotation, key.dtype)
     numbers = torch.arange(key.shape[2], device=key.device)
     return rotation.keys(key, numbers, blocks.anchors(numbers))
+
+
+def _rows_of(call: AttentionCall, rows: slice) -> AttentionCall:
+    try:
+        return rows_of(call, rows)
+    except Indivisible as error:
+        raise TypeError(
+            f"xPos takes {call.target} queries with a cache in parts, and {error}: "
+            "give fewer at once, or a tensor"
+        ) from error
+
+
+def _sees_later(call: AttentionCall) -> bool:
+    return call.mask is None or call.mask.key_bounds(0, 0)[1] is None
+
+
+def _last_number(call: AttentionCall) -> Tensor:
+    """The number ``(1 or B, 1)`` of the last key."""
+    if call.key_positions is None:
+        return torch.full((1, 1), call.source - 1, device=call.key.device)
+    return call.key_positions.amax(-1, keepdim=True)
 
 
 def _all_in_first_block(cache: Cache, key: Tensor, blocks: Blocks) -> bool:

@@ -154,7 +154,8 @@ class MultiheadAttention(nn.Module):
         ``nn.Linear``; ``bias_k`` and ``bias_v`` Xavier normal.
 
         Raises:
-            TypeError: A projection has been replaced by a layer that is no ``nn.Linear``.
+            TypeError: A projection has been replaced by a layer that is no ``nn.Linear``, or its
+                weight is no parameter, as a pruned one's.
         """
         draw_inputs((self.q_proj, self.k_proj, self.v_proj))
         draw_output(self.out_proj)
@@ -232,7 +233,7 @@ class MultiheadAttention(nn.Module):
         place = Placement.of(
             query, cache, positions, split_position,
             multiway=self.multiway, rotates=self.xpos is not None,
-            keys=key if self.self_attention else None,
+            key=key, keys_too=self.self_attention,
         )  # fmt: skip
         # Straight from the dict: `nn.Module.__getattr__` adds up where a step takes microseconds.
         parts: dict[str, Any] = self._modules
@@ -278,7 +279,7 @@ class MultiheadAttention(nn.Module):
         if place.query_route is None:
             parts: dict[str, Any] = self._modules
             modules = [parts["q_proj"]]
-            if key is query and value is query:
+            if key is query and value is query and self.kdim == self.vdim == self.embed_dim:
                 modules += parts["k_proj"], parts["v_proj"]
             found = project_heads(query, modules, self.head_dim)
         return (*(found or ()), None, None, None)[:3]

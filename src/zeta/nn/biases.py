@@ -115,6 +115,10 @@ class ALiBi(nn.Module):
         self.num_heads = num_heads
         self.register_buffer("slopes", alibi_slopes(num_heads, device=device), persistent=False)
 
+    def reset_parameters(self) -> None:
+        """Fill the buffer: FSDP asks that of whatever has one and was made without memory."""
+        self.slopes.copy_(alibi_slopes(self.num_heads, device=self.slopes.device))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ALiBi":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         # Neither rounded by `.bfloat16()` nor left undefined by `.to_empty()`.

@@ -17,13 +17,19 @@ def draw_projection(projection: nn.Module, gain: float) -> None:
         gain: Factor of the weights' standard deviation.
 
     Raises:
-        TypeError: It is another layer, such as an adapter or a quantised one.
+        TypeError: It is another layer, such as an adapter or a quantised one, or its weight is no
+            parameter.
     """
     for linear in ways_of(projection):
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 "reset_parameters draws projections that are nn.Linear; "
                 f"got {type(linear).__name__} in the place of one"
+            )
+        if "weight" not in linear._parameters:
+            raise TypeError(
+                "reset_parameters draws the weight of a projection, but that of one is made of "
+                "other parameters, as by pruning or torch.nn.utils.parametrize"
             )
         linear.reset_parameters()
         nn.init.xavier_uniform_(linear.weight, gain=gain)

@@ -116,6 +116,9 @@ class Ways(nn.Module):
             split = self._split if split_position is None else split_position
             if isinstance(split, int) and isinstance(token_positions, int):
                 return self._slices(x, split, token_positions, kwargs)
+        if split_position is None and self._split_tensor.device != x.device:
+            # Parameters may have been assigned, of which no `_apply` told.
+            self._place_split()
         split = self._split_tensor if split_position is None else split_position
         return self._select(x, split, token_positions, kwargs)
 
@@ -315,7 +318,8 @@ def _over(chosen: Tensor, tensor: Tensor, dim: int) -> Tensor:
 def _anew(module: nn.Module) -> nn.Module:
     """A copy of ``module`` with new parameters, where it knows how to draw them."""
     duplicate = copy.deepcopy(module)
-    for part in duplicate.modules():
+    # What a module draws for its parts is not to be drawn anew by them.
+    for part in reversed(list(duplicate.modules())):
         reset = getattr(part, "reset_parameters", None)
         if callable(reset):
             reset()

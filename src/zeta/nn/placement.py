@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zeta.caches import Cache, CrossCache, DictCache
+from zeta.caches.recording import is_recorded
 from zeta.nn.anchors import Rotated, rotate_xpos
 from zeta.nn.multiway import Split
 from zeta.nn.positions import Rotation, XPos
@@ -40,9 +41,20 @@ def through(module: nn.Module, x: Tensor, route: Route | None) -> Tensor:
 def batched_split(split: SplitArgument | None) -> SplitArgument | None:
     """The split of one sequence, with ``(T,)`` way ids, as that of a batch of one."""
     if isinstance(split, tuple):
-        query_split, key_split = (_batched(part) for part in split)
-        return query_split, key_split
+        query_split, key_split = _pair(split)
+        return _batched(query_split), _batched(key_split)
     return None if split is None else _batched(split)
+
+
+def _pair(split: SplitArgument) -> tuple[Split, Split]:
+    """The split of queries and that of keys."""
+    if not isinstance(split, tuple):
+        return split, split
+    if len(split) != 2:
+        raise ValueError(
+            f"split_position must be one, or a pair: queries' and keys'; got {len(split)}"
+        )
+    return split
 
 
 def _batched(split: Split) -> Split:
@@ -53,7 +65,8 @@ class Placement(NamedTuple):
     """The tokens of one call.
 
     Attributes:
-        first: Position of the first source token: the number of those in the cache.
+        first: Position of the first source token, the number of those in the cache; or of each,
+            ``(1 or B, N)``, where ``positions`` are not those of the keys.
         positions: ``(T,)`` or ``(1 or B, T)``, given by the caller, or ``(1 or B, N)``, by the
             cache; None: tokens follow ``first``.
         given: Whether the caller gave them.
@@ -61,7 +74,7 @@ class Placement(NamedTuple):
         key_route: None without multiway.
     """
 
-    first: int
+    first: Positions
     positions: Tensor | None
     given: bool
     query_route: Route | None
@@ -77,7 +90,8 @@ class Placement(NamedTuple):
         *,
         multiway: bool,
         rotates: bool,
-        keys: Tensor | None,
+        key: Tensor | None,
+        keys_too: bool,
     ) -> "Placement":
         """Place the tokens of a call.
 
@@ -88,46 +102,54 @@ class Placement(NamedTuple):
             split: As given by the caller.
             multiway: Whether the module is.
             rotates: Whether the module has a rotation.
-            keys: ``(B, N, kdim)``, if ``positions`` are theirs as well; else None.
+            key: ``(B, N, kdim)``.
+            keys_too: Whether ``positions`` are those of the keys as well.
 
         Raises:
             TypeError: ``positions`` are not integers.
-            ValueError: Their shape or device is wrong, they are not as many as ``keys``, the module
-                has no use for an argument, or there are more queries than keys beside a cache.
+            ValueError: Their shape or device is wrong, they are not as many as the keys, the
+                module has no use for an argument, or there are more queries than keys beside a
+                cache.
         """
         # Not asked with `isinstance(cache, Cache)`: a protocol takes microseconds to say no.
         given = positions is not None
         target = query.shape[1]
         # Keys of another shape are refused later.
-        source = target if keys is None or keys.dim() != 3 else keys.shape[1]
+        source = target if key is None or key.dim() != 3 else key.shape[1]
         follows = None if isinstance(cache, CrossCache) or not (rotates or multiway) else cache
         if positions is not None:
             if not (rotates or multiway):
                 raise ValueError(
                     "positions was given, but the module has neither position= nor multiway"
                 )
-            positions = _checked_positions(positions, query, keys)
-        elif keys is not None and follows is not None and not isinstance(follows, DictCache):
-            # Sequences may differ in length, or the device alone may know it.
-            if target > source:
+            positions = _checked_positions(positions, query, key if keys_too else None)
+        first: Positions = 0
+        if follows is not None and not (given and keys_too):
+            if isinstance(follows, DictCache) or (target > source and not keys_too):
+                first = follows.length
+            elif target > source:
                 raise ValueError(
                     "in a self-attention with a cache queries must be the last of the tokens; "
                     f"got {target} queries and {source} keys"
                 )
-            positions = follows.next_positions(source, query.device)
-        placed = positions is not None and keys is not None
-        first = 0 if follows is None or placed else follows.length
+            else:
+                # Sequences may differ in length, or the device alone may know it.
+                first = follows.next_positions(source, query.device)
+                if keys_too:
+                    positions, first = first, 0
         if not multiway:
             if split is not None:
                 raise ValueError("split_position was given, but the module has no args.multiway")
             return cls(first, positions, given, None, None)
-        query_split, key_split = split if isinstance(split, tuple) else (split, split)
-        key_at: Positions = first if positions is None or keys is None else positions
-        query_at: Positions = first if positions is None else positions
-        if keys is not None:
+        key_at: Positions = first if positions is None or not keys_too else positions
+        if follows is not None and not (given and keys_too):
+            key_at = _steady(key_at, follows)
+        query_at: Positions = key_at if positions is None or keys_too else positions
+        if keys_too or (follows is not None and not given):
             query_at = last_positions(key_at, source - target)
         if positions is None and isinstance(cache, CrossCache):
             query_at = cache.next_queries(query)
+        query_split, key_split = (None, None) if split is None else _pair(split)
         routes = Route(query_split, query_at), Route(key_split, key_at)
         return cls(first, positions, given, *routes)
 
@@ -168,6 +190,14 @@ class Placement(NamedTuple):
         else:
             turned = rotation.queries(query, query_at), rotation.keys(key, key_at)
         return Rotated(*turned, None, None)
+
+
+def _steady(positions: Positions, cache: Cache) -> Positions:
+    """The positions of tokens that follow those in a cache, as the first if that says it all: then
+    a way computes its own tokens only."""
+    if not isinstance(positions, Tensor) or positions.shape[0] > 1:
+        return positions
+    return positions if is_recorded(positions.device) else cache.length
 
 
 def _checked_positions(positions: Tensor, query: Tensor, keys: Tensor | None) -> Tensor:

@@ -191,6 +191,10 @@ class XPos(Rotation):
     def _factors(self, device: torch.device | str | None) -> Tensor:
         return xpos_scale(torch.ones((), device=device), self.head_dim, scale_base=1.0)
 
+    def reset_parameters(self) -> None:
+        """Fill the buffer: FSDP asks that of whatever has one and was made without memory."""
+        self.scale.copy_(self._factors(self.scale.device))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "XPos":
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own
         # `to_empty` would leave it undefined.
