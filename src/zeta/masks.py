@@ -8,7 +8,7 @@ Shape suffixes: B batch, H heads, T target length, S source length, L positions.
 """
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from zeta.values import (
     check_lengths,
     check_scores_shape,
     kind,
+    means,
     python_integer,
     signed,
 )
@@ -34,7 +35,19 @@ Bound = int | None
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask(Value):
-    """Base of all masks."""
+    """Base of all masks.
+
+    A subclass with a `visible` of its own has the `key_bounds` and `covers` that it defines beside
+    it, and no others.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.meaning is cls:
+            # What a base promises of its own pairs may be false of these.
+            for name in ("key_bounds", "covers"):
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(Mask, name))
 
     def visible(self, tile: Tile) -> Tensor:
         """Bool, broadcastable to the tile's scores; True: the query sees the key."""
@@ -53,13 +66,9 @@ class Mask(Value):
 
     def dense(self, batch: int, heads: int, target: int, source: int) -> Tensor:
         """The mask as a ``(B, H, T, S)`` bool tensor, True: visible. For looking and for tests."""
-        self.check(batch, heads, target, source, self._device())
-        tile = Tile.whole(target, source, device=self._device())
+        self.check(batch, heads, target, source, self.device())
+        tile = Tile.whole(target, source, device=self.device())
         return self.visible(tile).expand(batch, heads, target, source)
-
-    def _device(self) -> torch.device:
-        tensors = self.tensors()
-        return tensors[0].device if tensors else torch.device("cpu")
 
     def __and__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
@@ -86,7 +95,7 @@ def conjuncts(mask: Mask | None) -> tuple[Mask, ...]:
     """The masks that must all allow a pair, outermost ``&`` taken apart; none for None."""
     if mask is None:
         return ()
-    return mask.terms if isinstance(mask, AllOf) else (mask,)
+    return mask.terms if means(mask, AllOf) else (mask,)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

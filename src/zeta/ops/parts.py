@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zeta import biases, masks
 from zeta.ops.call import AttentionCall
-from zeta.values import ALL, Value
+from zeta.values import ALL, Value, means
 
 Part = slice | Tensor
 """A slice, or a one-dimensional tensor of indices."""
@@ -27,6 +27,17 @@ _BY_POSITION = (
     biases.Softcap,
 )
 """The same for every head, and for a query or key wherever it stands in the tensor."""
+
+_DIVISIBLE = (
+    *_BY_POSITION,
+    masks.AllOf,
+    masks.AnyOf,
+    masks.Dense,
+    biases.Sum,
+    biases.Dense,
+    biases.Bucketed,
+    biases.Alibi,
+)
 
 
 class Indivisible(TypeError):  # noqa: N818 - control flow: the caller computes the whole instead
@@ -113,12 +124,12 @@ def _reads_positions(call: AttentionCall) -> bool:
     if call.dropout_p or call.has_positions:
         return True
     values = (*masks.conjuncts(call.mask), *biases.summands(call.bias))
-    return not all(isinstance(v, masks.Dense | biases.Dense | biases.Softcap) for v in values)
+    return not all(means(v, masks.Dense, biases.Dense, biases.Softcap) for v in values)
 
 
 def _part(value: ValueT, heads: Part, rows: Part, keys: Part) -> ValueT:
-    if isinstance(value, _BY_POSITION):
-        return value
+    if value.meaning not in _DIVISIBLE:
+        raise Indivisible(f"a {type(value).__name__} cannot be cut")
     if isinstance(value, masks.AllOf | masks.AnyOf | biases.Sum):
         terms = tuple(_part(term, heads, rows, keys) for term in value.terms)
         return dataclasses.replace(value, terms=terms)  # type: ignore[arg-type]  # of its own kind
@@ -128,7 +139,7 @@ def _part(value: ValueT, heads: Part, rows: Part, keys: Part) -> ValueT:
         return dataclasses.replace(value, table=value.table[:, heads])
     if isinstance(value, biases.Alibi):
         return dataclasses.replace(value, slopes=value.slopes[heads])
-    raise Indivisible(f"a {type(value).__name__} cannot be cut")
+    return value
 
 
 def _cut(tensor_BHTS: Tensor, heads: Part, rows: Part, keys: Part) -> Tensor:

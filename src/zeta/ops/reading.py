@@ -12,6 +12,7 @@ from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import Lowered, lower
 from zeta.standin import PLAIN
 from zeta.stored import Pages, Store, StoredTensor
+from zeta.values import means
 
 NO_STORE = "its keys and values do not lie in one store, or were read before"
 
@@ -73,4 +74,4 @@ def _reads_positions(call: AttentionCall) -> bool:
     """Whether anything depends on where a query stands, or on more of a key than that it exists."""
     values = (*masks.conjuncts(call.mask), *biases.summands(call.bias))
     plain = (masks.Dense, masks.Padding, biases.Dense, biases.Softcap)
-    return bool(call.dropout_p) or not all(isinstance(value, plain) for value in values)
+    return bool(call.dropout_p) or not all(means(value, *plain) for value in values)
