@@ -14,7 +14,7 @@ from torch import Tensor
 from zeta.biases import Dense, summands
 from zeta.masks import Causal, Mask, conjuncts
 from zeta.masks import Dense as DenseMask
-from zeta.ops.call import AttentionCall
+from zeta.ops.call import AttentionCall, without_autocast
 from zeta.ops.offsets import is_by_offset
 from zeta.transforms import (
     NO_FORWARD_MODE,
@@ -59,15 +59,16 @@ def run(call: AttentionCall) -> tuple[Tensor, None]:
         causal = True
     if call.key_heads != call.heads:
         grouped = True
-    out = F.scaled_dot_product_attention(
-        call.query,
-        call.key,
-        call.value,
-        attn_mask=None if plain else _mask_tensor(call),
-        is_causal=causal,
-        scale=call.scale,
-        enable_gqa=grouped,
-    )
+    with without_autocast(call.query.device):
+        out = F.scaled_dot_product_attention(
+            call.query,
+            call.key,
+            call.value,
+            attn_mask=None if plain else _mask_tensor(call),
+            is_causal=causal,
+            scale=call.scale,
+            enable_gqa=grouped,
+        )
     return out, None
 
 
