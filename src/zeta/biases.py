@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zeta.positions import t5_buckets
+from zeta.positions import check_buckets, t5_buckets
 from zeta.values import (
     Tile,
     Value,
@@ -167,12 +167,7 @@ class Bucketed(OffsetBias):
             raise ValueError(
                 f"table must have shape (num_buckets, heads); got {tuple(self.table.shape)}"
             )
-        num_exact = self.table.shape[0] // (4 if self.bidirectional else 2)
-        if num_exact < 1 or self.max_distance <= num_exact:
-            raise ValueError(
-                f"max_distance must exceed the {num_exact} exact buckets of a direction, "
-                f"at least 1; got max_distance={self.max_distance}, {self.table.shape[0]} buckets"
-            )
+        check_buckets(self.table.shape[0], self.max_distance, bidirectional=self.bidirectional)
 
     def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
         if self.table.shape[1] != heads:

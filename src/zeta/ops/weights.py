@@ -87,7 +87,8 @@ class LazyWeights(StandIn):
     many calls, keep ``weights.detach()``, a plain tensor, or ``weights.rows(...)``.
 
     If one of those tensors, of the mask or of positions is changed in place before the weights are
-    computed, using them is an error, and afterwards their gradient. Only the learned parameters of
+    computed, using them is an error, and afterwards their gradient; of tensors that were made in
+    inference mode it goes unnoticed, for torch does not count that. Only the learned parameters of
     a relative position bias may change, as by an optimizer's step: the weights are those of the
     call.
 

@@ -155,7 +155,11 @@ def _mask_tensor(call: AttentionCall) -> Tensor | None:
         visible = term if visible is None else visible & term
     if call.bias is None:
         return visible
-    added = torch.zeros((), dtype=call.wide_dtype, device=call.query.device)
-    for bias in summands(call.bias):
+    first, *others = summands(call.bias)
+    if means(first, Dense):
+        added = first.values(tile).to(call.wide_dtype)  # Added to zeros it would be copied.
+    else:
+        added = first.apply(torch.zeros((), dtype=call.wide_dtype, device=call.query.device), tile)
+    for bias in others:
         added = bias.apply(added, tile)
     return added if visible is None else torch.where(visible, added, float("-inf"))
