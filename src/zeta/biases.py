@@ -43,6 +43,8 @@ class Bias(Value):
 
     def __add__(self, other: "Bias") -> "Bias":
         if not isinstance(other, Bias):
+            if isinstance(other, Tensor):
+                raise TypeError("a bias joins biases; of a tensor biases.Dense makes one")
             return NotImplemented
         return Sum(summands(self) + summands(other))
 

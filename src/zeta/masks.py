@@ -72,12 +72,12 @@ class Mask(Value):
 
     def __and__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
-            return NotImplemented
+            return _not_joined(other)
         return AllOf(conjuncts(self) + conjuncts(other))
 
     def __or__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
-            return NotImplemented
+            return _not_joined(other)
         return AnyOf((self, other))
 
     def __bool__(self) -> bool:
@@ -89,6 +89,13 @@ class Mask(Value):
         raise TypeError(
             "a mask is neither true nor false: join masks with & and |, and ask `mask is None`"
         )
+
+
+def _not_joined(other: object) -> Any:
+    """What ``&`` and ``|`` say to what is no mask: a tensor does not tell what its True means."""
+    if isinstance(other, Tensor):
+        raise TypeError("a mask joins masks; of a tensor masks.keep or masks.drop makes one")
+    return NotImplemented
 
 
 def conjuncts(mask: Mask | None) -> tuple[Mask, ...]:
