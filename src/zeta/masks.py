@@ -91,6 +91,11 @@ class Mask(Value):
         )
 
 
+def _are_known(lengths: Tensor) -> bool:
+    """Whether one may read them: no device is waited for, and no compiler has to guess."""
+    return lengths.is_cpu and not torch.compiler.is_compiling()
+
+
 def _not_joined(other: object) -> Any:
     """What ``&`` and ``|`` say to what is no mask: a tensor does not tell what its True means."""
     if isinstance(other, Tensor):
@@ -196,6 +201,16 @@ class PrefixLM(Mask):
         length = self.lengths[tile.batches, None, None, None]
         return (tile.key_position <= tile.query_position) | (tile.key_position < length)
 
+    def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
+        if not _are_known(self.lengths):
+            return None, None
+        return None, max(last_query, int(self.lengths.max()) - 1)
+
+    def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
+        if last_key <= first_query:
+            return True
+        return _are_known(self.lengths) and last_key < int(self.lengths.min())
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Documents(Mask):
@@ -282,13 +297,12 @@ class Padding(Mask):
         return tile.key_position < self.lengths[tile.batches, None, None, None]
 
     def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
-        # Reading a length off an accelerator would wait for it.
-        if self.lengths.device.type != "cpu":
+        if not _are_known(self.lengths):
             return None, None
         return None, int(self.lengths.max()) - 1
 
     def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
-        return self.lengths.device.type == "cpu" and last_key < int(self.lengths.min())
+        return _are_known(self.lengths) and last_key < int(self.lengths.min())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

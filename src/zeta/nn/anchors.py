@@ -123,7 +123,8 @@ class Blocks(NamedTuple):
 
     def _parts(self, call: AttentionCall) -> Iterator[AttentionCall]:
         # Of queries that see later keys none can be far from the anchor of those.
-        sees_later = call.mask is None or call.mask.key_bounds(0, 0)[1] is None
+        last = None if call.mask is None else call.mask.key_bounds(0, 0)[1]
+        sees_later = last is None or last > 0
         if call.target <= (2 * self.half if sees_later else self.half):
             yield self._about_one_anchor(call)
             return
