@@ -69,7 +69,7 @@ def keys_of(call: AttentionCall, keys: Part) -> AttentionCall:
         Indivisible: A mask or bias is of an unknown kind.
     """
     query_positions, key_positions = call.query_positions, call.key_positions
-    if _reads_positions(call):
+    if call.has_positions or reads_positions(call, (masks.Dense, biases.Dense, biases.Softcap)):
         query_positions, key_positions = _query_positions(call), _key_positions(call, keys)
     key = call.key[:, :, keys]
     return dataclasses.replace(
@@ -120,11 +120,10 @@ def _key_positions(call: AttentionCall, keys: Part) -> Tensor:
     return torch.arange(call.source, device=call.key.device)[None, keys]
 
 
-def _reads_positions(call: AttentionCall) -> bool:
-    if call.dropout_p or call.has_positions:
-        return True
+def reads_positions(call: AttentionCall, free: tuple[type[Value], ...]) -> bool:
+    """Whether a draw, or a mask or bias that is none of the ``free`` kinds, may ask for them."""
     values = (*masks.conjuncts(call.mask), *biases.summands(call.bias))
-    return not all(means(v, masks.Dense, biases.Dense, biases.Softcap) for v in values)
+    return bool(call.dropout_p) or not all(means(value, *free) for value in values)
 
 
 def _part(value: ValueT, heads: Part, rows: Part, keys: Part) -> ValueT:
