@@ -157,7 +157,7 @@ def test_shape_is_the_shape_of_the_values() -> None:
         (
             lambda: biases.Softcap(3.0) + torch.ones(2, 2),
             TypeError,
-            "unsupported operand .*'Softcap' and 'Tensor'",
+            "a bias joins biases; of a tensor biases.Dense makes one",
         ),
         (
             lambda: biases.Softcap(torch.tensor(3.0, requires_grad=True)),

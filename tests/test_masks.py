@@ -227,7 +227,12 @@ def test_a_dense_mask_is_broadcast_however_it_is_made() -> None:
         (
             lambda: masks.Causal() & torch.ones(2, 2, dtype=torch.bool),
             TypeError,
-            "unsupported operand .*'Causal' and 'Tensor'",
+            "a mask joins masks; of a tensor masks.keep or masks.drop makes one",
+        ),
+        (
+            lambda: masks.Causal() | torch.ones(2, 2, dtype=torch.bool),
+            TypeError,
+            "a mask joins masks; of a tensor masks.keep or masks.drop makes one",
         ),
         (lambda: masks.Causal() and masks.SlidingWindow(2), TypeError, "join masks with & and |"),
         (lambda: not masks.Causal(), TypeError, "a mask is neither true nor false"),

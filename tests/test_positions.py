@@ -110,6 +110,22 @@ def test_keys_after_the_query_have_their_own_half_of_the_buckets() -> None:
     assert (t5_buckets(offset, bidirectional=False)[offset >= 0] == 0).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "num_exact"),
+    [
+        ({"num_buckets": 2}, 0),
+        ({"num_buckets": 1, "bidirectional": False}, 0),
+        ({"max_distance": 4}, 8),
+        ({"max_distance": 16, "bidirectional": False}, 16),
+    ],
+)
+def test_buckets_that_would_not_grow_are_refused(options: dict[str, int], num_exact: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"must exceed the {num_exact} exact buckets .* at least 1"
+    ):
+        t5_buckets(torch.arange(5), **options)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 8, 12, 20])
 def test_alibi_slopes_are_a_geometric_sequence(heads: int) -> None:
     slopes = alibi_slopes(heads)

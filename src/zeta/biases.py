@@ -8,11 +8,12 @@ Shape suffixes: B batch, H heads, T target length, S source length, N buckets, R
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zeta.positions import t5_buckets
+from zeta.positions import check_buckets, t5_buckets
 from zeta.values import (
     Tile,
     Value,
@@ -25,6 +26,7 @@ from zeta.values import (
     check_positive,
     check_scores_shape,
     kind,
+    means,
     python_integer,
     python_number,
     wide_dtype,
@@ -41,6 +43,8 @@ class Bias(Value):
 
     def __add__(self, other: "Bias") -> "Bias":
         if not isinstance(other, Bias):
+            if isinstance(other, Tensor):
+                raise TypeError("a bias joins biases; of a tensor biases.Dense makes one")
             return NotImplemented
         return Sum(summands(self) + summands(other))
 
@@ -49,7 +53,7 @@ def summands(bias: Bias | None) -> tuple[Bias, ...]:
     """The biases in the order in which they are applied; none for None."""
     if bias is None:
         return ()
-    return bias.terms if isinstance(bias, Sum) else (bias,)
+    return bias.terms if means(bias, Sum) else (bias,)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +69,7 @@ class Additive(Bias):
 
     def dense(self, batch: int, heads: int, target: int, source: int) -> Tensor:
         """The bias as a ``(B, H, T, S)`` tensor. For looking and for tests."""
-        device = self.tensors()[0].device
+        device = self.device()
         self.check(batch, heads, target, source, device)
         tile = Tile.whole(target, source, device=device)
         return self.values(tile).expand(batch, heads, target, source)
@@ -120,13 +124,15 @@ class OffsetBias(Additive):
         """The bias at integer offsets of shape ``(...)``: ``(..., H)``, differentiable."""
         raise NotImplementedError
 
-    def offset_vector(self, reach: int) -> Tensor:
+    def offset_vector(self, reach: int, device: torch.device | None = None) -> Tensor:
         """``(H, 2 * reach + 1)``: the bias at offsets ``-reach .. reach``, differentiable.
+
+        On ``device``, by default that of its tensors.
 
         With ``reach = self.reach(longest)`` the bias at any offset ``r`` is
         ``vector[h, clamp(r, -reach, reach) + reach]``.
         """
-        offset_R = torch.arange(-reach, reach + 1, device=self.tensors()[0].device)
+        offset_R = torch.arange(-reach, reach + 1, device=device or self.device())
         return self.at(offset_R).T
 
     def values(self, tile: Tile) -> Tensor:
@@ -163,12 +169,7 @@ class Bucketed(OffsetBias):
             raise ValueError(
                 f"table must have shape (num_buckets, heads); got {tuple(self.table.shape)}"
             )
-        num_exact = self.table.shape[0] // (4 if self.bidirectional else 2)
-        if num_exact < 1 or self.max_distance <= num_exact:
-            raise ValueError(
-                f"max_distance must exceed the {num_exact} exact buckets of a direction, "
-                f"at least 1; got max_distance={self.max_distance}, {self.table.shape[0]} buckets"
-            )
+        check_buckets(self.table.shape[0], self.max_distance, bidirectional=self.bidirectional)
 
     def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
         if self.table.shape[1] != heads:
@@ -201,6 +202,11 @@ class Alibi(OffsetBias):
     """
 
     slopes: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.at is not Alibi.at and cls.apply is Alibi.apply:
+            cls.apply = Additive.apply  # type: ignore[method-assign]  # which asks `at`
 
     def __post_init__(self) -> None:
         check_floating("slopes", self.slopes)

@@ -8,7 +8,7 @@ Shape suffixes: B batch, H heads, T target length, S source length, L positions.
 """
 
 import dataclasses
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from zeta.values import (
     check_lengths,
     check_scores_shape,
     kind,
+    means,
     python_integer,
     signed,
 )
@@ -34,7 +35,19 @@ Bound = int | None
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask(Value):
-    """Base of all masks."""
+    """Base of all masks.
+
+    A subclass with a `visible` of its own has the `key_bounds` and `covers` that it defines beside
+    it, and no others.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.meaning is cls:
+            # What a base promises of its own pairs may be false of these.
+            for name in ("key_bounds", "covers"):
+                if name not in vars(cls):
+                    setattr(cls, name, getattr(Mask, name))
 
     def visible(self, tile: Tile) -> Tensor:
         """Bool, broadcastable to the tile's scores; True: the query sees the key."""
@@ -53,22 +66,18 @@ class Mask(Value):
 
     def dense(self, batch: int, heads: int, target: int, source: int) -> Tensor:
         """The mask as a ``(B, H, T, S)`` bool tensor, True: visible. For looking and for tests."""
-        self.check(batch, heads, target, source, self._device())
-        tile = Tile.whole(target, source, device=self._device())
+        self.check(batch, heads, target, source, self.device())
+        tile = Tile.whole(target, source, device=self.device())
         return self.visible(tile).expand(batch, heads, target, source)
-
-    def _device(self) -> torch.device:
-        tensors = self.tensors()
-        return tensors[0].device if tensors else torch.device("cpu")
 
     def __and__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
-            return NotImplemented
+            return _not_joined(other)
         return AllOf(conjuncts(self) + conjuncts(other))
 
     def __or__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
-            return NotImplemented
+            return _not_joined(other)
         return AnyOf((self, other))
 
     def __bool__(self) -> bool:
@@ -82,11 +91,23 @@ class Mask(Value):
         )
 
 
+def _are_known(lengths: Tensor) -> bool:
+    """Whether one may read them: no device is waited for, and no compiler has to guess."""
+    return lengths.is_cpu and not torch.compiler.is_compiling()
+
+
+def _not_joined(other: object) -> Any:
+    """What ``&`` and ``|`` say to what is no mask: a tensor does not tell what its True means."""
+    if isinstance(other, Tensor):
+        raise TypeError("a mask joins masks; of a tensor masks.keep or masks.drop makes one")
+    return NotImplemented
+
+
 def conjuncts(mask: Mask | None) -> tuple[Mask, ...]:
     """The masks that must all allow a pair, outermost ``&`` taken apart; none for None."""
     if mask is None:
         return ()
-    return mask.terms if isinstance(mask, AllOf) else (mask,)
+    return mask.terms if means(mask, AllOf) else (mask,)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,6 +201,16 @@ class PrefixLM(Mask):
         length = self.lengths[tile.batches, None, None, None]
         return (tile.key_position <= tile.query_position) | (tile.key_position < length)
 
+    def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
+        if not _are_known(self.lengths):
+            return None, None
+        return None, max(last_query, int(self.lengths.max()) - 1)
+
+    def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
+        if last_key <= first_query:
+            return True
+        return _are_known(self.lengths) and last_key < int(self.lengths.min())
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Documents(Mask):
@@ -266,13 +297,12 @@ class Padding(Mask):
         return tile.key_position < self.lengths[tile.batches, None, None, None]
 
     def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
-        # Reading a length off an accelerator would wait for it.
-        if self.lengths.device.type != "cpu":
+        if not _are_known(self.lengths):
             return None, None
         return None, int(self.lengths.max()) - 1
 
     def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
-        return self.lengths.device.type == "cpu" and last_key < int(self.lengths.min())
+        return _are_known(self.lengths) and last_key < int(self.lengths.min())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -217,7 +217,11 @@ def t5_buckets(
 
     Returns:
         int64, the shape of ``offset``, in ``[0, num_buckets)``.
+
+    Raises:
+        ValueError: As `check_buckets`.
     """
+    check_buckets(num_buckets, max_distance, bidirectional=bidirectional)
     first = torch.zeros_like(offset, dtype=torch.int64)
     if bidirectional:
         num_buckets //= 2
@@ -231,6 +235,16 @@ def t5_buckets(
     growth = ratio.log() / math.log(max_distance / num_exact) * (num_buckets - num_exact)
     far = num_exact + growth.to(torch.int64)
     return first + torch.where(distance < num_exact, distance, far.clamp(max=num_buckets - 1))
+
+
+def check_buckets(num_buckets: int, max_distance: int, *, bidirectional: bool) -> None:
+    """Raise ValueError unless there are exact buckets, and ``max_distance`` lies beyond them."""
+    num_exact = num_buckets // (4 if bidirectional else 2)
+    if num_exact < 1 or max_distance <= num_exact:
+        raise ValueError(
+            f"max_distance must exceed the {num_exact} exact buckets of a direction, "
+            f"at least 1; got max_distance={max_distance}, {num_buckets} buckets"
+        )
 
 
 def alibi_slopes(num_heads: int, *, device: torch.device | str | None = None) -> Tensor:

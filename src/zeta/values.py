@@ -10,8 +10,10 @@ import math
 import numbers
 import operator
 import sys
+import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +23,18 @@ ALL = slice(None)
 # NumPy's are numbers too; those that a compiler does not know are none of Python's.
 _INTEGERS = (int, numbers.Integral, torch.SymInt)
 _NUMBERS = (float, numbers.Real, torch.SymFloat, *_INTEGERS)
+
+_WITHOUT_TENSORS = (str, type(None), *_NUMBERS)
+_OF_PYTHON = (bool, int, float)
+# As `dataclasses.fields` tells them from constants of the class; short calls ask for tensors.
+_FIELD = dataclasses._FIELD  # type: ignore[attr-defined]  # nothing public is as fast
+_CANNOT_HOLD = (
+    "a mask or bias cannot hold a {}: its fields are tensors, numbers, masks or biases, and tuples "
+    "of these"
+)
+
+_SAYING = ("visible", "apply", "values", "at", "reach", "offset_vector")
+"""The methods that say what a mask or a bias does to scores."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -66,11 +80,23 @@ class Value:
     ``torch.library`` operator, and `unflatten` puts it together again.
     """
 
-    _kinds: ClassVar[dict[str, type["Value"]]] = {}
+    _kinds: ClassVar = weakref.WeakValueDictionary[str, "type[Value]"]()
+    _named: ClassVar[Counter[str]] = Counter()
+    _key: ClassVar[str]
+
+    meaning: ClassVar[type["Value"]]
+    """The class that says what it does: its own, or the nearest that it leaves all of that to."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Value._kinds[_name_of(cls)] = cls
+        name = f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
+        Value._named[name] += 1
+        # Without a number where it can be: programs that were saved hold the key.
+        cls._key = name if Value._named[name] == 1 else f"{name} {Value._named[name]}"
+        Value._kinds[cls._key] = cls
+        base = next(kind for kind in cls.__mro__[1:] if issubclass(kind, Value))
+        says = any(getattr(cls, name, None) is not getattr(base, name, None) for name in _SAYING)
+        cls.meaning = cls if says or base is Value else base.meaning
 
     def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
         """Raise ValueError if this cannot describe ``(batch, heads, target, source)`` scores."""
@@ -82,9 +108,15 @@ class Value:
     def tensors(self) -> list[Tensor]:
         """The tensors of `flatten`, without the cost of the string."""
         tensors: list[Tensor] = []
-        for name in self.__dataclass_fields__:
-            _collect(getattr(self, name), tensors)
+        for name, field in self.__dataclass_fields__.items():
+            if field._field_type is _FIELD:  # type: ignore[attr-defined]  # see there
+                _collect(getattr(self, name), tensors)
         return tensors
+
+    def device(self) -> torch.device:
+        """Where its tensors are; the CPU if it has none."""
+        tensors = self.tensors()
+        return tensors[0].device if tensors else torch.device("cpu")
 
     def flatten(self) -> tuple[str, list[Tensor]]:
         """A string without tensors, and the tensors it refers to by number."""
@@ -100,12 +132,17 @@ class Value:
         return value
 
 
-def _name_of(kind: type[Value]) -> str:
-    """What stands for a class in the string of `Value.flatten`: ``masks.Dense``."""
-    return f"{kind.__module__.rpartition('.')[2]}.{kind.__name__}"
+ValueT = TypeVar("ValueT", bound=Value)
+
+
+def means(value: Value | None, *kinds: type[ValueT]) -> TypeGuard[ValueT]:
+    """Whether it does what one of these classes does, and a subclass of theirs changes nothing."""
+    return isinstance(value, kinds) and value.meaning in kinds
 
 
 def _collect(item: object, tensors: list[Tensor]) -> None:
+    if type(item) in _OF_PYTHON:
+        return
     if isinstance(item, Tensor):
         tensors.append(item)
     elif isinstance(item, Value):
@@ -113,6 +150,8 @@ def _collect(item: object, tensors: list[Tensor]) -> None:
     elif isinstance(item, tuple):
         for part in item:
             _collect(part, tensors)
+    elif not isinstance(item, _WITHOUT_TENSORS):
+        raise TypeError(_CANNOT_HOLD.format(type(item).__name__))
 
 
 def _describe(item: object, tensors: list[Tensor]) -> str:
@@ -124,16 +163,17 @@ def _describe(item: object, tensors: list[Tensor]) -> str:
         return f"[{', '.join([_describe(part, tensors) for part in item])}]"
     if isinstance(item, Value):
         fields = [
-            f'"{name}": {_describe(getattr(item, name), tensors)}'
-            for name in item.__dataclass_fields__
-            if name != "_kinds"
+            f'"{field.name}": {_describe(getattr(item, field.name), tensors)}'
+            for field in dataclasses.fields(item)
         ]
-        return f'{{"kind": "{_name_of(type(item))}", "fields": {{{", ".join(fields)}}}}}'
+        return f'{{"kind": "{item._key}", "fields": {{{", ".join(fields)}}}}}'
+    if item is None:
+        return "null"
     if isinstance(item, bool):
         return "true" if item else "false"
     if isinstance(item, _NUMBERS):
         return spelled(item)
-    raise TypeError(f"a mask or bias cannot hold a {type(item).__name__}")
+    raise TypeError(_CANNOT_HOLD.format(type(item).__name__))
 
 
 def spelled(number: Any) -> str:
@@ -141,7 +181,8 @@ def spelled(number: Any) -> str:
     # What the compiler has as a symbol takes its value in `index` and in `hex`.
     if isinstance(number, _INTEGERS):
         return repr(operator.index(number))
-    return repr(float.fromhex(float(number).hex()))
+    text = repr(float.fromhex(float(number).hex()))
+    return {"inf": "Infinity", "-inf": "-Infinity", "nan": "NaN"}.get(text, text)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -155,8 +196,11 @@ def _build(item: object, tensors: Sequence[Tensor]) -> Any:
     if isinstance(item, dict):
         if "tensor" in item:
             return tensors[item["tensor"]]
-        fields = {name: _build(part, tensors) for name, part in item["fields"].items()}
-        return Value._kinds[item["kind"]](**fields)
+        # Not called: what it makes of its fields is made already.
+        value = object.__new__(Value._kinds[item["kind"]])
+        for name, part in item["fields"].items():
+            object.__setattr__(value, name, _build(part, tensors))
+        return value
     return item
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import zeta
 from zeta import biases, masks
@@ -234,3 +235,20 @@ def test_second_derivatives_of_chunked_name_the_backend_that_has_them(function: 
     (first,) = torch.autograd.grad(result.square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match="for second derivatives use backend='reference'"):
         first.sum().backward()
+
+
+def test_a_gradient_that_is_traced_gets_a_backend_that_can() -> None:
+    query = torch.randn(1, 2, 9, 8)
+
+    def gradient(backend: str) -> Callable[[Tensor], Tensor]:
+        def loss(query: Tensor) -> Tensor:
+            out = zeta.attention(query, query, query, mask=masks.Causal(), backend=backend)
+            return out.square().sum()
+
+        found: Callable[[Tensor], Tensor] = torch.func.grad(loss)
+        return found
+
+    graph, other = make_fx(gradient("auto"))(query), torch.randn_like(query)
+    torch.testing.assert_close(graph(other), gradient("reference")(other))
+    with pytest.raises(BackendUnsupported, match=r"torch\.func, where a mode traces it"):
+        make_fx(gradient("cpu"))(query)

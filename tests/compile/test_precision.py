@@ -99,6 +99,15 @@ def test_op_under_autocast_is_that_of_narrow_operands(backend: str, dtype: torch
         assert torch.equal(weights, expected)
 
 
+@pytest.mark.parametrize("bias", [biases.Alibi(torch.rand(4)), biases.Dense(torch.randn(9, 9))])
+def test_a_bias_stays_wide_under_autocast(bias: biases.Bias) -> None:
+    query, key, value = torch.randn(3, 2, 4, 9, 64, dtype=torch.bfloat16).unbind()
+    expected = zeta.attention(query, key, value, bias=bias, backend="sdpa")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = zeta.attention(query, key, value, bias=bias, backend="sdpa")
+    assert torch.equal(out, expected)
+
+
 def test_float64_stays_under_autocast() -> None:
     query, key, value = torch.randn(3, 2, 4, 9, 8, dtype=torch.float64).unbind()
     with torch.autocast("cpu", dtype=torch.bfloat16):

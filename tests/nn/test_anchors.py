@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zeta import masks
 from zeta.caches import (
     DynamicCache,
     PagedCache,
@@ -272,8 +273,10 @@ def test_the_state_of_torchscale_may_be_long() -> None:
 
 def test_what_cannot_be_represented_is_refused() -> None:
     module, x = attention(0.4), torch.randn(1, T, E)
-    with pytest.raises(ValueError, match=r"over more than \d+ queries .*, needs is_causal=True"):
-        module(x, x, x)
+    lengths = torch.tensor([T])
+    for mask in (None, masks.Padding(lengths), masks.PrefixLM(lengths)):
+        with pytest.raises(ValueError, match=r"more than \d+ queries .*, needs is_causal=True"):
+            module(x, x, x, attn_mask=mask)
     window = MultiheadAttention(
         {"xpos_rel_pos": True, "xpos_scale_base": 0.4}, E, H, self_attention=True, window=4
     )

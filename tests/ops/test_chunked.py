@@ -70,6 +70,8 @@ def test_a_causal_mask_halves_the_scores_and_a_window_bounds_them(small_blocks: 
     assert scores(None) == 480 * 480
     assert scores(masks.Causal()) == 48 * 48 * (10 * 11 // 2)
     assert scores(masks.SlidingWindow(30)) <= 480 * (48 + 29)
+    assert scores(masks.PrefixLM(torch.tensor([48, 0]))) == scores(masks.Causal())
+    assert scores(masks.PrefixLM(torch.tensor([480, 0]))) == 480 * 480
 
 
 def test_only_the_diagonal_is_masked(small_blocks: None) -> None:
@@ -79,6 +81,16 @@ def test_only_the_diagonal_is_masked(small_blocks: None) -> None:
         (run,) = block.partial
         assert run.start > block.rows.start - blocks.SEGMENT
         assert run.stop == block.columns.stop == block.rows.stop
+
+
+def test_a_prefix_is_not_masked(small_blocks: None) -> None:
+    made, lengths = make(480, 480), torch.tensor([200, 150])
+    call = AttentionCall.checked(
+        made["query"], made["key"], made["value"], mask=masks.PrefixLM(lengths)
+    )
+    for block in blocks.blocks(call):
+        for run in block.partial:
+            assert run.start > max(150, block.rows.start) - blocks.SEGMENT
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

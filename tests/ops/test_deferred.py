@@ -1,6 +1,7 @@
 """What lazy weights copy of a call that is changed before they are computed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from zeta import biases
 from zeta.ops.attention import run_weights
 from zeta.ops.call import AttentionCall
 from zeta.ops.deferred import MAX_COPIED
-from zeta.ops.weights import lazy_weights
+from zeta.ops.weights import LazyWeights, lazy_weights
 
 
 def call_with(bias: torch.Tensor) -> AttentionCall:
@@ -70,3 +71,31 @@ def test_negated_numbers_are_seen_where_the_whole_is_computed(name: str) -> None
     negated = call(**made | {name: torch._neg_view(-made[name])})
     weights = lazy_weights(negated, run_weights)
     torch.testing.assert_close(weights.clone(), run_weights(call(**made), "reference"))
+
+
+@pytest.mark.parametrize("name", ["rows", "heads", "mean"])
+def test_a_part_may_be_asked_for_while_another_thread_computes_the_whole(name: str) -> None:
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    call = AttentionCall.checked(query, key, key, result="weights")
+    expected = run_weights(call, "reference")
+    weights = lazy_weights(call, run_weights)
+    assert isinstance(weights, LazyWeights)
+    ask = {"rows": lambda w: w.rows(0), "heads": lambda w: w.heads(1), "mean": lambda w: w.mean(1)}
+    deferred, own = weights._deferred, weights._deferred.part
+
+    def late(*arguments: Any, **options: Any) -> Tensor:
+        deferred.value()  # As by the other thread, after this one saw that nothing was there.
+        return own(*arguments, **options)
+
+    class Late:
+        """Stands where the call's weights are; `Deferred` has slots."""
+
+        part = staticmethod(late)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(deferred, name)
+
+    weights._deferred = Late()  # type: ignore[assignment]  # all that is asked of it
+    found = ask[name](weights)
+    wanted = {"rows": expected[:, :, 0], "heads": expected[:, 1], "mean": expected.mean(1)}
+    torch.testing.assert_close(found, wanted[name])

@@ -1,5 +1,6 @@
 """Masks and biases taken apart: T5's offset vectors by buckets that are found once."""
 
+import dataclasses
 import functools
 import operator
 
@@ -139,3 +140,30 @@ def test_dense_biases_that_half_precision_cannot_add(dtype: torch.dtype, compile
         assert one.dtype == dtype
         # Such scores are a 128th apart in float32, and are rounded three times.
         torch.testing.assert_close(one, other, rtol=0.1, atol=0.1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Steps(biases.OffsetBias):
+    """One without a tensor: its slopes are numbers."""
+
+    size: int
+
+    def reach(self, longest: int) -> int:
+        return longest
+
+    def at(self, offset: torch.Tensor) -> torch.Tensor:
+        heads = torch.arange(2, device=offset.device)
+        return -(offset.abs() // self.size).unsqueeze(-1) * (1.0 + heads)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_offset_bias_may_be_of_numbers_alone(compiled: bool) -> None:
+    query = torch.randn(1, 2, 30, 8)
+    expected = attention(query, query, query, bias=Steps(3), backend="reference")
+
+    def attend(query: torch.Tensor, backend: str) -> torch.Tensor:
+        return attention(query, query, query, bias=Steps(3), backend=backend)
+
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager") if compiled else attend
+    for backend in ("auto", "cpu", "chunked"):
+        torch.testing.assert_close(run(query, backend), expected)

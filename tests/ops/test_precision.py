@@ -13,10 +13,11 @@ from zeta.ops.precision import float32_precision
 
 @pytest.fixture(autouse=True)
 def _as_at_the_start() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
     yield
     zeta.set_float32_precision(None)
-    torch.set_float32_matmul_precision(before)
+    torch.set_float32_matmul_precision("highest")
+    for backend in (torch.backends.cuda, torch.backends.mkldnn):
+        backend.matmul.fp32_precision = "none"  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 @pytest.mark.parametrize(
@@ -35,6 +36,25 @@ def test_the_nearest_decides(torchs: str, set_: Any, asked: Any, found: str) -> 
     torch.set_float32_matmul_precision(torchs)
     zeta.set_float32_precision(set_)
     assert float32_precision(asked) == found
+
+
+@pytest.mark.parametrize(
+    ("cpus", "found"),
+    [("none", "highest"), ("ieee", "highest"), ("tf32", "high"), ("bf16", "high")],
+)
+@pytest.mark.parametrize("gpus", ["ieee", "tf32"])
+def test_torchs_newer_settings_decide_too(gpus: str, cpus: str, found: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = gpus
+    torch.backends.mkldnn.matmul.fp32_precision = cpus  # type: ignore[attr-defined]  # see above
+    assert float32_precision() == found
+    query = torch.randn(1, 2, 9, 16)
+
+    def attend(query: torch.Tensor) -> torch.Tensor:
+        return zeta.attention_with_lse(query, query, query, backend="cpu")[0]
+
+    expected = attend(query)
+    run = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(query), expected)
 
 
 class Spy:

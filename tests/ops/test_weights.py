@@ -228,6 +228,12 @@ def test_topk_has_indices_and_torchs_errors() -> None:
         small.lazy().topk(6)
 
 
+@pytest.mark.parametrize("dims", [(0, 7), (7, 0), (0, -5)])
+def test_a_mean_over_dimensions_that_are_none_is_torchs_error(dims: tuple[int, int]) -> None:
+    with pytest.raises(IndexError, match="Dimension out of range"):
+        Small().lazy().mean(dims)
+
+
 @pytest.mark.parametrize(
     ("index", "error", "message"),
     [

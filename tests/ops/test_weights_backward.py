@@ -49,6 +49,24 @@ def test_loss_on_weights_and_on_the_output(retain_graph: bool) -> None:
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_loss_on_their_entropy_and_on_all_of_them(first: bool) -> None:
+    small = Small()
+    results = []
+    for weights in (small.lazy(), small.plain()):
+        if not first:
+            largest = weights.amax()
+        entropy = (
+            weights.entropy()
+            if isinstance(weights, LazyWeights)
+            else -(weights * torch.where(weights > 0, weights, 1.0).log()).sum(-1)
+        )
+        if first:
+            largest = weights.amax()
+        results.append(torch.autograd.grad(entropy.mean() + largest, small.leaves))
+    torch.testing.assert_close(*results)
+
+
 def test_gradient_of_the_weights_themselves() -> None:
     small = Small()
     weights = small.lazy()

@@ -271,7 +271,8 @@ def _rows_of(call: AttentionCall, rows: slice) -> AttentionCall:
 
 
 def _sees_later(call: AttentionCall) -> bool:
-    return call.mask is None or call.mask.key_bounds(0, 0)[1] is None
+    last = None if call.mask is None else call.mask.key_bounds(0, 0)[1]
+    return last is None or last > 0
 
 
 def _last_number(call: AttentionCall) -> Tensor:

@@ -141,11 +141,16 @@ class Deferred:
 
         Raises:
             Indivisible: The call cannot be changed so, or has no parameter to be differentiated by
-                before its backward pass.
+                before its backward pass, or the whole is computed and the call gone.
         """
         if differentiable and any(map(_is_freed, self.inputs)):
             raise Indivisible("a parameter has no memory until the backward pass")
-        call = change(self.unchanged(differentiable=differentiable))
+        with self._lock:
+            if self.call is None:
+                # Another thread has just computed the whole.
+                raise Indivisible("the call is not kept once all weights are there")
+            unchanged = self.unchanged(differentiable=differentiable)
+        call = change(unchanged)
         with without_autocast(call.query.device):
             weights = self.compute(call)
         return self.arrange(weights)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from zeta import biases, masks
 from zeta.ops.call import AttentionCall
-from zeta.ops.offsets import is_learned, offset_vector
+from zeta.ops.offsets import is_by_offset, is_learned, offset_vector
 from zeta.transforms import is_watched
+from zeta.values import means
 
 MAX_REACH = 1 << 20
 """The longest offset vector worth making: beyond, a bias is no function of a bounded distance."""
@@ -72,13 +73,13 @@ def refusals(call: AttentionCall) -> list[str]:
     if call.mask is None and call.bias is None:
         return reasons
     for mask in masks.conjuncts(call.mask):
-        if not isinstance(mask, _MASKS):
+        if mask.meaning not in _MASKS:
             reasons.append(f"it cannot apply the mask {type(mask).__name__}")
     terms = biases.summands(call.bias)
     for term in terms:
-        if not isinstance(term, biases.Dense | biases.OffsetBias | biases.Softcap):
+        if not (means(term, biases.Dense, biases.Softcap) or is_by_offset(term)):
             reasons.append(f"it cannot apply the bias {type(term).__name__}")
-    caps = [place for place, term in enumerate(terms) if isinstance(term, biases.Softcap)]
+    caps = [place for place, term in enumerate(terms) if means(term, biases.Softcap)]
     if len(caps) > 1:
         reasons.append(f"it applies one soft cap; got {len(caps)}")
     elif caps and caps[0] not in (0, len(terms) - 1):
@@ -107,7 +108,7 @@ def _is_known(positions: Tensor) -> bool:
 
 
 def _refused_offsets(call: AttentionCall, terms: tuple[biases.Bias, ...]) -> list[str]:
-    offsets = [term for term in terms if isinstance(term, biases.OffsetBias)]
+    offsets = [term for term in terms if is_by_offset(term)]
     reasons = []
     if any(term.reach(_longest(call)) > MAX_REACH for term in offsets if _in_vector(term)):
         reasons.append("it needs an offset bias that ends within a bounded distance")
@@ -123,7 +124,7 @@ _MASKS = (
 
 def lower(call: AttentionCall) -> Lowered:
     """Takes a call's mask and bias apart; `refusals` must be empty."""
-    causal = isinstance(call.mask, masks.Causal)
+    causal = means(call.mask, masks.Causal)
     if call.bias is None and (causal or call.mask is None) and not call.has_positions:
         # Most calls, and those that are soon over.
         return Lowered(
@@ -131,8 +132,8 @@ def lower(call: AttentionCall) -> Lowered:
         )
     conjuncts = masks.conjuncts(call.mask)
     terms = biases.summands(call.bias)
-    windows = [mask.size for mask in conjuncts if isinstance(mask, masks.SlidingWindow)]
-    caps = [place for place, term in enumerate(terms) if isinstance(term, biases.Softcap)]
+    windows = [mask.size for mask in conjuncts if means(mask, masks.SlidingWindow)]
+    caps = [place for place, term in enumerate(terms) if means(term, biases.Softcap)]
     cap = terms[caps[0]] if caps else None
     document_rows, document_columns = _documents(call, conjuncts)
     query_positions, key_positions = call.query_positions, call.key_positions
@@ -146,8 +147,8 @@ def lower(call: AttentionCall) -> Lowered:
         dense=_dense(terms),
         slopes_H=_slopes(terms),
         # Two prefixes, or two paddings, hold where the shorter does.
-        prefix_B=_least([mask.lengths for mask in conjuncts if isinstance(mask, masks.PrefixLM)]),
-        padding_B=_least([mask.lengths for mask in conjuncts if isinstance(mask, masks.Padding)]),
+        prefix_B=_least([mask.lengths for mask in conjuncts if means(mask, masks.PrefixLM)]),
+        padding_B=_least([mask.lengths for mask in conjuncts if means(mask, masks.Padding)]),
         document_rows_BT=document_rows,
         document_columns_BS=document_columns,
         keep=_keep(conjuncts),
@@ -155,9 +156,9 @@ def lower(call: AttentionCall) -> Lowered:
         key_positions=key_positions,
         seed=call.seed,
         scale=float(call.scale),
-        causal=bool(windows) or any(isinstance(mask, masks.Causal) for mask in conjuncts),
+        causal=bool(windows) or any(means(mask, masks.Causal) for mask in conjuncts),
         window=min(windows) if windows else 0,
-        softcap=cap.limit if isinstance(cap, biases.Softcap) else 0.0,
+        softcap=cap.limit if means(cap, biases.Softcap) else 0.0,
         softcap_first=bool(caps) and caps[0] == 0,
         dropout_p=call.dropout_p,
     )
@@ -180,30 +181,31 @@ def _longest(call: AttentionCall) -> int:
 
 def _in_vector(term: biases.Bias) -> bool:
     """Whether an offset bias is read from a vector: fixed ALiBi slopes are multiplied instead."""
-    return isinstance(term, biases.OffsetBias) and not (
-        isinstance(term, biases.Alibi) and not is_learned(term)
-    )
+    return is_by_offset(term) and not (means(term, biases.Alibi) and not is_learned(term))
 
 
 def _offset_vector(call: AttentionCall, terms: tuple[biases.Bias, ...]) -> Tensor | None:
-    vectors = [t for t in terms if isinstance(t, biases.OffsetBias) and _in_vector(t)]
+    vectors = [t for t in terms if is_by_offset(t) and _in_vector(t)]
     if not vectors:
         return None
     reach = max(1, *(term.reach(_longest(call)) for term in vectors))
-    return functools.reduce(operator.add, (offset_vector(t, reach).float() for t in vectors))
+    device = call.query.device
+    return functools.reduce(
+        operator.add, (offset_vector(t, reach, device).float() for t in vectors)
+    )
 
 
 def _slopes(terms: tuple[biases.Bias, ...]) -> Tensor | None:
     slopes = [
         term.slopes.detach().float()
         for term in terms
-        if isinstance(term, biases.Alibi) and not _in_vector(term)
+        if means(term, biases.Alibi) and not _in_vector(term)
     ]
     return functools.reduce(operator.add, slopes).contiguous() if slopes else None
 
 
 def _dense(terms: tuple[biases.Bias, ...]) -> Tensor | None:
-    tensors = [term.tensor for term in terms if isinstance(term, biases.Dense)]
+    tensors = [term.tensor for term in terms if means(term, biases.Dense)]
     if len(tensors) == 1 and tensors[0].dtype != torch.float64:
         return tensors[0]
     # Several are added up as the scores are to which they belong, not in a dtype of their own.
@@ -212,7 +214,7 @@ def _dense(terms: tuple[biases.Bias, ...]) -> Tensor | None:
 
 
 def _keep(conjuncts: tuple[masks.Mask, ...]) -> Tensor | None:
-    tensors = [mask.tensor for mask in conjuncts if isinstance(mask, masks.Dense)]
+    tensors = [mask.tensor for mask in conjuncts if means(mask, masks.Dense)]
     return functools.reduce(operator.and_, tensors).view(torch.uint8) if tensors else None
 
 
@@ -224,7 +226,7 @@ def _documents(
     call: AttentionCall, conjuncts: tuple[masks.Mask, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The document of each query and of each key."""
-    documents = [mask for mask in conjuncts if isinstance(mask, masks.Documents)]
+    documents = [mask for mask in conjuncts if means(mask, masks.Documents)]
     if not documents:
         return None, None
     tile = call.tile()

@@ -4,6 +4,7 @@ Shape suffix: R offsets.
 """
 
 import functools
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -17,17 +18,26 @@ MAX_KEPT_REACH = 1 << 13
 """The longest reach of a T5 bias whose buckets are kept: 128 kB."""
 
 
+def is_by_offset(term: biases.Bias) -> TypeGuard[biases.OffsetBias]:
+    """Whether its vector says all of it: a subclass may add something else to the scores."""
+    if not isinstance(term, biases.OffsetBias):
+        return False
+    kind = type(term)
+    asks_at = kind.apply is biases.Additive.apply and kind.values is biases.OffsetBias.values
+    return asks_at or term.meaning is biases.Alibi
+
+
 def is_learned(term: biases.Bias) -> bool:
     """Whether a gradient is to be found of it."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in term.tensors())
 
 
-def offset_vector(term: biases.OffsetBias, reach: int) -> Tensor:
-    """``term.offset_vector(reach)``, without finding T5's buckets each time."""
+def offset_vector(term: biases.OffsetBias, reach: int, device: torch.device) -> Tensor:
+    """``term.offset_vector(reach, device)``, without finding T5's buckets each time."""
     if type(term) is not biases.Bucketed or torch.compiler.is_compiling() or is_watched():
-        return term.offset_vector(reach)
+        return term.offset_vector(reach, device)
     if reach > term.max_distance or not has_kept_buckets(term):
-        return term.offset_vector(reach)
+        return term.offset_vector(reach, device)
     return F.embedding(kept_buckets(term, reach), term.table).T
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zeta import biases, masks
 from zeta.ops.call import AttentionCall
-from zeta.values import ALL, Value
+from zeta.values import ALL, Value, means
 
 Part = slice | Tensor
 """A slice, or a one-dimensional tensor of indices."""
@@ -27,6 +27,17 @@ _BY_POSITION = (
     biases.Softcap,
 )
 """The same for every head, and for a query or key wherever it stands in the tensor."""
+
+_DIVISIBLE = (
+    *_BY_POSITION,
+    masks.AllOf,
+    masks.AnyOf,
+    masks.Dense,
+    biases.Sum,
+    biases.Dense,
+    biases.Bucketed,
+    biases.Alibi,
+)
 
 
 class Indivisible(TypeError):  # noqa: N818 - control flow: the caller computes the whole instead
@@ -58,7 +69,7 @@ def keys_of(call: AttentionCall, keys: Part) -> AttentionCall:
         Indivisible: A mask or bias is of an unknown kind.
     """
     query_positions, key_positions = call.query_positions, call.key_positions
-    if _reads_positions(call):
+    if call.has_positions or reads_positions(call, (masks.Dense, biases.Dense, biases.Softcap)):
         query_positions, key_positions = _query_positions(call), _key_positions(call, keys)
     key = call.key[:, :, keys]
     return dataclasses.replace(
@@ -109,16 +120,15 @@ def _key_positions(call: AttentionCall, keys: Part) -> Tensor:
     return torch.arange(call.source, device=call.key.device)[None, keys]
 
 
-def _reads_positions(call: AttentionCall) -> bool:
-    if call.dropout_p or call.has_positions:
-        return True
+def reads_positions(call: AttentionCall, free: tuple[type[Value], ...]) -> bool:
+    """Whether a draw, or a mask or bias that is none of the ``free`` kinds, may ask for them."""
     values = (*masks.conjuncts(call.mask), *biases.summands(call.bias))
-    return not all(isinstance(v, masks.Dense | biases.Dense | biases.Softcap) for v in values)
+    return bool(call.dropout_p) or not all(means(value, *free) for value in values)
 
 
 def _part(value: ValueT, heads: Part, rows: Part, keys: Part) -> ValueT:
-    if isinstance(value, _BY_POSITION):
-        return value
+    if value.meaning not in _DIVISIBLE:
+        raise Indivisible(f"a {type(value).__name__} cannot be cut")
     if isinstance(value, masks.AllOf | masks.AnyOf | biases.Sum):
         terms = tuple(_part(term, heads, rows, keys) for term in value.terms)
         return dataclasses.replace(value, terms=terms)  # type: ignore[arg-type]  # of its own kind
@@ -128,7 +138,7 @@ def _part(value: ValueT, heads: Part, rows: Part, keys: Part) -> ValueT:
         return dataclasses.replace(value, table=value.table[:, heads])
     if isinstance(value, biases.Alibi):
         return dataclasses.replace(value, slopes=value.slopes[heads])
-    raise Indivisible(f"a {type(value).__name__} cannot be cut")
+    return value
 
 
 def _cut(tensor_BHTS: Tensor, heads: Part, rows: Part, keys: Part) -> Tensor:

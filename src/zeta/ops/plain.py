@@ -16,6 +16,9 @@ from zeta.ops.plain_lowering import Plain, plainly_lowered
 from zeta.ops.precision import Precision
 from zeta.transforms import is_closed_to_operators, is_watched
 
+_EXACT = 2**53
+"""Integers below this are floats."""
+
 
 def attend(
     query: Tensor,
@@ -39,7 +42,7 @@ def attend(
             return None
         if not (mask is None or type(mask) is Causal) or is_closed_to_operators():
             return None
-        if not (scale is None or type(scale) is float):
+        if not (scale is None or type(scale) is float or type(scale) is int):
             return None
         from zeta.ops.backends.cpu import operators
 
@@ -51,6 +54,8 @@ def attend(
         return None
     if query.is_nested:
         return None
+    if type(scale) is int and abs(scale) < _EXACT:
+        scale = float(scale)
     longest = 0
     if bias is not None:
         if type(key) is not Tensor or query.dim() != 4 or key.dim() != 4:

@@ -115,7 +115,7 @@ def _take_bias(bias: biases.Bias | None, longest: int, found: dict[str, Any]) ->
                 return False
             reach = max(1, term.reach(longest))
             if is_learned(term):
-                found["offsets"] = offset_vector(term, reach)
+                found["offsets"] = offset_vector(term, reach, term.table.device)
             else:
                 found["table"], found["buckets_R"] = term.table, kept_buckets(term, reach)
         else:

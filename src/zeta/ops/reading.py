@@ -10,8 +10,12 @@ import torch
 from zeta import biases, masks
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import Lowered, lower
+from zeta.ops.parts import reads_positions
 from zeta.standin import PLAIN
 from zeta.stored import Pages, Store, StoredTensor
+
+_OF_EXISTENCE = (masks.Dense, masks.Padding, biases.Dense, biases.Softcap)
+"""What asks for no more of a key than that it exists, and not where a query stands."""
 
 NO_STORE = "its keys and values do not lie in one store, or were read before"
 
@@ -60,17 +64,10 @@ def lower_pages(call: AttentionCall, store: Pages) -> Lowered:
     Where nothing asks for the positions of sequences that differ in length, their lengths are
     padding, which a kernel skips.
     """
-    if store.positions is None or _reads_positions(call):
+    if store.positions is None or reads_positions(call, _OF_EXISTENCE):
         return lower(call)
     lowered = lower(dataclasses.replace(call, query_positions=None, key_positions=None))
     padding_B = torch.tensor(store.lengths, device=call.query.device)
     if lowered.padding_B is not None:
         padding_B = torch.minimum(padding_B, lowered.padding_B)
     return lowered._replace(padding_B=padding_B)
-
-
-def _reads_positions(call: AttentionCall) -> bool:
-    """Whether anything depends on where a query stands, or on more of a key than that it exists."""
-    values = (*masks.conjuncts(call.mask), *biases.summands(call.bias))
-    plain = (masks.Dense, masks.Padding, biases.Dense, biases.Softcap)
-    return bool(call.dropout_p) or not all(isinstance(value, plain) for value in values)

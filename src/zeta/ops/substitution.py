@@ -1,6 +1,7 @@
 """Masks and biases with other tensors in the place of theirs."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -12,10 +13,7 @@ ValueT = TypeVar("ValueT", bound=Value)
 
 
 def with_tensors(value: ValueT, tensors: Iterator[Tensor]) -> ValueT:
-    """A copy that holds the next ``tensors``, in the order of `Value.tensors`.
-
-    Unlike `Value.unflatten` it is of the same class also where another has its name.
-    """
+    """A copy that holds the next ``tensors``, in the order of `Value.tensors`."""
     found: ValueT = _replaced(value, tensors)
     return found
 
@@ -28,9 +26,9 @@ def _replaced(item: Any, tensors: Iterator[Tensor]) -> Any:
     if not isinstance(item, Value):
         return item
     made = copy.copy(item)
-    for name in item.__dataclass_fields__:
-        held = getattr(item, name)
+    for field in dataclasses.fields(item):
+        held = getattr(item, field.name)
         replaced = _replaced(held, tensors)
         if replaced is not held:
-            object.__setattr__(made, name, replaced)
+            object.__setattr__(made, field.name, replaced)
     return made

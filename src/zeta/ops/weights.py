@@ -87,7 +87,8 @@ class LazyWeights(StandIn):
     many calls, keep ``weights.detach()``, a plain tensor, or ``weights.rows(...)``.
 
     If one of those tensors, of the mask or of positions is changed in place before the weights are
-    computed, using them is an error, and afterwards their gradient. Only the learned parameters of
+    computed, using them is an error, and afterwards their gradient; of tensors that were made in
+    inference mode it goes unnoticed, for torch does not count that. Only the learned parameters of
     a relative position bias may change, as by an optimizer's step: the weights are those of the
     call.
 
@@ -172,9 +173,10 @@ class LazyWeights(StandIn):
         # Torch takes NumPy's names too.
         dim, keepdim = others.pop("axis", dim), others.pop("keepdims", keepdim)
         given = (dim,) if isinstance(dim, SupportsIndex) else dim
-        every = range(self.dim()) if given is None else map(operator.index, given)
+        every = range(self.dim()) if given is None else [operator.index(d) for d in given]
         dims = sorted(d % self.dim() for d in every if -self.dim() <= d < self.dim())
         lazily = self._heads_dim in dims and dtype in (None, self.dtype) and not others
+        lazily = lazily and len(dims) == len(every)  # Torch says which there are.
         averaged = self._ask(_averaged) if lazily else None
         if averaged is None:
             return super().mean(dim, keepdim, dtype=dtype, **others)  # type: ignore[arg-type]  # dim may be None
@@ -208,10 +210,17 @@ class LazyWeights(StandIn):
             return None
         return 1 if deferred.batched and not deferred.heads_first else 0
 
-    def _ask(self, change: Callable[[AttentionCall], AttentionCall]) -> Tensor | None:
-        """The weights of a changed call; None where those of the whole are to be used."""
+    def _ask(
+        self, change: Callable[[AttentionCall], AttentionCall], *, anew: bool = False
+    ) -> Tensor | None:
+        """The weights of a changed call; None where those of the whole are to be used.
+
+        Args:
+            change: Of the call.
+            anew: Though all may be computed already, of weights that require a gradient.
+        """
         own = self.requires_grad and self.is_leaf
-        if own or self.materialized:
+        if own or (self.materialized and not anew):
             return None
         with_grad = self.requires_grad and torch.is_grad_enabled()
         with torch.set_grad_enabled(with_grad):
@@ -222,19 +231,20 @@ class LazyWeights(StandIn):
 
     def _by_rows(self, function: Callable[[Tensor], Sequence[Tensor]]) -> list[Tensor]:
         """``function`` of the weights of blocks of queries, its results joined along dim -2."""
+
+        def again(rows: slice) -> tuple[Tensor, ...]:
+            # In the same way both times, though all weights may be computed in between.
+            found = self._ask(lambda call: rows_of(call, rows), anew=True)
+            return tuple(function(self[..., rows, :] if found is None else found))
+
         target = self.shape[-2]
         step = max(1, BLOCK * target // self.numel())
-        blocks = []
+        blocks: list[Sequence[Tensor]] = []
         for start in range(0, target, step):
             rows = slice(start, min(start + step, target))
             if self.requires_grad and torch.is_grad_enabled() and not self.materialized:
                 # Each block is computed again for its gradient, so that they are not all kept.
-                block = checkpoint(
-                    lambda rows: tuple(function(self.rows(rows))),
-                    rows,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
+                block = checkpoint(again, rows, use_reentrant=False, preserve_rng_state=False)
             else:
                 block = function(self.rows(rows))
             blocks.append(block)

@@ -4,6 +4,8 @@ Shape suffixes: B batch, H query heads, G key heads, T target length, S source l
 dimension.
 """
 
+from typing import NoReturn
+
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from tests.ops.cpu.plain_calls import (
 from zeta.masks import Causal, Padding, keep
 from zeta.ops import plain
 from zeta.ops.backends.cpu import library
+from zeta.ops.call import AttentionCall
 
 pytestmark = pytest.mark.skipif(library.obstacle() is not None, reason=str(library.obstacle()))
 
@@ -51,6 +54,30 @@ def test_the_scale_is_that_of_the_head_dimension() -> None:
     found = plain.attend(*made, None, None)
     assert found is not None
     assert torch.equal(found, zeta.attention(*made, backend="cpu"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_scale_that_is_an_integer_is_plain_too(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = operands("a step")
+    expected = [zeta.attention(*made, scale=float(scale), backend="cpu") for scale in (1, 2, -3)]
+
+    def described(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("it takes the long way")
+
+    monkeypatch.setattr(AttentionCall, "checked", described)
+    run = zeta.attention
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for scale, wanted in zip((1, 2, -3), expected, strict=True):
+        assert torch.equal(run(*made, scale=scale), wanted)
+
+
+@pytest.mark.parametrize("scale", [2**1024, -(2**1024), True])
+def test_a_scale_that_is_no_finite_number_is_refused(scale: int) -> None:
+    with pytest.raises((TypeError, ValueError), match="scale must be"):
+        zeta.attention(*operands("a step"), scale=scale)
 
 
 def gradients(out: Tensor, made: Operands, grad_out: Tensor) -> tuple[Tensor, ...]:

@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zeta.biases import Dense, OffsetBias, summands
+from zeta.biases import Dense, summands
 from zeta.masks import Causal, Mask, conjuncts
 from zeta.masks import Dense as DenseMask
-from zeta.ops.call import AttentionCall
+from zeta.ops.call import AttentionCall, without_autocast
+from zeta.ops.offsets import is_by_offset
 from zeta.transforms import (
     NO_FORWARD_MODE,
     is_exporting,
     is_forward_mode,
     needs_gradient,
 )
-from zeta.values import broadcast_shape
+from zeta.values import broadcast_shape, means
 
 NAME = "sdpa"
 
@@ -58,15 +59,16 @@ def run(call: AttentionCall) -> tuple[Tensor, None]:
         causal = True
     if call.key_heads != call.heads:
         grouped = True
-    out = F.scaled_dot_product_attention(
-        call.query,
-        call.key,
-        call.value,
-        attn_mask=None if plain else _mask_tensor(call),
-        is_causal=causal,
-        scale=call.scale,
-        enable_gqa=grouped,
-    )
+    with without_autocast(call.query.device):
+        out = F.scaled_dot_product_attention(
+            call.query,
+            call.key,
+            call.value,
+            attn_mask=None if plain else _mask_tensor(call),
+            is_causal=causal,
+            scale=call.scale,
+            enable_gqa=grouped,
+        )
     return out, None
 
 
@@ -92,20 +94,20 @@ def _plain_or_causal(call: AttentionCall) -> bool:
         return False
     if call.mask is None:
         return True
-    return isinstance(call.mask, Causal) and (call.target == call.source or call.target == 1)
+    return means(call.mask, Causal) and (call.target == call.source or call.target == 1)
 
 
 def _masks(call: AttentionCall) -> tuple[Mask, ...]:
     """The masks that hide something: a single query at the end is causal by itself."""
     last_query_alone = call.target == 1 and not call.has_positions
     terms = conjuncts(call.mask)
-    return tuple(term for term in terms if not (last_query_alone and isinstance(term, Causal)))
+    return tuple(term for term in terms if not (last_query_alone and means(term, Causal)))
 
 
 def _unsupported_bias(call: AttentionCall) -> list[str]:
     reasons = []
     for bias in summands(call.bias):
-        if not isinstance(bias, Dense | OffsetBias):
+        if not (means(bias, Dense) or is_by_offset(bias)):
             reasons.append(f"it cannot apply the bias {type(bias).__name__}")
         elif torch.is_grad_enabled() and any(map(needs_gradient, bias.tensors())):
             reasons.append(f"it runs unfused where the bias {type(bias).__name__} needs a gradient")
@@ -121,7 +123,7 @@ def _unsupported_mask_tensor(call: AttentionCall) -> list[str]:
     if call.query.device.type == "cuda":
         return ["its CUDA kernels do not agree on a row whose keys are all hidden by a mask tensor"]
     values = (*_masks(call), *summands(call.bias))
-    if len(values) == 1 and isinstance(values[0], Dense | DenseMask):
+    if len(values) == 1 and means(values[0], Dense, DenseMask):
         return []  # The user's own tensor: nothing is made.
     sizes = (call.batch, call.heads, call.target, call.source)
     shapes = [value.shape(*sizes) for value in values] + [(1, 1, 1, 1)]
@@ -153,7 +155,11 @@ def _mask_tensor(call: AttentionCall) -> Tensor | None:
         visible = term if visible is None else visible & term
     if call.bias is None:
         return visible
-    added = torch.zeros((), dtype=call.wide_dtype, device=call.query.device)
-    for bias in summands(call.bias):
+    first, *others = summands(call.bias)
+    if means(first, Dense):
+        added = first.values(tile).to(call.wide_dtype)  # Added to zeros it would be copied.
+    else:
+        added = first.apply(torch.zeros((), dtype=call.wide_dtype, device=call.query.device), tile)
+    for bias in others:
         added = bias.apply(added, tile)
     return added if visible is None else torch.where(visible, added, float("-inf"))

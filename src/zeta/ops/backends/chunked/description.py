@@ -12,14 +12,13 @@ from zeta.masks import Mask
 from zeta.ops.backends.chunked.offsets import Offset, OffsetByPosition
 from zeta.ops.backends.chunked.terms import Dense, Distance, Softcap, Term
 from zeta.ops.call import AttentionCall
-from zeta.ops.offsets import offset_vector
+from zeta.ops.offsets import is_by_offset, offset_vector
 from zeta.ops.substitution import with_tensors
 from zeta.transforms import reasons_of_opaque
-from zeta.values import spelled
+from zeta.values import means, spelled
 
 _FAR = 2**40
 _LONGEST_VECTOR = 2**24
-_KNOWN = (biases.Softcap, biases.Dense, biases.OffsetBias)
 _OPTIONAL = ("seed", "query_positions", "key_positions")
 
 Word = tuple[str, float]
@@ -30,7 +29,7 @@ def unsupported(call: AttentionCall) -> list[str]:
     """The biases that a `Plan` has no word for, and the transforms that cannot pass it."""
     reasons = []
     for bias in biases.summands(call.bias):
-        if not isinstance(bias, _KNOWN):
+        if not (means(bias, biases.Softcap, biases.Dense) or is_by_offset(bias)):
             reasons.append(f"it cannot apply the bias {type(bias).__name__}")
         elif _reach(bias, call) > _LONGEST_VECTOR:
             reasons.append(
@@ -41,7 +40,7 @@ def unsupported(call: AttentionCall) -> list[str]:
 
 def _reach(bias: biases.Bias, call: AttentionCall) -> int:
     """Of a bias that crosses as a vector; 0 of others."""
-    if not isinstance(bias, biases.OffsetBias) or isinstance(bias, biases.Alibi):
+    if not is_by_offset(bias) or means(bias, biases.Alibi):
         return 0
     return bias.reach(_longest(call))
 
@@ -74,19 +73,20 @@ class Plan:
         words: list[Word] = []
         tensors: list[Tensor] = []
         for bias in biases.summands(call.bias):
-            if isinstance(bias, biases.Softcap):
+            if means(bias, biases.Softcap):
                 words.append(("softcap", bias.limit))
-            elif isinstance(bias, biases.Dense):
+            elif means(bias, biases.Dense):
                 words.append(("dense", 0))
                 tensors.append(bias.tensor)
-            elif isinstance(bias, biases.Alibi):
+            elif means(bias, biases.Alibi):
                 words.append(("distance", 0))
                 tensors.append(bias.slopes)
-            elif isinstance(bias, biases.OffsetBias):
+            elif is_by_offset(bias):
                 # The reach is the vector's to tell: a size in a text would bind torch.compile to
                 # it.
                 words.append(("offset", 0))
-                tensors.append(offset_vector(bias, bias.reach(_longest(call))))
+                reach = bias.reach(_longest(call))
+                tensors.append(offset_vector(bias, reach, call.query.device))
         dropout = call.seed if call.dropout_p else None
         positions = (call.query_positions, call.key_positions)
         return cls(

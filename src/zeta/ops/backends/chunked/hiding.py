@@ -14,6 +14,7 @@ from zeta.masks import Causal, SlidingWindow, conjuncts
 from zeta.ops.backends.chunked.blocks import Block, Unit
 from zeta.ops.call import AttentionCall
 from zeta.ops.dropout import row_and_column_hashes, threshold
+from zeta.values import means
 
 _Hidden = list[tuple[slice, Tensor, Tensor]]
 
@@ -103,7 +104,7 @@ def _all_seen(call: AttentionCall) -> bool:
     """Whether every key inside the bounds of a block is seen by one of its rows."""
     if call.has_positions:
         return False
-    return all(isinstance(term, Causal | SlidingWindow) for term in conjuncts(call.mask))
+    return all(means(term, Causal, SlidingWindow) for term in conjuncts(call.mask))
 
 
 def _is_finite(tensor: Tensor) -> bool:

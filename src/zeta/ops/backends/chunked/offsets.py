@@ -16,24 +16,32 @@ from zeta.ops.backends.chunked.terms import Term
 from zeta.ops.call import AttentionCall
 
 
-class Offset(Term):
-    """A value for each head and offset, positions being indices; beyond its reach, the last."""
+class _Vector(Term):
+    """A value for each head and offset; beyond its reach, the last."""
 
     def __init__(
         self, vector_HO: Tensor, reach: int, call: AttentionCall, needs_grad: bool
     ) -> None:
         self._vector_HO = vector_HO.to(call.wide_dtype)
         self._reach = reach
-        self._shift = call.source - call.target
+        self._call = call
         self._grad_HO = torch.zeros_like(self._vector_HO) if needs_grad else None
         self._known: tuple[Block, slice, Tensor] | None = None
+
+    def gradient(self) -> Tensor | None:
+        return self._grad_HO
+
+
+class Offset(_Vector):
+    """Of positions that are indices."""
 
     def _near(self, block: Block) -> tuple[slice, Tensor]:
         """The columns within reach of some row, and where their offsets lie in the vector."""
         if self._known is None or self._known[0] is not block:
             start, stop = block.columns.start, block.columns.stop
-            first = block.rows.start + self._shift
-            last = block.rows.stop - 1 + self._shift
+            shift = self._call.source - self._call.target
+            first = block.rows.start + shift
+            last = block.rows.stop - 1 + shift
             left = min(max(first - self._reach + 1, start), stop)
             right = max(min(last + self._reach, stop), left)
             device = self._vector_HO.device
@@ -65,20 +73,9 @@ class Offset(Term):
         if near.start < near.stop:
             grad_HO.index_add_(1, index_O, sum_diagonals(grad_BHRC[..., near]).sum(0))
 
-    def gradient(self) -> Tensor | None:
-        return self._grad_HO
 
-
-class OffsetByPosition(Term):
-    """As `Offset`, where positions are given and may be any."""
-
-    def __init__(
-        self, vector_HO: Tensor, reach: int, call: AttentionCall, needs_grad: bool
-    ) -> None:
-        self._vector_HO = vector_HO.to(call.wide_dtype)
-        self._reach = reach
-        self._call = call
-        self._grad_HO = torch.zeros_like(self._vector_HO) if needs_grad else None
+class OffsetByPosition(_Vector):
+    """Of positions that are given, and may be any."""
 
     def _index(self, block: Block, unit: Unit) -> Tensor:
         """``(1 or B, R, C)``."""
@@ -97,9 +94,6 @@ class OffsetByPosition(Term):
         index = self._index(block, unit).expand(grad_HBRC.shape[1:]).reshape(1, -1)
         grad_HN = grad_HBRC.reshape(grad_HBRC.shape[0], -1)
         self._grad_HO[unit.heads].scatter_add_(1, index.expand(grad_HN.shape), grad_HN)
-
-    def gradient(self) -> Tensor | None:
-        return self._grad_HO
 
 
 def sum_diagonals(matrix_BHRW: Tensor) -> Tensor:

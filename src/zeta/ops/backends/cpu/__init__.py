@@ -36,6 +36,8 @@ def unsupported(call: AttentionCall) -> list[str]:
             f"its head_dim goes up to {MAX_HEAD_DIM}; got {query.shape[-1]} and "
             f"{call.value.shape[-1]}"
         )
+    if _is_wrapping() and not torch.compiler.is_compiling() and not _is_eager(query):
+        reasons.append("torch.func, where a mode traces it, sees torch's own operators only")
     return reasons + refusals(call) + reasons_of_opaque(call.tensors)
 
 
