@@ -47,8 +47,9 @@ def float32_precision(precision: Precision | None = None) -> Precision:
 @constant_in_graphs
 @uncompiled
 def _of_torch() -> str:
-    # torch.compile cannot look into it. `torch.get_float32_matmul_precision` fails where that of
-    # GPUs is another; what `torch.backends.mkldnn.matmul` asks takes a tenth of the time.
+    # torch.compile cannot look into it, be it called from a graph or between two.
+    # `torch.get_float32_matmul_precision` fails where that of GPUs is another; what
+    # `torch.backends.mkldnn.matmul` asks takes a tenth of the time of asking it.
     found: str = torch._C._get_fp32_precision_getter("mkldnn", "matmul")
     return found
 
