@@ -7,7 +7,7 @@ ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Python compiles what is imported, which is little of what is installed: that takes half of the time.
+# What is installed is compiled where it is imported, or below: pip takes its time, on one core.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
     --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
@@ -36,6 +36,8 @@ $(VENV)/.ready-dev: pyproject.toml constraints.txt requirements-dev.txt | $(BIN)
 	$(PIP) --requirement requirements-dev.txt --editable ".[demo]"
 # Its attention needs torch alone; what the package asks for no longer installs.
 	$(PIP) --no-deps torchscale
+# The tests make errors of warnings, and packages' own syntax gives some when it is compiled.
+	@$(BIN)/python -W ignore -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@ $(VENV)/.ready-native
 
 NATIVE := CMakeLists.txt $(wildcard src/zeta/ops/backends/cpu/native/*)
