@@ -27,6 +27,7 @@ from zeta.values import (
     check_scores_shape,
     kind,
     means,
+    not_joined,
     python_integer,
     python_number,
     wide_dtype,
@@ -43,9 +44,7 @@ class Bias(Value):
 
     def __add__(self, other: "Bias") -> "Bias":
         if not isinstance(other, Bias):
-            if isinstance(other, Tensor):
-                raise TypeError("a bias joins biases; of a tensor biases.Dense makes one")
-            return NotImplemented
+            return not_joined(other, "a bias joins biases; of a tensor biases.Dense makes one")
         return Sum(summands(self) + summands(other))
 
 

@@ -8,6 +8,8 @@ Shape suffixes: B batch, H heads, T target length, S source length, L positions.
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any, cast
 
 import torch
@@ -25,12 +27,15 @@ from zeta.values import (
     check_scores_shape,
     kind,
     means,
+    not_joined,
     python_integer,
     signed,
 )
 
 Bound = int | None
 """A position, or None: unbounded."""
+
+_JOINS_MASKS = "a mask joins masks; of a tensor masks.keep or masks.drop makes one"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,9 +50,8 @@ class Mask(Value):
         super().__init_subclass__(**kwargs)
         if cls.meaning is cls:
             # What a base promises of its own pairs may be false of these.
-            for name in ("key_bounds", "covers"):
-                if name not in vars(cls):
-                    setattr(cls, name, getattr(Mask, name))
+            for name in {"key_bounds", "covers"}.difference(vars(cls)):
+                setattr(cls, name, getattr(Mask, name))
 
     def visible(self, tile: Tile) -> Tensor:
         """Bool, broadcastable to the tile's scores; True: the query sees the key."""
@@ -72,12 +76,12 @@ class Mask(Value):
 
     def __and__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
-            return _not_joined(other)
+            return not_joined(other, _JOINS_MASKS)
         return AllOf(conjuncts(self) + conjuncts(other))
 
     def __or__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
-            return _not_joined(other)
+            return not_joined(other, _JOINS_MASKS)
         return AnyOf((self, other))
 
     def __bool__(self) -> bool:
@@ -89,18 +93,6 @@ class Mask(Value):
         raise TypeError(
             "a mask is neither true nor false: join masks with & and |, and ask `mask is None`"
         )
-
-
-def _are_known(lengths: Tensor) -> bool:
-    """Whether one may read them: no device is waited for, and no compiler has to guess."""
-    return lengths.is_cpu and not torch.compiler.is_compiling()
-
-
-def _not_joined(other: object) -> Any:
-    """What ``&`` and ``|`` say to what is no mask: a tensor does not tell what its True means."""
-    if isinstance(other, Tensor):
-        raise TypeError("a mask joins masks; of a tensor masks.keep or masks.drop makes one")
-    return NotImplemented
 
 
 def conjuncts(mask: Mask | None) -> tuple[Mask, ...]:
@@ -171,7 +163,25 @@ class SlidingWindow(Mask):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class PrefixLM(Mask):
+class _OfLengths(Mask):
+    """Base of masks that are told by a number of keys of each sequence."""
+
+    lengths: Tensor
+
+    def __post_init__(self) -> None:
+        check_integers("lengths", self.lengths)
+        object.__setattr__(self, "lengths", signed(self.lengths))
+
+    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
+        check_lengths(f"{type(self).__name__} lengths", self.lengths, batch, device)
+
+    def _are_known(self) -> bool:
+        """Whether one may read them: no device is waited for, and no compiler has to guess."""
+        return self.lengths.is_cpu and not torch.compiler.is_compiling()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PrefixLM(_OfLengths):
     """Causal, and every query sees the first ``lengths[b]`` positions of its sequence.
 
     ``PrefixLM(lengths=[2])``, T = S = 4::
@@ -185,15 +195,6 @@ class PrefixLM(Mask):
         lengths: ``(batch,)`` integers.
     """
 
-    lengths: Tensor
-
-    def __post_init__(self) -> None:
-        check_integers("lengths", self.lengths)
-        object.__setattr__(self, "lengths", signed(self.lengths))
-
-    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
-        check_lengths("PrefixLM lengths", self.lengths, batch, device)
-
     def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
         return batch, 1, target, source
 
@@ -202,14 +203,13 @@ class PrefixLM(Mask):
         return (tile.key_position <= tile.query_position) | (tile.key_position < length)
 
     def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
-        if not _are_known(self.lengths):
+        if not self._are_known():
             return None, None
         return None, max(last_query, int(self.lengths.max()) - 1)
 
     def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
-        if last_key <= first_query:
-            return True
-        return _are_known(self.lengths) and last_key < int(self.lengths.min())
+        known = self._are_known()
+        return last_key <= first_query or (known and last_key < int(self.lengths.min()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -264,7 +264,7 @@ class Documents(Mask):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Padding(Mask):
+class Padding(_OfLengths):
     """Only the first ``lengths[b]`` keys of sequence ``b`` are real; padding is hidden from all.
 
     ``Padding(lengths=[3])``, T = S = 4::
@@ -281,15 +281,6 @@ class Padding(Mask):
             end use `drop` or `keep` with a tensor.
     """
 
-    lengths: Tensor
-
-    def __post_init__(self) -> None:
-        check_integers("lengths", self.lengths)
-        object.__setattr__(self, "lengths", signed(self.lengths))
-
-    def check(self, batch: int, heads: int, target: int, source: int, device: torch.device) -> None:
-        check_lengths("Padding lengths", self.lengths, batch, device)
-
     def shape(self, batch: int, heads: int, target: int, source: int) -> tuple[int, ...]:
         return batch, 1, 1, source
 
@@ -297,12 +288,12 @@ class Padding(Mask):
         return tile.key_position < self.lengths[tile.batches, None, None, None]
 
     def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
-        if not _are_known(self.lengths):
+        if not self._are_known():
             return None, None
         return None, int(self.lengths.max()) - 1
 
     def covers(self, first_query: int, last_query: int, first_key: int, last_key: int) -> bool:
-        return _are_known(self.lengths) and last_key < int(self.lengths.min())
+        return self._are_known() and last_key < int(self.lengths.min())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -376,10 +367,7 @@ class AllOf(_Joined):
     """Visible where every term allows it; what ``&`` makes."""
 
     def visible(self, tile: Tile) -> Tensor:
-        result = self.terms[0].visible(tile)
-        for term in self.terms[1:]:
-            result = result & term.visible(tile)
-        return result
+        return functools.reduce(operator.and_, (term.visible(tile) for term in self.terms))
 
     def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
         firsts, lasts = zip(
@@ -398,10 +386,7 @@ class AnyOf(_Joined):
     """Visible where at least one term allows it; what ``|`` makes."""
 
     def visible(self, tile: Tile) -> Tensor:
-        result = self.terms[0].visible(tile)
-        for term in self.terms[1:]:
-            result = result | term.visible(tile)
-        return result
+        return functools.reduce(operator.or_, (term.visible(tile) for term in self.terms))
 
     def key_bounds(self, first_query: int, last_query: int) -> tuple[Bound, Bound]:
         firsts, lasts = zip(

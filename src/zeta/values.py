@@ -224,6 +224,17 @@ def kind(value: object) -> str:
     return f"a {value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
 
 
+def not_joined(other: object, words: str) -> Any:
+    """What masks and biases answer where something else is joined to them.
+
+    Raises:
+        TypeError: It is a tensor, which does not tell what it means; in these words.
+    """
+    if isinstance(other, Tensor):
+        raise TypeError(words)
+    return NotImplemented
+
+
 def check_tensor(name: str, value: object) -> None:
     """Raise TypeError unless ``value`` is a tensor, and not a nested one."""
     if not isinstance(value, Tensor):
