@@ -28,7 +28,6 @@ from zeta.values import (
     kind,
     means,
     not_joined,
-    python_integer,
     python_number,
     wide_dtype,
 )
@@ -162,8 +161,8 @@ class Bucketed(OffsetBias):
     def __post_init__(self) -> None:
         check_floating("table", self.table)
         check_flag("bidirectional", self.bidirectional)
-        check_integer("max_distance", self.max_distance)
-        object.__setattr__(self, "max_distance", python_integer(self.max_distance))
+        max_distance = check_integer("max_distance", self.max_distance)
+        object.__setattr__(self, "max_distance", max_distance)
         if self.table.dim() != 2:
             raise ValueError(
                 f"table must have shape (num_buckets, heads); got {tuple(self.table.shape)}"

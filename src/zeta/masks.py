@@ -28,7 +28,6 @@ from zeta.values import (
     kind,
     means,
     not_joined,
-    python_integer,
     signed,
 )
 
@@ -144,12 +143,12 @@ class SlidingWindow(Mask):
     size: int
 
     def __post_init__(self) -> None:
-        check_integer("size", self.size)
-        if self.size < 1:
-            raise ValueError(f"size must be at least 1, the query itself; got {self.size}")
-        if self.size >= 2**63:
-            raise ValueError(f"size must be below 2**63; got {self.size}")
-        object.__setattr__(self, "size", python_integer(self.size))
+        size = check_integer("size", self.size)
+        if size < 1:
+            raise ValueError(f"size must be at least 1, the query itself; got {size}")
+        if size >= 2**63:
+            raise ValueError(f"size must be below 2**63; got {size}")
+        object.__setattr__(self, "size", size)
 
     def visible(self, tile: Tile) -> Tensor:
         distance = tile.query_position - tile.key_position

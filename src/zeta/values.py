@@ -271,10 +271,18 @@ def signed(tensor: Tensor) -> Tensor:
     return torch.where(found < 0, torch.iinfo(torch.int64).max, found)
 
 
-def check_integer(name: str, value: object) -> None:
-    """Raise TypeError unless ``value`` is an integer, which neither a bool nor a tensor is."""
+def check_integer(name: str, value: int) -> int:
+    """An integer, which neither a bool nor a tensor is, as a number of Python's.
+
+    That has room for whatever is made of it; NumPy's narrow ones wrap around. What a compiler does
+    not know stays as it is.
+
+    Raises:
+        TypeError: It is none.
+    """
     if isinstance(value, bool) or not isinstance(value, _INTEGERS):
         raise TypeError(f"{name} must be an integer; got {kind(value)}")
+    return value if isinstance(value, int | torch.SymInt) else operator.index(value)
 
 
 def check_number(name: str, value: object) -> None:
@@ -289,15 +297,8 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False; got {value!r:.80}")
 
 
-def python_integer(value: int) -> int:
-    """The same as a number of Python's, which has room for whatever is made of it; NumPy's narrow
-    ones wrap around. What a compiler does not know stays as it is.
-    """
-    return value if isinstance(value, int | torch.SymInt) else operator.index(value)
-
-
 def python_number(value: float) -> float:
-    """As `python_integer`, of any number."""
+    """A number as one of Python's; see `check_integer`."""
     return value if isinstance(value, float | int | torch.SymFloat | torch.SymInt) else float(value)
 
 
@@ -332,11 +333,12 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} must be positive and finite; got {value}")
 
 
-def check_size(name: str, size: int) -> None:
-    """Raise TypeError unless ``size`` is an integer, ValueError unless it is positive."""
-    check_integer(name, size)
+def check_size(name: str, size: int) -> int:
+    """`check_integer`, and ValueError unless it is positive."""
+    size = check_integer(name, size)
     if size < 1:
         raise ValueError(f"{name} must be positive; got {size}")
+    return size
 
 
 def broadcasts(shape: Sequence[int], sizes: Sequence[int]) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zeta.transforms import is_forward_mode
-from zeta.values import check_integer, check_tensor, python_integer
+from zeta.values import check_integer, check_tensor
 
 KIND = "kind"
 """The key of a state dict that names the class of the cache."""
@@ -78,10 +78,10 @@ def check_crop(length: int, present: int) -> int:
         TypeError: ``length`` is no integer.
         ValueError: They cannot.
     """
-    check_integer("length", length)
+    length = check_integer("length", length)
     if not 0 <= length <= present:
         raise ValueError(f"length must be in [0, {present}], the tokens in the cache; got {length}")
-    return python_integer(length)
+    return length
 
 
 def check_state(state: dict[str, Any], kind: str, names: set[str]) -> None:

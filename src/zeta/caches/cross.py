@@ -14,7 +14,7 @@ from zeta.caches.dictionary import KEY, PADDING, QUERIES, ROTATED, STATIC, VALUE
 from zeta.caches.forks import Forks
 from zeta.caches.interface import Cached
 from zeta.caches.padding import check_padding, extend_padding, kept_padding
-from zeta.values import check_integer, python_integer
+from zeta.values import check_integer
 
 
 class CrossCache:
@@ -211,7 +211,7 @@ class CrossCache:
 
 
 def _checked_count(name: str, count: int) -> int:
-    check_integer(name, count)
+    count = check_integer(name, count)
     if count < 0:
         raise ValueError(f"{name} must not be negative; got {count}")
-    return python_integer(count)
+    return count

@@ -22,7 +22,7 @@ from zeta.caches.sequences import Sequences
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
 from zeta.stored import can_defer, plain
 from zeta.transforms import uncompiled
-from zeta.values import check_integer, kind, python_integer
+from zeta.values import check_integer, kind
 
 _NAMES = STATE_NAMES | {"lengths"}
 
@@ -256,7 +256,7 @@ class PagedCache:
             TypeError: ``count`` is no integer.
             ValueError: It is negative, or a sequence has fewer.
         """
-        check_integer("count", count)
+        count = check_integer("count", count)
         shortest = min(self.lengths, default=0)
         if not 0 <= count <= shortest:
             raise ValueError(
@@ -264,7 +264,7 @@ class PagedCache:
                 f"got {count}"
             )
         if self._rows is not None:
-            kept = [length - python_integer(count) for length in self.lengths]
+            kept = [length - count for length in self.lengths]
             self._shorten(self._rows.crop(kept, self.pool.page_size))
 
     def fork(self) -> None:

@@ -15,7 +15,7 @@ from zeta.caches.form import Form, sent
 from zeta.caches.interface import CacheFullError
 from zeta.caches.slots import own
 from zeta.stored import Pages
-from zeta.values import check_size, python_integer
+from zeta.values import check_size
 
 
 class PagePool:
@@ -51,13 +51,11 @@ class PagePool:
         device: torch.device | str = "cpu",
     ) -> None:
         value_dim = head_dim if value_dim is None else value_dim
-        for name, size in (
-            ("num_pages", num_pages), ("page_size", page_size), ("num_kv_heads", num_kv_heads),
-            ("head_dim", head_dim), ("value_dim", value_dim),
-        ):  # fmt: skip
-            check_size(name, size)
-        num_pages, page_size = python_integer(num_pages), python_integer(page_size)
-        num_kv_heads, head_dim, value_dim = map(python_integer, (num_kv_heads, head_dim, value_dim))
+        num_pages = check_size("num_pages", num_pages)
+        page_size = check_size("page_size", page_size)
+        num_kv_heads = check_size("num_kv_heads", num_kv_heads)
+        head_dim = check_size("head_dim", head_dim)
+        value_dim = check_size("value_dim", value_dim)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point dtype; got {dtype!r}")
         self.num_pages = num_pages

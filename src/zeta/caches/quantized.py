@@ -12,7 +12,7 @@ from zeta.caches import checks
 from zeta.caches.form import Form
 from zeta.caches.growing import GrowingCache
 from zeta.stored import Codes, StoredTensor, can_defer
-from zeta.values import check_integer, python_integer, wide_dtype
+from zeta.values import check_integer, wide_dtype
 
 
 class QuantizedCache(GrowingCache):
@@ -42,11 +42,11 @@ class QuantizedCache(GrowingCache):
     _part_names = ("key_codes", "key_steps", "value_codes", "value_steps")
 
     def __init__(self, bits: int = 8) -> None:
-        check_integer("bits", bits)
+        bits = check_integer("bits", bits)
         if bits not in (8, 4):
             raise ValueError(f"bits must be 8 or 4; got {bits}")
         super().__init__()
-        self.bits = python_integer(bits)
+        self.bits = bits
 
     def _encode(self, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         checks.check_no_gradient("QuantizedCache", key, value)

@@ -17,7 +17,7 @@ from zeta.caches.padding import alike, extend_padding
 from zeta.caches.ring import Ring
 from zeta.caches.slots import Slots
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
-from zeta.values import check_integer, check_tensor, python_integer
+from zeta.values import check_integer, check_tensor
 
 _NAMES = STATE_NAMES | {"length", "window", "sinks"}
 
@@ -77,14 +77,13 @@ class RollingCache:
     """
 
     def __init__(self, window: int, sinks: int = 0) -> None:
-        check_integer("window", window)
-        check_integer("sinks", sinks)
+        window, sinks = check_integer("window", window), check_integer("sinks", sinks)
         if window < 1 or sinks < 0:
             raise ValueError(
                 f"window must be at least 1 and sinks at least 0; got {window} and {sinks}"
             )
-        self.window, self.sinks = python_integer(window), python_integer(sinks)
-        self._ring = Ring(self.window, self.sinks)
+        self.window, self.sinks = window, sinks
+        self._ring = Ring(window, sinks)
         self._state: _State | None = None
         self._before: _Overwritten | None = None
         self._forks: Forks[_Kept] = Forks()

@@ -17,7 +17,7 @@ from zeta.caches.padding import extend_padding
 from zeta.caches.recording import is_recorded
 from zeta.caches.slots import Slots, own, own_on
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
-from zeta.values import check_size, python_integer
+from zeta.values import check_size
 
 
 class _Kept(NamedTuple):
@@ -56,8 +56,7 @@ class StaticCache:
     """
 
     def __init__(self, max_length: int) -> None:
-        check_size("max_length", max_length)
-        self.max_length = python_integer(max_length)
+        self.max_length = check_size("max_length", max_length)
         self._slots: Slots | None = None
         self._padding_BC: Tensor | None = None
         self._origin_B: Tensor | None = None

@@ -27,7 +27,7 @@ class Once(Function):
     @classmethod
     def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)  # type: ignore[no-untyped-call]
+            return super().apply(*args)  # type: ignore[no-untyped-call]  # torch's own
         # Torch would ask for the signature of `forward` each time, to fill in defaults, of which
         # there are none: longer than a short call.
         return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]  # C's
