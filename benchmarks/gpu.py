@@ -1,29 +1,27 @@
 """Checks the GPU kernels, then times them: ``python -m benchmarks.gpu [--rows G1,G4] [--quick]``.
 
-Each row is first compared with the reference in float64 on fresh random inputs, with NaN in all
-memory that nothing has written yet; a row that fails is not timed. Times are medians by device
-events over rotating inputs. A ratio is the other's time over ours.
+Whoever is timed is first compared with the reference in float64 on fresh random inputs, Zeta with
+NaN in all memory that nothing has written yet; who fails is not timed, and without Zeta nobody is.
+Times are medians by device events over rotating inputs, of all in turn. A ratio is the other's time
+over ours.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import itertools
 import json
-import multiprocessing
-import statistics
-import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from benchmarks import gpu_peers as peers
 from benchmarks import tune_gpu
-from benchmarks.gpu_peers import Inputs, Problem, Run
-from zeta.bench import describe_machine
+from benchmarks.gpu_peers import Inputs, Maker, Problem, Run, results_of
+from zeta.bench import describe_machine, peak_bytes
 
 SHAPES = ((4, 16, 4096), (16, 16, 1024), (8, 16, 2048), (1, 16, 16384))
 """Batch, heads, length: 16,384 tokens each, and the first alone with ``--quick``."""
@@ -72,154 +70,159 @@ def problems(row: str, shapes: tuple[tuple[int, int, int], ...]) -> Iterator[Pro
 
 ROWS = ("G1", "G3", "G4", "G5", "G6", "G7", "G9", "G10", "G11", "G12")
 
+COMPILED = (peers.zeta, peers.flex, peers.compiled_weights)
+"""What is worth making beforehand."""
 
-def rivals(problem: Problem, use_flex: bool) -> dict[str, Run]:
-    """The peers that compute the same function as ``problem``."""
+
+def candidates(problem: Problem, use_flex: bool) -> dict[str, tuple[Problem, Maker]]:
+    """Who is timed, by name: the problem that each computes, and what makes it.
+
+    An easier problem than the row's is that of Zeta without dropout, and of cuDNN without bias,
+    padding and dropout, which is the ceiling, not a peer. A peer that is given a dense bias has no
+    table to look it up in, nor to give a gradient to.
+    """
+    found: dict[str, tuple[Problem, Maker]] = {"zeta": (problem, peers.zeta)}
     if problem.weights:
-        compiled = {"compiled eager": peers.eager_weights(problem, True)} if use_flex else {}
-        return {"eager": peers.eager_weights(problem, False)} | compiled
-    if problem.queries:
-        return {"sdpa": peers.sdpa(problem)}
-    found: dict[str, Run] = {"sdpa": peers.sdpa(problem)}
-    if use_flex and not problem.dropout_p and problem.bias != "dense":
-        found["flex"] = peers.flex(problem)
+        found["eager"] = (problem, peers.eager_weights)
+        if use_flex:
+            found["compiled eager"] = (problem, peers.compiled_weights)
+        return found
+    if not problem.queries:
+        plain = dataclasses.replace(problem, bias="", padded=False, dropout_p=0.0)
+        found["cudnn without extras"] = (plain, peers.cudnn)
+    if problem.dropout_p:
+        found["zeta without dropout"] = (dataclasses.replace(problem, dropout_p=0.0), peers.zeta)
+    if problem.bias == "t5":
+        found["sdpa, bias looked up in its table"] = (problem, peers.sdpa)
+        dense = dataclasses.replace(problem, bias="dense")
+        found["sdpa, dense bias given"] = (dense, peers.sdpa)
+    else:
+        found["sdpa"] = (problem, peers.sdpa)
+    if use_flex and not problem.dropout_p and not problem.queries and problem.bias != "dense":
+        found["flex"] = (problem, peers.flex)
     return found
 
 
-def results_of(problem: Problem, run: Run, inputs: Inputs) -> list[Tensor]:
-    """The output and, of a problem with gradients, those of all leaves."""
-    out = run(inputs)
-    if not problem.backward:
-        return [out.detach()]
-    dout = inputs.dout
-    if problem.weights:
-        generator = torch.Generator("cuda").manual_seed(0)
-        dout = torch.rand(out.shape, generator=generator, device="cuda", dtype=torch.float32)
-    grads = torch.autograd.grad(out, inputs.leaves(problem), dout.to(out.dtype))
-    return [out.detach(), *grads]
-
-
-def check(problem: Problem) -> str:
+def check(problem: Problem, make: Maker) -> str:
     """Compares with float64 in little; the reason why it fails, or nothing."""
     small = problem.smaller()
+    if make is not peers.zeta:
+        # What a rival drops nobody else draws.
+        small = dataclasses.replace(small, dropout_p=0.0)
+        inputs = Inputs.of(small)
+        results = results_of(small, make(small), inputs)
+        return peers.fault(results, peers.expected_of(small, inputs), peers.RIVALS)
     inputs = Inputs.of(small)
-    wide = Inputs(
-        *(
-            tensor if tensor is None or not tensor.is_floating_point()
-            else tensor.detach().double().requires_grad_(tensor.requires_grad)
-            for tensor in (getattr(inputs, field.name) for field in dataclasses.fields(inputs))
-        )
-    )  # fmt: skip
+    with poisoned():
+        results, again = (results_of(small, make(small), inputs) for _ in range(2))
+    for place, (first, second) in enumerate(zip(results, again, strict=True)):
+        if not torch.equal(first, second):
+            return f"result {place} differs between two runs"
+    return peers.fault(results, peers.expected_of(small, inputs), peers.OURS)
+
+
+@contextlib.contextmanager
+def poisoned() -> Iterator[None]:
+    """For as long, NaN is in all memory that nothing has written yet."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
-        actual = results_of(small, peers.zeta(small), inputs)
-        again = results_of(small, peers.zeta(small), inputs)
+        yield
     finally:
         torch.use_deterministic_algorithms(False)
-    expected = results_of(small, peers.zeta(small, "reference"), wide)
-    rough = results_of(small, peers.zeta(small, "reference"), inputs)
-    for place, (got, same, want, low) in enumerate(
-        zip(actual, again, expected, rough, strict=True)
-    ):
-        error, allowed = (
-            ((tensor.double() - want).norm() / want.norm()).item() for tensor in (got, low)
-        )
-        if not torch.equal(got, same):
-            return f"result {place} differs between two runs"
-        if not error <= 2 * allowed + 2**-8:
-            return f"result {place} is off by {error:.1e}, the reference by {allowed:.1e}"
-    return ""
 
 
-def _graph(step: Callable[[Inputs], object], inputs: Inputs) -> torch.cuda.CUDAGraph:
-    step(inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(inputs)
-    return graph
+Step = Callable[[], object]
 
 
-def timed(problem: Problem, run: Run, repeats: int, use_graphs: bool) -> dict[str, float]:
-    """Median milliseconds and peak memory in MiB, over inputs that do not stay in the cache; as
-    Python launches it, or recorded in a CUDA graph.
+def recorded(
+    problem: Problem, run: Run, sets: list[Inputs], turns: Iterator[int], pool: tuple[int, int]
+) -> Step:
+    """Replays CUDA graphs, one for each of the inputs. All graphs may share a pool of memory, for
+    none reads what another has written.
     """
-    size = int(2 * problem.cache_bytes)
-    sets = [Inputs.of(problem) for _ in range(max(2, -(-2 * L2_BYTES // size)))]
-    if problem.weights and problem.backward:
-        gradient = torch.rand_like(run(sets[0]))
+    graphs = []
+    for inputs in sets:
+        results_of(problem, run, inputs)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            results_of(problem, run, inputs)
+        # What graphs read must last as long as they do.
+        graphs.append((graph, run, inputs))
+    return lambda: graphs[next(turns)][0].replay()  # type: ignore[no-untyped-call]
 
-        def step(inputs: Inputs) -> object:
-            return torch.autograd.grad(run(inputs), inputs.leaves(problem), gradient)
-    elif problem.backward:
 
-        def step(inputs: Inputs) -> object:
-            leaves = inputs.leaves(problem)
-            return torch.autograd.grad(run(inputs), leaves, inputs.dout, allow_unused=True)
-    else:
+def prepare(
+    problem: Problem, make: Maker, sets: list[Inputs], turns: Iterator[int],
+    pool: tuple[int, int] | None,
+) -> tuple[Step | None, dict[str, Any]]:  # fmt: skip
+    """What is timed, and its peak memory in MiB as Python launches it; or, of who fails the check
+    or cannot compute the problem, the reason.
 
-        def step(inputs: Inputs) -> object:
-            with torch.no_grad():
-                return run(inputs)
+    Args:
+        turns: Numbers of the inputs to take, for all who are timed: none finds in the cache what
+            another has just read.
+        pool: Memory for CUDA graphs, if calls are recorded in some.
+    """
+    try:
+        failure = check(problem, make)
+        if failure:
+            return None, {"failure": failure}
+        run = make(problem)
 
-    for index in range(3):
-        step(sets[index % len(sets)])
+        def step() -> object:
+            return results_of(problem, run, sets[next(turns)])
+
+        step()
+        mib = peak_bytes(step) / 2**20
+        return recorded(problem, run, sets, turns, pool) if pool else step, {"mib": mib}
+    except Exception as error:  # who cannot: the reason stands in the results
+        return None, {"failure": tune_gpu.told(error)}
+
+
+def go_before(step: Step) -> None:
+    """Goes before a call, uncounted, so that the device finds it as in a loop of such calls."""
     torch.cuda.synchronize()
-    if problem.queries or use_graphs:
-        # A step is so short that only a graph shows what the device needs for it.
-        graphs = {id(inputs): _graph(step, inputs) for inputs in sets}
-
-        def step(inputs: Inputs) -> object:
-            return graphs[id(inputs)].replay()  # type: ignore[no-untyped-call]
-
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    events = []
-    for index in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step(sets[index % len(sets)])
-        stop.record()
-        events.append((start, stop))
-    torch.cuda.synchronize()
-    return {
-        "ms": statistics.median(start.elapsed_time(stop) for start, stop in events),
-        "mib": (torch.cuda.max_memory_allocated() - before) / 2**20,
-    }
+    step()
 
 
 def measure(
     row: str, problem: Problem, use_flex: bool, repeats: int, use_graphs: bool
 ) -> dict[str, Any]:
     """One line of the table."""
-    entry: dict[str, Any] = {"row": row, "problem": str(problem), "failure": check(problem)}
-    if entry["failure"]:
-        return entry
-    runs: dict[str, Run] = {"zeta": peers.zeta(problem)}
-    if not problem.weights and not problem.queries:
-        runs["cudnn without extras"] = peers.plain_cudnn(problem)
-    if problem.dropout_p:
-        runs["zeta without dropout"] = peers.zeta(dataclasses.replace(problem, dropout_p=0.0))
-    runs |= rivals(problem, use_flex)
-    for name, run in runs.items():
-        try:
-            entry[name] = timed(problem, run, repeats, use_graphs)
-        except Exception as error:  # a peer that cannot: its reason stands in the results
-            entry[name] = {"failure": f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"}
-            torch.cuda.empty_cache()
-    if "ms" in entry["zeta"]:
-        entry["tflops"] = problem.flops / entry["zeta"]["ms"] / 1e9
-        if problem.queries:
-            entry["tbps"] = problem.cache_bytes / entry["zeta"]["ms"] / 1e9
+    # Of too many shapes the compiler would compile no more, and run the rest as it is.
+    torch.compiler.reset()
+    entry: dict[str, Any] = {"row": row, "problem": str(problem), "failure": ""}
+    found = candidates(problem, use_flex)
+    numbers = range(max(2, -(-L2_BYTES // int(problem.cache_bytes))))
+    sets = {each: [Inputs.of(each) for _ in numbers] for each, _ in found.values()}
+    turns = itertools.cycle(numbers)
+    # A step is so short that only a graph shows what the device needs for it.
+    use_graphs = use_graphs or bool(problem.queries)
+    pool = torch.cuda.graph_pool_handle() if use_graphs else None
+    steps = {}
+    for name, (each, make) in found.items():
+        step, known = prepare(each, make, sets[each], turns, pool)
+        if step is not None:
+            steps[name] = step
+        elif name == "zeta":
+            return entry | known
+        entry[name] = known
+    lead = tune_gpu.keep_busy if use_graphs else go_before
+    for name, milliseconds in tune_gpu.medians(steps, repeats, lead).items():
+        entry[name]["ms"] = milliseconds
+    entry["tflops"] = problem.flops / entry["zeta"]["ms"] / 1e9
+    if problem.queries:
+        entry["tbps"] = problem.cache_bytes / entry["zeta"]["ms"] / 1e9
     return entry
 
 
 def line(entry: dict[str, Any]) -> str:
     """One entry in words and numbers."""
     head = f"{entry['row']:4} {entry['problem']:52}"
-    if entry["failure"] or "ms" not in entry["zeta"]:
-        return f"{head} FAILED: {entry['failure'] or entry['zeta']['failure']}"
+    if entry["failure"]:
+        return f"{head} FAILED: {entry['failure']}"
     ours = entry["zeta"]
     rate = f"{entry['tflops']:6.1f} TFLOP/s"
     if "tbps" in entry:
@@ -232,17 +235,20 @@ def line(entry: dict[str, Any]) -> str:
     return head + " | ".join(parts)
 
 
-def warm(arguments: tuple[Problem, bool, list[dict[str, Any]]]) -> None:
-    """Compiles what a line needs, in a process of its own; caches on disk keep it."""
+def warm(arguments: tuple[Problem, bool, list[dict[str, Any]]]) -> str:
+    """Compiles what a line and its checks need, in a process of its own; caches on disk keep it.
+    What failed is tried again, and reported, later.
+    """
     problem, use_flex, tiles = arguments
     tune_gpu.use(tiles)
-    variants = [problem, dataclasses.replace(problem, dropout_p=0.0)]
-    runs = [peers.zeta(variant) for variant in variants[: 2 if problem.dropout_p else 1]]
-    for run in [*runs, *(rivals(problem, True).values() if use_flex else [])]:
+    failures = []
+    for name, (each, make) in candidates(problem, use_flex).items():
         try:
-            results_of(problem, run, Inputs.of(problem))
-        except Exception as error:  # measured again, and reported, later
-            print(f"{problem}: {type(error).__name__}", file=sys.stderr)
+            for size in (each.smaller(), each) if make in COMPILED else ():
+                results_of(size, make(size), Inputs.of(size))
+        except Exception as error:  # of whatever kind, it is not this process that reports it
+            failures.append(f"{problem}, {name}: {tune_gpu.told(error)}")
+    return "; ".join(failures)
 
 
 def main() -> None:
@@ -268,10 +274,6 @@ def main() -> None:
     todo = [(row, p) for row in options.rows.split(",") for p in problems(row, shapes)]
     flexed = set(options.flex.split(","))
     use_flex = [row in flexed and problem.length == SHAPES[0][2] for row, problem in todo]
-    context = multiprocessing.get_context("spawn")
-    jobs = [(problem, flex, tiles) for (_, problem), flex in zip(todo, use_flex, strict=True)]
-    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        list(pool.map(warm, jobs))
     report: dict[str, Any] = {
         **describe_machine(),
         "triton": triton.__version__,
@@ -279,7 +281,10 @@ def main() -> None:
         "graphs": options.graphs,
         "entries": [],
     }
-    print(", ".join(f"{key} {value}" for key, value in report.items() if key != "entries"))
+    head = ", ".join(f"{key} {value}" for key, value in report.items() if key != "entries")
+    print(head, flush=True)
+    jobs = [(problem, flex, tiles) for (_, problem), flex in zip(todo, use_flex, strict=True)]
+    tune_gpu.compile_all(warm, jobs, options.workers)
     for (row, problem), flex in zip(todo, use_flex, strict=True):
         entry = measure(row, problem, flex, options.repeats, options.graphs)
         report["entries"].append(entry)

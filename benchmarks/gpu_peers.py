@@ -1,11 +1,11 @@
-"""What the GPU kernels are measured against: the same functions by torch's own means.
+"""What the GPU kernels are measured against, the same functions by torch's own means, and what
+all of them are checked against.
 
 Shape suffixes: B batch, H heads, T queries, S keys, D head dimension.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,11 @@ from zeta import attention, attention_weights, biases, masks
 from zeta.positions import t5_buckets
 
 NUM_BUCKETS = 32
+DTYPE = torch.bfloat16
+OURS, RIVALS = 2.0**-8, 2.0**-4
+"""How far a result may be from float64, beside twice what the reference in the inputs' dtype is.
+Rivals may round scores, biases and parts of sums to that dtype; a wrong mask is further off.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +28,8 @@ class Problem:
     """One call: sizes, and what is done to the scores.
 
     Attributes:
-        bias: "" for none, "t5" for a learned table, "dense" for a learned ``(1, H, T, T)``.
+        bias: "" for none, "t5" for a learned table, "dense" for a learned ``(1, H, T, T)``, which
+            hides what lies ahead, too, where that is hidden.
         padded: Every sequence is shorter than the batch by up to a half.
         weights: "" for the output; "mean" or "each" for attention weights in its place.
         backward: Whether gradients are part of it.
@@ -57,7 +63,11 @@ class Problem:
         return 4.0 * self.batch * (self.key_heads or self.heads) * self.length * self.dim
 
     def smaller(self) -> "Problem":
-        """The same in little, for a check against float64 of the same compiled kernels."""
+        """The same in little, for a check against float64 of the same compiled kernels. A step of
+        decoding as it is: into how many parts keys are split depends on its sizes.
+        """
+        if self.queries:
+            return self
         return dataclasses.replace(self, batch=min(self.batch, 2), length=min(self.length, 1024))
 
     def __str__(self) -> str:
@@ -84,26 +94,36 @@ class Inputs:
     lengths: Tensor
 
     @classmethod
-    def of(cls, problem: Problem, dtype: torch.dtype = torch.bfloat16) -> "Inputs":
+    def of(cls, problem: Problem) -> "Inputs":
         queries = (problem.batch, problem.heads, problem.queries or problem.length, problem.dim)
         keys = (problem.batch, problem.key_heads or problem.heads, problem.length, problem.dim)
-        query, key, value, dout = (
-            torch.randn(shape, device="cuda", dtype=dtype)
-            for shape in (queries, keys, keys, queries)
-        )
-        if problem.weights:
-            dout = torch.empty(0)
+        query, key, value = (_random(*shape).requires_grad_() for shape in (queries, keys, keys))
+        results = {
+            "": queries,
+            "mean": (problem.batch, queries[2], problem.length),
+            "each": (*queries[:3], problem.length),
+        }
+        dout = _random(*results[problem.weights]) if problem.backward else torch.empty(0)
         dense = None
         if problem.bias == "dense":
-            scores = (1, problem.heads, problem.length, problem.length)
-            dense = torch.randn(scores, device="cuda", dtype=dtype).requires_grad_()
+            dense = _random(1, problem.heads, problem.length, problem.length)
+            if problem.causal:
+                dense.masked_fill_(_ahead(problem), float("-inf"))
+            dense.requires_grad_()
         steps = torch.arange(problem.batch, device="cuda") / max(1, problem.batch - 1)
-        lengths = (problem.length * (1.0 - 0.5 * steps)).long() if problem.padded else None
-        return cls(
-            query.requires_grad_(), key.requires_grad_(), value.requires_grad_(), dout,
-            torch.randn(NUM_BUCKETS, problem.heads, device="cuda").requires_grad_(), dense,
-            torch.full((problem.batch,), problem.length, device="cuda")
-            if lengths is None else lengths,
+        shares = 1.0 - 0.5 * steps if problem.padded else torch.ones_like(steps)
+        table = torch.randn(NUM_BUCKETS, problem.heads, device="cuda").requires_grad_()
+        return cls(query, key, value, dout, table, dense, (problem.length * shares).long())
+
+    def widened(self) -> "Inputs":
+        """The same numbers in float64."""
+        tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Inputs(
+            *(
+                tensor if tensor is None or not tensor.is_floating_point()
+                else tensor.detach().double().requires_grad_(tensor.requires_grad)
+                for tensor in tensors
+            )
         )  # fmt: skip
 
     def leaves(self, problem: Problem) -> list[Tensor]:
@@ -112,7 +132,49 @@ class Inputs:
         return first + [tensor for tensor in learned if tensor is not None]
 
 
+def _random(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=DTYPE)
+
+
+def _ahead(problem: Problem) -> Tensor:
+    """``(T, T)``: which keys lie ahead of a query."""
+    size = (problem.length, problem.length)
+    return torch.ones(size, device="cuda", dtype=torch.bool).triu(1)
+
+
 Run = Callable[[Inputs], Tensor]
+Maker = Callable[[Problem], Run]
+
+
+def results_of(problem: Problem, run: Run, inputs: Inputs) -> list[Tensor]:
+    """The output and, of a problem with gradients, those of all leaves."""
+    if not problem.backward:
+        with torch.no_grad():
+            return [run(inputs)]
+    out = run(inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs.leaves(problem), inputs.dout)]
+
+
+Expected = tuple[Tensor, Tensor]
+"""A result in float64, and as the reference has it in the dtype of the inputs."""
+
+
+def expected_of(problem: Problem, inputs: Inputs) -> list[Expected]:
+    """What `results_of` should be."""
+    reference = zeta(problem, "reference")
+    wide, low = (results_of(problem, reference, each) for each in (inputs.widened(), inputs))
+    return list(zip(wide, low, strict=True))
+
+
+def fault(results: Iterable[Tensor], expected: Iterable[Expected], margin: float) -> str:
+    """Why results are wrong, or nothing."""
+    for place, (got, (want, low)) in enumerate(zip(results, expected, strict=True)):
+        error, allowed = (
+            ((tensor.double() - want).norm() / want.norm()).item() for tensor in (got, low)
+        )
+        if not error <= 2 * allowed + margin:
+            return f"result {place} is off by {error:.1e}, the reference by {allowed:.1e}"
+    return ""
 
 
 def zeta(problem: Problem, backend: str = "triton") -> Run:
@@ -142,50 +204,63 @@ def zeta(problem: Problem, backend: str = "triton") -> Run:
     return run
 
 
-def _added(problem: Problem, inputs: Inputs) -> Tensor | None:
-    """Bias and mask as torch's kernels take them: one dense tensor, made anew in each call."""
-    added = inputs.dense if problem.bias == "dense" else None
-    position = torch.arange(problem.length, device="cuda")
-    offset = position - position[:, None]
+def _adder(problem: Problem) -> Callable[[Inputs], Tensor | None]:
+    """What gives bias and mask as torch's kernels take them, as one dense tensor: buckets, and what
+    lies ahead, are found beforehand.
+    """
     if problem.bias == "t5":
-        buckets = t5_buckets(
-            offset, bidirectional=not problem.causal, num_buckets=NUM_BUCKETS, max_distance=128
-        )
-        values_TSH = F.embedding(buckets, inputs.table.to(inputs.query.dtype))
-        added = values_TSH.permute(2, 0, 1)[None].contiguous()
-    if problem.causal and added is not None:
-        added = added.masked_fill(offset > 0, float("-inf"))
-    if problem.padded:
-        hidden = position >= inputs.lengths[:, None]
-        zero = torch.zeros((), device="cuda", dtype=inputs.query.dtype)
-        added = (zero if added is None else added).masked_fill(
-            hidden[:, None, None, :], float("-inf")
-        )
+        position = torch.arange(problem.length, device="cuda")
+        buckets = _buckets(problem, position - position[:, None])
+        ahead = _ahead(problem) if problem.causal else None
+
+    def added(inputs: Inputs) -> Tensor | None:
+        found = inputs.dense if problem.bias == "dense" else None
+        if problem.bias == "t5":
+            values_TSH = F.embedding(buckets, inputs.table.to(inputs.query.dtype))
+            found = values_TSH.permute(2, 0, 1)[None].contiguous()
+            if ahead is not None:
+                found = found.masked_fill(ahead, float("-inf"))
+        if problem.padded:
+            assert found is not None
+            hidden = torch.arange(problem.length, device="cuda") >= inputs.lengths[:, None]
+            found = found.masked_fill(hidden[:, None, None, :], float("-inf"))
+        return found
+
     return added
 
 
-def sdpa(problem: Problem, backend: SDPBackend | None = None) -> Run:
-    """`F.scaled_dot_product_attention` with a dense bias, by its own choice of kernel."""
+def _buckets(problem: Problem, offset: Tensor) -> Tensor:
+    return t5_buckets(
+        offset, bidirectional=not problem.causal, num_buckets=NUM_BUCKETS, max_distance=128
+    )
+
+
+def sdpa(problem: Problem) -> Run:
+    """`F.scaled_dot_product_attention` by its own choice of kernel: a table is looked up in each
+    call, a dense bias given as it is.
+    """
+    added = _adder(problem)
 
     def run(inputs: Inputs) -> Tensor:
-        added = _added(problem, inputs)
-        call = functools.partial(
-            F.scaled_dot_product_attention, inputs.query, inputs.key, inputs.value,
-            attn_mask=added, is_causal=problem.causal and added is None,
-            dropout_p=problem.dropout_p, enable_gqa=bool(problem.key_heads),
+        mask = added(inputs)
+        return F.scaled_dot_product_attention(
+            inputs.query, inputs.key, inputs.value, attn_mask=mask,
+            is_causal=problem.causal and mask is None, dropout_p=problem.dropout_p,
+            enable_gqa=bool(problem.key_heads),
         )  # fmt: skip
-        if backend is None:
-            return call()
-        with sdpa_kernel(backend):
-            return call()
 
     return run
 
 
-def plain_cudnn(problem: Problem) -> Run:
-    """cuDNN without bias, padding and dropout: the ceiling, not a peer."""
-    bare = dataclasses.replace(problem, bias="", padded=False, dropout_p=0.0)
-    return sdpa(bare, SDPBackend.CUDNN_ATTENTION)
+def cudnn(problem: Problem) -> Run:
+    """The same by cuDNN."""
+    chosen = sdpa(problem)
+
+    def run(inputs: Inputs) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return chosen(inputs)
+
+    return run
 
 
 def flex(problem: Problem) -> Run:
@@ -193,10 +268,8 @@ def flex(problem: Problem) -> Run:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
-    position = torch.arange(-problem.length, problem.length + 1, device="cuda")
-    buckets = t5_buckets(
-        position, bidirectional=not problem.causal, num_buckets=NUM_BUCKETS, max_distance=128
-    )
+    offset = torch.arange(-problem.length, problem.length + 1, device="cuda")
+    buckets = _buckets(problem, offset)
     made: dict[str, object] = {}
 
     def run(inputs: Inputs) -> Tensor:
@@ -223,16 +296,25 @@ def flex(problem: Problem) -> Run:
     return run
 
 
-def eager_weights(problem: Problem, compiled: bool) -> Run:
-    """Weights as `torch.nn.MultiheadAttention` makes them: all heads at once, then their mean."""
+def eager_weights(problem: Problem) -> Run:
+    """Weights as `torch.nn.MultiheadAttention` makes them: of all heads as one batch, with a mask
+    that is ready, then their mean.
+    """
+    mask = None
+    if problem.causal:
+        mask = torch.zeros(1, problem.length, problem.length, device="cuda", dtype=DTYPE)
+        mask.masked_fill_(_ahead(problem), float("-inf"))
 
     def run(inputs: Inputs) -> Tensor:
-        added = _added(dataclasses.replace(problem), inputs)
-        if problem.causal and added is None:
-            size = (problem.length, problem.length)
-            added = torch.full(size, float("-inf"), device="cuda", dtype=inputs.query.dtype).triu(1)
-        scores = inputs.query * problem.dim**-0.5 @ inputs.key.mT
-        weights = torch.softmax(scores if added is None else scores + added, dim=-1)
+        query = (inputs.query * problem.dim**-0.5).flatten(0, 1)
+        key = inputs.key.flatten(0, 1).mT
+        scores = torch.bmm(query, key) if mask is None else torch.baddbmm(mask, query, key)
+        weights = torch.softmax(scores, dim=-1).unflatten(0, (problem.batch, problem.heads))
         return weights.mean(1) if problem.weights == "mean" else weights
 
-    return torch.compile(run, dynamic=False) if compiled else run
+    return run
+
+
+def compiled_weights(problem: Problem) -> Run:
+    """The same, compiled."""
+    return torch.compile(eager_weights(problem), dynamic=False)
