@@ -1,89 +1,119 @@
 """Times of the GPU passes, and cuDNN's, without the host's: ``python -m benchmarks.gpu_kernels``.
 
-Each pass is launched many times over while the device is busy, so that it never waits. Of a whole
-call, which may take the host longer to launch than the device to do, `benchmarks.gpu` has the time.
-Results are checked there and by ``pytest -m gpu``, not here.
+The passes of a row are launched in turn while the device is busy, so that it never waits. Of whole
+calls, which may take the host longer to launch than the device to do, `benchmarks.gpu` has the
+times. Ours and cuDNN's passes are first compared with the reference in float64, on fewer and
+shorter sequences; who fails is not timed.
 """
 
 import argparse
 import itertools
 import json
-import multiprocessing
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.tune_gpu import milliseconds
+from benchmarks import gpu_peers as peers
+from benchmarks.gpu_peers import Inputs, Problem
+from benchmarks.tune_gpu import compile_all, medians, portable, told
 from zeta import biases
 from zeta.bench import describe_machine
 
 BATCH, HEADS, LENGTH = 4, 16, 4096
-Job = tuple[int, bool, str, float]
-"""Width of a head, causal or not, "t5" or no bias, dropout."""
 
 
-def passes_of(job: Job) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The passes of a call, by name, each ready to be launched over and over."""
+class Pass(NamedTuple):
+    """A pass of a call.
+
+    Attributes:
+        run: Launches it.
+        places: Which of `gpu_peers.results_of` it gives; none, if it is checked with another.
+        read: Finds them in what `run` returns.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    places: Sequence[int] = ()
+    read: Callable[[Any], Sequence[torch.Tensor]] = tuple
+
+
+def cudnn_passes(problem: Problem, inputs: Inputs) -> Iterator[Pass]:
+    """cuDNN's, where it computes the same."""
+    if problem.bias or problem.dropout_p:
+        return
+    leaves = inputs.leaves(problem)
+
+    def forward() -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return F.scaled_dot_product_attention(*leaves, is_causal=problem.causal)
+
+    yield Pass("cudnn forward", forward, [0], lambda out: [out])
+    made = forward()
+
+    def backward() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(made, leaves, inputs.dout, retain_graph=True)
+
+    yield Pass("cudnn backward", backward, [1, 2, 3])
+
+
+def own_passes(problem: Problem, inputs: Inputs) -> Iterator[Pass]:
+    """Ours: portable ones, and Hopper's where they serve."""
     from zeta.ops.backends.triton import gradients, hopper, passes
     from zeta.ops.backends.triton.arguments import Fixed
 
-    dim, causal, bias, dropout_p = job
-    shape = (BATCH, HEADS, LENGTH, dim)
-    query, key, value, dout = (
-        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)
-    )
-    offsets = None
-    if bias:
-        table = torch.randn(32, HEADS, device="cuda")
-        offsets = biases.Bucketed(table, bidirectional=not causal).offset_vector(128).float()
-    seed = torch.tensor(1, device="cuda") if dropout_p else None
-    fixed = Fixed([None] * 8 + [seed], dim**-0.5, causal, 0, 0.0, False, dropout_p)
-
-    if not bias and not dropout_p:
-        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-
-        def cudnn() -> torch.Tensor:
-            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-                return F.scaled_dot_product_attention(*leaves, is_causal=causal)
-
-        yield "cudnn forward", cudnn
-        made = cudnn()
-        yield "cudnn backward", lambda: torch.autograd.grad(made, leaves, dout, retain_graph=True)
+    operands = tuple(tensor.detach() for tensor in (inputs.query, inputs.key, inputs.value))
+    vector = offsets = None
+    if problem.bias:
+        bias = biases.Bucketed(inputs.table, bidirectional=not problem.causal)
+        vector = bias.offset_vector(128)
+        offsets = vector.detach()
+    seed = torch.tensor(1, device="cuda") if problem.dropout_p else None
+    scale = problem.dim**-0.5
+    fixed = Fixed([None] * 8 + [seed], scale, problem.causal, 0, 0.0, False, problem.dropout_p)
 
     def forward() -> tuple[torch.Tensor, ...]:
-        return passes.forward(query, key, value, offsets, None, fixed)
+        return passes.forward(*operands, offsets, None, fixed)
 
-    yield "forward", forward
+    yield Pass("forward", forward, [0], lambda made: made[:1])
     out, _, statistics = forward()
-    inputs = (query, key, value, out, statistics)
-    given = gradients.of_output(dout, None, inputs, offsets, None, fixed)
-    wanted = gradients.wanted_sums(given, bool(bias))
-    if hopper.takes(given.score, query, key, value):
+    saved = (*operands, out, statistics)
+    ((_, delta),) = launches_of(
+        gradients, lambda: gradients.of_output(inputs.dout, None, saved, offsets, None, fixed)
+    )
+    yield Pass("delta", delta)
+    given = gradients.of_output(inputs.dout, None, saved, offsets, None, fixed)
+    wanted = gradients.wanted_sums(given, bool(problem.bias))
+    if hopper.takes(given.score, *operands):
         from zeta.ops.backends.triton.hopper import passes as on_hopper
 
-        yield "inputs", lambda: on_hopper.inputs_gradient(given, wanted)
-        takes = hopper.takes
-        hopper.takes = lambda *operands: False
-        yield "portable forward", forward
-        hopper.takes = takes
-    yield "portable keys", lambda: gradients.keys_gradient(given)
-    yield "portable queries", lambda: gradients.queries_gradient(given, wanted)
-    if bias:
+        def inputs_gradient() -> Any:
+            return on_hopper.inputs_gradient(given, wanted)
+
+        yield Pass("inputs", inputs_gradient, [1, 2, 3], lambda made: made[0])
+        yield Pass("portable forward", portable()(forward), [0], lambda made: made[:1])
+    yield Pass("portable keys", lambda: gradients.keys_gradient(given), [2, 3])
+    yield Pass(
+        "portable queries", lambda: gradients.queries_gradient(given, wanted), [1],
+        lambda made: made[:1],
+    )  # fmt: skip
+    if vector is not None:
         far = gradients.queries_gradient(given, wanted)[1]
 
         def band() -> torch.Tensor:
             return gradients.offsets_gradient(given, far)
 
-        yield "band", band
+        yield Pass(
+            "band", band, [4],
+            lambda made: torch.autograd.grad(vector, inputs.table, made, retain_graph=True),
+        )  # fmt: skip
         for kernel, run in launches_of(gradients, band):
-            yield f"... {kernel}", run
+            yield Pass(f"... {kernel}", run)
 
 
 def launches_of(
@@ -105,6 +135,63 @@ def launches_of(
     return launched
 
 
+Passes = Callable[[Problem, Inputs], Iterator[Pass]]
+SIDES: dict[str, tuple[Passes, float]] = {
+    "zeta": (own_passes, peers.OURS),
+    "cudnn": (cudnn_passes, peers.RIVALS),
+}
+"""Passes, and by how much they may be off."""
+
+
+def check(problem: Problem, passes: Passes, margin: float) -> str:
+    """Compares the results of all passes with float64; the reason why one fails, or nothing."""
+    inputs = Inputs.of(problem)
+    expected = peers.expected_of(problem, inputs)
+    for each in passes(problem, inputs):
+        if each.places:
+            results = each.read(each.run())
+            reason = peers.fault(results, [expected[place] for place in each.places], margin)
+            if reason:
+                return f"{each.name}: {reason}"
+    return ""
+
+
+def parts_of(ms: dict[str, float]) -> tuple[float, float, float]:
+    """What a call of ours takes, 0 where it was not timed: forward, gradients of the inputs, and
+    gradient of the table.
+    """
+    gradients = ("inputs",) if "inputs" in ms else ("portable keys", "portable queries")
+    parts = (("forward",), ("delta", *gradients), ("band",))
+    forward, inputs, table = (sum(ms.get(name, 0.0) for name in names) for names in parts)
+    return forward, inputs, table
+
+
+def cudnn_parts_of(ms: dict[str, float]) -> tuple[float, float, float]:
+    """The same of cuDNN's."""
+    return ms.get("cudnn forward", 0.0), ms.get("cudnn backward", 0.0), 0.0
+
+
+def measure(problem: Problem) -> dict[str, Any]:
+    """One row: the passes of those who pass the check, in turn."""
+    runs: dict[str, Callable[[], Any]] = {}
+    failures: dict[str, str] = {}
+    inputs = Inputs.of(problem)
+    for side, (passes, margin) in SIDES.items():
+        try:
+            reason = check(problem.smaller(), passes, margin)
+            found = {} if reason else {each.name: each.run for each in passes(problem, inputs)}
+        except Exception as error:  # who cannot: the reason stands in the results
+            reason, found = told(error), {}
+        runs |= found
+        failures |= {side: reason} if reason else {}
+    ms = medians(runs)
+    return {
+        "dim": problem.dim, "causal": problem.causal, "bias": problem.bias,
+        "dropout": problem.dropout_p, "failures": failures, "ms": ms,
+        "sums": {"zeta": sum(parts_of(ms)), "cudnn": sum(cudnn_parts_of(ms))},
+    }  # fmt: skip
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draws what plain attention and a learned T5 bias take, and cuDNN beside them, as PNG."""
     from matplotlib.figure import Figure
@@ -114,21 +201,21 @@ def draw(report: dict[str, Any], path: Path) -> None:
     found = {(e["dim"], e["causal"], e["bias"], e["dropout"]): e["ms"] for e in report["entries"]}
     shapes = sorted({key[:2] for key in found})
     bars = {
-        "cuDNN, plain": ("", ("cudnn forward", "cudnn backward")),
-        "plain": ("", ("forward", "inputs")),
-        "learned T5 bias": ("t5", ("forward", "inputs", "band")),
+        "cuDNN, plain": ("", cudnn_parts_of),
+        "plain": ("", parts_of),
+        "learned T5 bias": ("t5", parts_of),
     }
     figure = Figure(figsize=(7.5, 3.6), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(bars)
     for place, (name, (bias, parts)) in enumerate(bars.items()):
         bottom = [0.0] * len(shapes)
-        for part, opacity in zip(parts, (1.0, 0.65, 0.35), strict=False):
-            heights = [found[(*shape, bias, 0.0)][part] for shape in shapes]
+        stacks = zip(*(parts(found[(*shape, bias, 0.0)]) for shape in shapes), strict=True)
+        for heights, opacity in zip(stacks, (1.0, 0.65, 0.35), strict=True):
             axes.bar(
                 [index + place * width for index in range(len(shapes))], heights, width * 0.92,
                 bottom=bottom, color=f"C{place}", alpha=opacity,
-                label=name if part == parts[0] else None,
+                label=name if opacity == 1.0 else None,
             )  # fmt: skip
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     labels = [f"D {dim}, {'causal' if causal else 'full'}" for dim, causal in shapes]
@@ -142,11 +229,24 @@ def draw(report: dict[str, Any], path: Path) -> None:
     plots.save(figure, path)
 
 
-def compile_one(job: Job) -> None:
-    """Compiles by running once; the compiler's cache on disk serves the timing."""
-    for _, run in passes_of(job):
-        run()
-    torch.cuda.synchronize()
+def line(problem: Problem, entry: dict[str, Any]) -> str:
+    """One row in words and numbers."""
+    parts = [f"{name} FAILED: {reason}" for name, reason in entry["failures"].items()]
+    parts += [f"{name} {time:.3f}" for name, time in entry["ms"].items()]
+    parts += [f"all of {side} {time:.3f}" for side, time in entry["sums"].items() if time]
+    return "  ".join([str(problem), *parts])
+
+
+def compile_one(problem: Problem) -> str:
+    """Compiles ours by running once; the compiler's cache on disk serves the timing."""
+    try:
+        for size in (problem.smaller(), problem):
+            for each in own_passes(size, Inputs.of(size)):
+                each.run()
+        torch.cuda.synchronize()
+    except Exception as error:  # tried again, and reported, by the timing
+        return f"{problem}: {told(error)}"
+    return ""
 
 
 def main() -> None:
@@ -158,29 +258,35 @@ def main() -> None:
     parser.add_argument("--read", type=Path, help="draw an earlier run's, on any machine")
     options = parser.parse_args()
     if options.read:
+        if not options.picture:
+            parser.error("--read needs --picture")
         draw(json.loads(options.read.read_text()), options.picture)
         return
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
     dims = [int(dim) for dim in options.dims.split(",")]
-    jobs = list(itertools.product(dims, (False, True), ("", "t5"), (0.0, 0.1)))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        list(pool.map(compile_one, jobs))
-    entries: list[dict[str, Any]] = []
-    for dim, causal, bias, dropout_p in jobs:
-        times = {name: milliseconds(run) for name, run in passes_of((dim, causal, bias, dropout_p))}
-        entry = {"dim": dim, "causal": causal, "bias": bias, "dropout": dropout_p, "ms": times}
-        entries.append(entry)
-        print(
-            f"D{dim:<4} {'causal' if causal else 'full':7} {bias or 'plain':6} {dropout_p}  "
-            + "  ".join(f"{name} {time:.3f}" for name, time in times.items()),
-            flush=True,
+    problems = [
+        Problem(BATCH, HEADS, LENGTH, dim, causal, bias, dropout_p=dropout_p)
+        for dim, causal, bias, dropout_p in itertools.product(
+            dims, (False, True), ("", "t5"), (0.0, 0.1)
         )
-    report = {**describe_machine(), "triton": triton.__version__, "dtype": "bfloat16"}
-    report |= {"batch": BATCH, "heads": HEADS, "length": LENGTH, "entries": entries}
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1))
+    ]
+    compile_all(compile_one, problems, options.workers)
+    report: dict[str, Any] = {
+        **describe_machine(),
+        "triton": triton.__version__,
+        "dtype": "bfloat16",
+        "batch": BATCH,
+        "heads": HEADS,
+        "length": LENGTH,
+        "entries": [],
+    }
+    for problem in problems:
+        entry = measure(problem)
+        report["entries"].append(entry)
+        print(line(problem, entry), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=1))
     if options.picture:
         draw(report, options.picture)
 

@@ -176,11 +176,6 @@ def medians(
     }
 
 
-def milliseconds(call: Call) -> float:
-    """`medians` of one."""
-    return medians({"": call})[""]
-
-
 def flops(kind: str, dim: int, causal: bool) -> float:
     """Of the products a kernel makes; those of the band are counted as 0."""
     products = {"forward": 2, "keys": 4, "queries": 3, "band": 0}[kind]
