@@ -1,11 +1,13 @@
 """The measuring itself."""
 
+import os
 import time
 
 import pytest
 import torch
 
 from zeta.bench import describe_machine, peak_bytes, time_interleaved
+from zeta.bench.machine import SETTINGS
 
 
 def test_peak_bytes_counts_what_is_held_at_once() -> None:
@@ -53,14 +55,21 @@ def test_interleaved_times_are_of_one_call_and_in_turn() -> None:
     found = time_interleaved(
         {"slow": slow, "fast": lambda: order.append("fast")}, rounds=3, warmup=1, calls=2
     )
-    assert order == ["slow", "slow", "fast", "fast"] * 4
+    assert order == ["slow", "slow", "fast", "fast", "fast", "fast", "slow", "slow"] * 2
     assert len(found["slow"].seconds) == 3
     assert 0.02 <= found["slow"].best <= found["slow"].median < 0.2
     assert found["fast"].best < 0.01
 
 
-def test_the_machine_is_described() -> None:
+def test_the_machine_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(SETTINGS)]:
+        monkeypatch.delenv(name)
+    assert "settings" not in describe_machine()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
     found = describe_machine()
+    assert found["settings"] == "ONEDNN_MAX_CPU_ISA=AVX2"
     assert found["torch"] == torch.__version__
     assert found["processor"]
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        assert "avx2" in str(found["extensions"]).split()
     assert found["threads"] == torch.get_num_threads()

@@ -38,6 +38,9 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time candidates in turn, round by round, so that a slow spell of the machine hits all alike.
 
+    Every other round goes backwards: none comes always after the same one, which may have left the
+    caches full or the processor hot.
+
     Args:
         candidates: What to call, by name.
         rounds: How often each is timed.
@@ -48,8 +51,9 @@ def time_interleaved(
         The durations of one call, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    there = list(candidates.items())
     for turn in range(warmup + rounds):
-        for name, candidate in candidates.items():
+        for name, candidate in there if turn % 2 == 0 else reversed(there):
             _synchronize()
             start = time.perf_counter()
             for _ in range(calls):
