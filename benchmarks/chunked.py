@@ -13,7 +13,6 @@ mean. Ratios are peer / ours.
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import report
+from benchmarks.checking import relative_error
 from zeta import attention, attention_weights, biases, masks
-from zeta.bench import describe_machine, peak_bytes, time_interleaved
+from zeta.bench import peak_bytes, time_interleaved
 from zeta.positions import t5_buckets
 
 Shape = tuple[int, int, int, int]
 SHAPES: tuple[Shape, ...] = ((1, 16, 2048, 64), (8, 8, 512, 64))
 WEIGHTS_SHAPE: Shape = (2, 16, 2048, 64)
 QUICK_SHAPES: tuple[Shape, ...] = ((1, 4, 256, 64),)
+CLOSE = 1e-4
+"""How far the two may be apart, as a root mean square, relative to that of the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +148,8 @@ def measure(comparison: Comparison, rounds: int) -> dict[str, object]:
     """Check, then time, then take the peak memory of each side once."""
     if comparison.same:
         for actual, expected in zip(comparison.ours(), comparison.peer(), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+            error = relative_error(actual, expected.detach().double())
+            assert error <= CLOSE, f"{comparison.name}: the two differ by {error:.2g}"
     sides = {"ours": comparison.ours, "peer": comparison.peer}
     found = time_interleaved(sides, rounds=rounds, warmup=1)
     ours, peer = found["ours"], found["peer"]
@@ -173,7 +177,7 @@ def main() -> None:
         c for shape in (QUICK_SHAPES if arguments.quick else SHAPES) for c in comparisons(shape)
     ]
     todo.append(weights_comparison(QUICK_SHAPES[0] if arguments.quick else WEIGHTS_SHAPE))
-    machine = describe_machine()
+    machine = report.describe_run()
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     print(
         f"{'shape':18} {'work':30} {'ours ms':>8} {'peer ms':>8} {'median':>7} {'best':>6} "
@@ -189,8 +193,7 @@ def main() -> None:
             f"{row['ours MiB']:8} {row['peer MiB']:6}",
             flush=True,
         )
-    if arguments.out:
-        arguments.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+        report.write({"machine": machine, "rows": rows}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ def _training(dtype: torch.dtype, batch: int, length: int, embed: int) -> Work:
         {"ours": run(ours, 0.0), "peer": run(peer, 0.0)},
         # Projections and a norm in bfloat16 round more than attention alone.
         bound=4 * BOUNDS[dtype],
+        # TorchScale's tables of xPos are in bfloat16.
+        is_peer_rough=True,
     )
 
 

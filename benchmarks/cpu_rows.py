@@ -31,6 +31,8 @@ class Work:
         oracle: The reference in float64 on the same numbers.
         checked: What must agree with the oracle: both, where each side does not drop other weights.
         bound: The largest root mean square of an error, relative to that of the result.
+        is_peer_rough: Whether the peer rounds more than this work asks for, so that its gradients
+            say nothing: its output alone shows that it is the same.
         reads: What a step must read from memory, where that bounds its time.
         calls: Calls in one timing.
     """
@@ -40,6 +42,7 @@ class Work:
     oracle: Run
     checked: Mapping[str, Run]
     bound: float
+    is_peer_rough: bool = False
     reads: tuple[Tensor, ...] = ()
     calls: int = 1
 
@@ -135,7 +138,7 @@ def attention_rows(shapes: Mapping[str, Shape]) -> Iterator[Row]:
     """Attention forward, and forward and backward; then its average weights."""
     for name, dtype, features, train, (bars, aim) in TABLE:
         for label, shape in shapes.items():
-            make = partial(_work, shape, DTYPES[dtype], features, train)
+            make = partial(work_of, shape, DTYPES[dtype], features, train)
             yield Row(f"{dtype} {name}", label, make, bars.get(label), aim)
     for dtype, bar, aim in (("bf16", 4.5, 7.5), ("fp32", 2.3, 3.5)):
         for label, shape in shapes.items():
@@ -146,7 +149,7 @@ def attention_rows(shapes: Mapping[str, Shape]) -> Iterator[Row]:
             yield Row(f"{dtype} forward and mean weights", label, make_weights, bar, aim)
 
 
-def _work(
+def work_of(
     shape: Shape,
     dtype: torch.dtype,
     features: Features,
@@ -154,6 +157,7 @@ def _work(
     *,
     side_by_side: bool = False,
 ) -> Work:
+    """Ours and torch's; where everything is on, the peer is our own plain causal attention."""
     problem = Problem(shape, dtype, features, train, side_by_side=side_by_side)
     if features == EVERYTHING:
         peer = Problem(shape, dtype, CAUSAL, train).ours
@@ -174,7 +178,7 @@ def length_rows(quick: bool) -> Iterator[Row]:
         ):
             for length in LENGTHS[:1] if quick else LENGTHS:
                 shape = (8, 8, length, 64)
-                make = partial(_work, shape, DTYPES[dtype], features, train, side_by_side=True)
+                make = partial(work_of, shape, DTYPES[dtype], features, train, side_by_side=True)
                 yield Row(f"{dtype} lengths {name}", f"T {length}", make)
 
 
@@ -185,7 +189,7 @@ def window_rows(quick: bool) -> Iterator[Row]:
         for name, train in (("forward", False), ("training", True)):
             for window in WINDOWS[:1] if quick else WINDOWS:
                 features = Features(window=window)
-                make = partial(_work, shape, DTYPES[dtype], features, train)
+                make = partial(work_of, shape, DTYPES[dtype], features, train)
                 yield Row(f"{dtype} window {name}", str(window), make)
 
 
@@ -265,7 +269,7 @@ def small_rows(quick: bool) -> Iterator[Row]:
                         features: Features = features,
                         train: bool = train,
                     ) -> Work:
-                        work = _work(shape, DTYPES[dtype], features, train)
+                        work = work_of(shape, DTYPES[dtype], features, train)
                         return dataclasses.replace(work, calls=20 if train else 50)
 
                     yield Row(f"{dtype} small{kind}", f"H {num_heads} T {length}", make, *bars)

@@ -10,15 +10,16 @@ One token a step, after so many cached tokens, which grow during the measurement
 - ``static``: our module with a `StaticCache`, against the same projections by hand around
   preallocated keys and values and `F.scaled_dot_product_attention(enable_gqa=True)`.
 
-Results are compared first. Times are interleaved in one process; ratios are peer / ours. The
-bandwidth of the attention alone counts its keys and values once, that of the copy beside it what it
-reads and what it writes; a sum of as many bytes only reads. Memory is the most that a generation
-holds, over its final cache.
+A step of each is first compared with float64, and after the last they are compared again. Times
+are interleaved in one process; ratios are peer / ours. The bandwidth of the attention alone counts
+its keys and values once, that of the copy beside it what it reads and what it writes; a sum of as
+many bytes only reads. Memory is the most that a generation holds, over its final cache.
 
 Shapes: B batch, H heads, G key heads, L cached tokens, D head dimension, E embedding.
 """
 
 import argparse
+import copy
 import dataclasses
 import itertools
 import json
@@ -32,15 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import zeta
+from benchmarks import report
+from benchmarks.checking import PEER_FACTOR, relative_error
 from benchmarks.cpu_modules import torchscale_components
+from benchmarks.cpu_rows import BOUNDS, DTYPES
 from zeta import plots
-from zeta.bench import describe_machine, peak_bytes, time_interleaved
+from zeta.bench import peak_bytes, time_interleaved
 from zeta.caches import DynamicCache, StaticCache
 from zeta.nn import MultiheadAttention
 
 D = 64
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CLOSE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 Row = dict[str, Any]
 
 
@@ -66,13 +68,44 @@ class Case:
 Step = Callable[[], Tensor]
 
 
-def steps_of(case: Case, room: int) -> tuple[dict[str, Step], dict[str, Step]]:
-    """Ours and its peers, by name, each with a cache of its own filled with the same tokens.
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Ours and a peer, by name, each with a cache of its own filled with the same tokens, and a
+    step in float64."""
 
-    Returns:
-        The pair of the dicts, without TorchScale where key heads are grouped, and that of
-        preallocated memory, without rotations.
-    """
+    steps: dict[str, Step]
+    oracle: Step
+
+    def check(self, case: Case) -> None:
+        """One step of each against the oracle's.
+
+        Raises:
+            AssertionError: One is too far off.
+        """
+        expected = self.oracle()
+        for factor, (name, step) in zip((1, PEER_FACTOR), self.steps.items(), strict=True):
+            self._expect(
+                step(), expected, factor * 2 * BOUNDS[DTYPES[case.dtype]], f"{case}, {name}"
+            )
+
+    def check_again(self, case: Case) -> None:
+        """One more step of each, which by now have seen as many tokens, against each other.
+
+        Raises:
+            AssertionError: They are too far apart.
+        """
+        ours, peer = (step() for step in self.steps.values())
+        self._expect(ours, peer.double(), PEER_FACTOR * 2 * BOUNDS[DTYPES[case.dtype]], f"{case}")
+
+    @staticmethod
+    def _expect(actual: Tensor, expected: Tensor, bound: float, what: str) -> None:
+        error = relative_error(actual, expected)
+        assert error <= bound, f"{what}: error {error:.2g} exceeds {bound:.2g}"
+
+
+def pairs_of(case: Case, room: int) -> Iterator[Pair]:
+    """With dicts, against TorchScale, where key heads are not grouped; and in preallocated memory,
+    against torch, without rotations."""
     dtype = DTYPES[case.dtype]
     config = {"xpos_rel_pos": case.xpos}
     module = MultiheadAttention(
@@ -82,22 +115,32 @@ def steps_of(case: Case, room: int) -> tuple[dict[str, Step], dict[str, Step]]:
     shape = (case.batch, case.key_heads, case.length, D)
     key, value = torch.randn(2, *shape, dtype=dtype).unbind()
     x = torch.randn(case.batch, 1, case.embed_dim, dtype=dtype)
-    state = {"prev_key": key.clone(), "prev_value": value.clone()}
-    dicts: dict[str, Step] = {"dict": lambda: module(x, x, x, state)[0]}
+    wide, x64 = copy.deepcopy(module).double(), x.double()
+
+    def state(dtype: torch.dtype) -> dict[str, Any]:
+        return {"prev_key": key.to(dtype, copy=True), "prev_value": value.to(dtype, copy=True)}
+
+    def oracle() -> Tensor:
+        return wide(x64, x64, x64, state(torch.float64))[0]
+
     if case.key_heads == case.heads:
-        dicts["torchscale"] = _torchscale(module, x, key, value)
-    if case.xpos:
-        return dicts, {}
-    cache = StaticCache(case.length + room)
-    cache.update(key, value)
-    return dicts, {
-        "static": lambda: module(x, x, x, cache)[0],
-        "sdpa": _by_hand(module, x, key, value, room),
-    }
+        own = state(dtype)
+        peer = _torchscale(module, x, state(dtype))
+        if peer is not None:
+            yield Pair({"dict": lambda: module(x, x, x, own)[0], "torchscale": peer}, oracle)
+    if not case.xpos:
+        cache = StaticCache(case.length + room)
+        cache.update(key, value)
+        hand = _by_hand(module, x, key, value, room)
+        yield Pair({"static": lambda: module(x, x, x, cache)[0], "sdpa": hand}, oracle)
 
 
-def _torchscale(module: MultiheadAttention, x: Tensor, key: Tensor, value: Tensor) -> Step:
-    theirs, _ = torchscale_components()
+def _torchscale(module: MultiheadAttention, x: Tensor, state: dict[str, Any]) -> Step | None:
+    """None where it is not installed."""
+    try:
+        theirs, _ = torchscale_components()
+    except ImportError:
+        return None
     args = types.SimpleNamespace(
         multiway=False, layernorm_eps=1e-5, flash_attention=False, xpos_scale_base=512,
         xpos_rel_pos=module.xpos is not None,
@@ -105,7 +148,6 @@ def _torchscale(module: MultiheadAttention, x: Tensor, key: Tensor, value: Tenso
     peer = theirs(args, module.embed_dim, module.num_heads, self_attention=True).eval()
     peer.load_state_dict(module.state_dict())
     peer.to(x.dtype)
-    state = {"prev_key": key.clone(), "prev_value": value.clone()}
 
     def step() -> Tensor:
         out: Tensor = peer(x, x, x, incremental_state=state)[0]
@@ -141,13 +183,12 @@ def measure(case: Case, rounds: int) -> Iterator[Row]:
     # Several steps in a row, as in a generation: else each side writes back what the other left in
     # the caches.
     warmup, calls = 2, max(5, min(20, 16384 // (case.length * case.batch)))
-    room = (warmup + rounds) * calls + 1
-    for steps in steps_of(case, room):
-        if len(steps) < 2:
-            continue
-        (name, ours), (peer_name, peer) = steps.items()
-        torch.testing.assert_close(ours(), peer(), rtol=0, atol=CLOSE[DTYPES[case.dtype]])
-        found = time_interleaved(steps, rounds=rounds, warmup=warmup, calls=calls)
+    room = (warmup + rounds) * calls + 2
+    for pair in pairs_of(case, room):
+        pair.check(case)
+        name, peer_name = pair.steps
+        found = time_interleaved(pair.steps, rounds=rounds, warmup=warmup, calls=calls)
+        pair.check_again(case)
         yield case.described() | {
             "cache": name,
             "peer": peer_name,
@@ -256,35 +297,60 @@ def _print_step(row: Row) -> None:
     )
 
 
-def run(quick: bool, rounds: int) -> Row:
-    """Measure everything, and print it as it comes."""
-    results: Row = {"machine": describe_machine(), "steps": [], "curve": []}
+def run(quick: bool, rounds: int, path: Path | None) -> Row:
+    """Measure everything, and print and write it as it comes."""
+    results: Row = {"machine": report.describe_run("torchscale")}
     print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
+    try:
+        torchscale_components()
+    except ImportError as error:
+        print(f"dicts are not measured: {error}")
     print(f"{'step':29} {'cache':6} {'ours us':>10} {'peer':10} {'peer us':>10}  median    best")
-    for part, todo in (("steps", cases(quick)), ("curve", curve(quick))):
-        print(part)
-        for case in todo:
-            for row in measure(case, rounds):
-                results[part].append(row)
-                _print_step(row)
-    results["bandwidth"] = [bandwidth(c, rounds) for c in cases(quick) if not c.xpos]
-    print("bandwidth of the attention alone, of a copy and of a sum beside it")
-    for row in results["bandwidth"]:
-        print(
-            f"{row['dtype']} {row['batch']:2} x {row['heads']:2}/{row['key_heads']:<2} "
-            f"{row['length']:6} {row['backend']:8} {row['attention GB/s']:7.2f} GB/s, "
-            f"copy {row['copy GB/s']:7.2f}, sum {row['sum GB/s']:7.2f}, share {row['share']:.2f} "
-            f"and {row['share of the sum']:.2f}"
-        )
-    results["memory"] = list(memory(256 if quick else 4096))
-    print("memory of a generation")
-    for row in results["memory"]:
-        print(
-            f"{row['cache']:8} {row['length']} tokens of {row['tokens MiB']:.2f} MiB: cache "
-            f"{row['cache MiB']:.2f}, peak {row['peak MiB']:.2f} MiB, {row['ratio']:.3f} of the "
-            "tokens"
-        )
+    parts: dict[str, tuple[Iterator[Row], Callable[[Row], None]]] = {
+        "steps": (_steps(cases(quick), rounds), _print_step),
+        "curve": (_steps(curve(quick), rounds), _print_step),
+        "bandwidth": ((bandwidth(c, rounds) for c in cases(quick) if not c.xpos), _print_bandwidth),
+        "memory": (memory(256 if quick else 4096), _print_memory),
+    }
+    for part, (rows, show) in parts.items():
+        print(f"{part}: {TITLES[part]}", flush=True)
+        results[part] = []
+        for row in rows:
+            results[part].append(row)
+            show(row)
+            report.write(results, path)
     return results
+
+
+def _steps(todo: list[Case], rounds: int) -> Iterator[Row]:
+    for case in todo:
+        yield from measure(case, rounds)
+
+
+TITLES = {
+    "steps": "of the whole module",
+    "curve": "the same over the length",
+    "bandwidth": "of the attention alone, of a copy and of a sum beside it",
+    "memory": "of a generation",
+}
+
+
+def _print_bandwidth(row: Row) -> None:
+    print(
+        f"{row['dtype']} {row['batch']:2} x {row['heads']:2}/{row['key_heads']:<2} "
+        f"{row['length']:6} {row['backend']:8} {row['attention GB/s']:7.2f} GB/s, "
+        f"copy {row['copy GB/s']:7.2f}, sum {row['sum GB/s']:7.2f}, share {row['share']:.2f} "
+        f"and {row['share of the sum']:.2f}",
+        flush=True,
+    )
+
+
+def _print_memory(row: Row) -> None:
+    print(
+        f"{row['cache']:8} {row['length']} tokens of {row['tokens MiB']:.2f} MiB: cache "
+        f"{row['cache MiB']:.2f}, peak {row['peak MiB']:.2f} MiB, {row['ratio']:.3f} of the tokens",
+        flush=True,
+    )
 
 
 @torch.inference_mode()
@@ -300,9 +366,7 @@ def main() -> None:
     if arguments.redraw:
         results = json.loads(arguments.redraw.read_text())
     else:
-        results = run(arguments.quick, 2 if arguments.quick else arguments.rounds)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+        results = run(arguments.quick, 2 if arguments.quick else arguments.rounds, arguments.out)
     if arguments.figure:
         figure(results, arguments.figure)
 

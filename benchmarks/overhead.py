@@ -5,7 +5,6 @@ float32, on the CPU. By hand means four `torch.nn.Linear` and `F.scaled_dot_prod
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zeta.bench import describe_machine, time_interleaved
+from benchmarks import report
+from zeta.bench import time_interleaved
 from zeta.nn import MultiheadAttention
 
 EMBED, HEADS = 512, 8
@@ -38,10 +38,10 @@ def measure(rounds: int = 200) -> dict[str, dict[str, float]]:
     module = MultiheadAttention(None, EMBED, HEADS, self_attention=True).eval()
     assert isinstance(module.q_proj, nn.Linear)
     x, hand = torch.randn(1, 1, EMBED), by_hand(module)
-    torch.testing.assert_close(module(x, x, x)[0], hand(x))
     rows = {}
     for name, grad in (("with autograd", True), ("without autograd", False)):
         with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(module(x, x, x)[0], hand(x))
             found = time_interleaved(
                 {"module": lambda: module(x, x, x), "by hand": lambda: hand(x)},
                 rounds=rounds,
@@ -69,9 +69,7 @@ def main() -> None:
             f"by hand {row['by hand'] * 1e6:6.1f} us, "
             f"ratio {row['ratio of medians']:.2f} (bests {row['ratio of bests']:.2f})"
         )
-    if arguments.out:
-        results = {"machine": describe_machine(), "rows": rows}
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    report.write({"machine": report.describe_run(), "rows": rows}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ kernel for attention can make it faster than that.
 import argparse
 import copy
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zeta.bench import describe_machine, peak_bytes, time_interleaved
+from benchmarks import report
+from zeta.bench import peak_bytes, time_interleaved
 from zeta.integrations import huggingface
 
 
@@ -193,31 +193,32 @@ def main() -> None:
     if arguments.quick:
         shapes, width, rounds = [(2, 40), (1, 72)], 64, 1
     register_ceiling()
-    rows = []
+    machine = report.describe_run("transformers")
+    print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+    results: dict[str, Any] = {"machine": machine, "vocabulary": arguments.vocabulary, "rows": []}
     for size, length in shapes:
+        print(f"batch {size}, {length} tokens: checking, then timing", flush=True)
         row = measure(size, length, vocabulary=arguments.vocabulary, width=width, rounds=rounds)
-        rows.append(row)
-        print(f"batch {size}, {length} tokens")
-        for name in WAYS:
-            print(
-                f"  {name:21} {row['seconds'][name] * 1e3:9.1f} ms  "
-                f"{row['times faster'][name]:5.2f}x  {row['peak bytes'][name] / 2**20:8.1f} MiB  "
-                f"{row['share of memory'][name]:5.2f}  error {row['errors'][name]:.1e}"
-            )
+        results["rows"].append(row)
+        results["missed"] = [missed for each in results["rows"] for missed in judge(each)]
+        report.write(results, arguments.out)
+        show(row)
+    print("\n".join(results["missed"]) or "no bar is missed")
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a row: a line for each way."""
+    for name in WAYS:
         print(
-            f"  {CEILING:21} {row['seconds'][CEILING] * 1e3:9.1f} ms  "
-            f"{row['times faster'][CEILING]:5.2f}x  (the most that attention can give)"
+            f"  {name:21} {row['seconds'][name] * 1e3:9.1f} ms  "
+            f"{row['times faster'][name]:5.2f}x  {row['peak bytes'][name] / 2**20:8.1f} MiB  "
+            f"{row['share of memory'][name]:5.2f}  error {row['errors'][name]:.1e}"
         )
-    missed = [line for row in rows for line in judge(row)]
-    print("\n".join(missed) or "no bar is missed")
-    if arguments.out:
-        results = {
-            "machine": describe_machine(),
-            "vocabulary": arguments.vocabulary,
-            "rows": rows,
-            "missed": missed,
-        }
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(
+        f"  {CEILING:21} {row['seconds'][CEILING] * 1e3:9.1f} ms  "
+        f"{row['times faster'][CEILING]:5.2f}x  (the most that attention can give)",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
