@@ -39,27 +39,36 @@ inline void backward_row(const ScoreRow &row, RowSums sums, float *weights, floa
     fill_unseen(row, grads, 0);
     if (HAS_SLOPE) fill_unseen(row, biased, 0);
     Floats total = zeros(), product = zeros();
-    for (int64_t key = first; key < end; key += LANES) {
-        Floats slope = splat(1.0f), score = load(weights + key), grad = load(grads + key);
-        score = row.template finish<KIND>(score, key, slope);
-        Floats weight = exp(score - base);
-        if (TWICE) total = total + weight;
-        if (DROPS) {
-            const Mask drop = dropped(hash, load_ints(row.tile.hashes + key), threshold);
-            grad = unless(drop, grad * factor);
-            if (TWICE) product = fma(weight, grad, product);
-            weight = select(drop, splat(-0.0f) - weight, weight);
-        } else if (TWICE) {
-            product = fma(weight, grad, product);
-        }
-        if (!TWICE) {
-            finish(key, weight, grad, slope, splat(sums.delta));
-            continue;
-        }
-        store(weights + key, weight);
-        store(grads + key, grad);
-        if (HAS_SLOPE) store(slopes + key, slope);
-    }
+    // The general case has code enough for one.
+    for_vectors<HAS_SLOPE ? 1 : SEVERAL>(first, end, [&](int64_t start, auto count) {
+        Floats slope[count], weight[count];
+        unrolled<count>([&](auto i) {
+            const int64_t key = start + i * LANES;
+            slope[i] = splat(1.0f);
+            weight[i] = row.template finish<KIND>(load(weights + key), key, slope[i]) - base;
+        });
+        exponentiate(weight);
+        unrolled<count>([&](auto i) {
+            const int64_t key = start + i * LANES;
+            Floats grad = load(grads + key);
+            if (TWICE) total = total + weight[i];
+            if (DROPS) {
+                const Mask drop = dropped(hash, load_ints(row.tile.hashes + key), threshold);
+                grad = unless(drop, grad * factor);
+                if (TWICE) product = fma(weight[i], grad, product);
+                weight[i] = select(drop, splat(-0.0f) - weight[i], weight[i]);
+            } else if (TWICE) {
+                product = fma(weight[i], grad, product);
+            }
+            if (!TWICE) {
+                finish(key, weight[i], grad, slope[i], splat(sums.delta));
+                return;
+            }
+            store(weights + key, weight[i]);
+            store(grads + key, grad);
+            if (HAS_SLOPE) store(slopes + key, slope[i]);
+        });
+    });
     if (!TWICE) return;
     const float norm = is_whole ? 1 / sum(total) : sums.norm;
     const Floats delta = splat(is_whole ? sum(product) * norm + sums.delta : sums.delta);

@@ -5,7 +5,6 @@
 #undef _mm512_cmp_ps_mask
 #undef _mm512_cvtps_ph
 #undef _mm512_i32gather_ps
-#undef _mm512_roundscale_ps
 #undef _mm512_shuffle_f32x4
 #undef _mm512_shuffle_ps
 
@@ -107,10 +106,6 @@ inline __m512 _mm512_cvtph_ps(__m256i x) {
 inline __m256i _mm512_cvtps_ph(__m512 x, int) {
     return _mm256_set_m128i(_mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT),
                             _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
-}
-inline __m512 _mm512_roundscale_ps(__m512 x, int) {
-    return {_mm256_round_ps(x.low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
-            _mm256_round_ps(x.high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 
 inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {

@@ -91,32 +91,38 @@ struct ForwardBlock {
     }
 };
 
-// Exponentials of a row of scores, in place; returns their sum. The sum is of all weights, the
-// dropped ones too.
+// Exponentials of scores less `base`; returns their sums, lane by lane. In their place is stored
+// `kept(place, exponential)`.
+template <class Kept>
+inline Floats exponentials(float *scores, int64_t first, int64_t end, float base, const Kept &kept) {
+    const Floats base_lanes = splat(base);
+    Floats total = zeros();
+    for_vectors(first, end, [&](int64_t start, auto count) {
+        Floats weights[count];
+        unrolled<count>([&](auto i) { weights[i] = load(scores + start + i * LANES) - base_lanes; });
+        exponentiate(weights);
+        unrolled<count>([&](auto i) {
+            const int64_t place = start + i * LANES;
+            total = total + weights[i];
+            store(scores + place, kept(place, weights[i]));
+        });
+    });
+    return total;
+}
+
+// Of a row of a tile; returns their sum, that of all weights, the dropped ones too.
 inline float exponentials(const ScoreRow &row, float *scores, float highest) {
     const ZetaCall &call = row.scores.call;
-    const Floats base = splat(highest == -INFINITY ? 0 : highest);
-    const int64_t first = row.first, end = row.end;
+    const float base = highest == -INFINITY ? 0 : highest;
     fill_unseen(row, scores, 0);
-    Floats total = zeros();
-    if (call.dropout_p > 0) {
-        const Ints hash =
-            splat_int(static_cast<int32_t>(row_hash(row.scores.sequence, row.position)));
-        const Ints threshold = splat_int(static_cast<int32_t>(call.dropout_threshold));
-        for (int64_t key = first; key < end; key += LANES) {
-            const Floats weight = exp(load(scores + key) - base);
-            total = total + weight;
-            const Mask drop = dropped(hash, load_ints(row.tile.hashes + key), threshold);
-            store(scores + key, unless(drop, weight));
-        }
-        return sum(total);
-    }
-    for (int64_t key = first; key < end; key += LANES) {
-        const Floats weight = exp(load(scores + key) - base);
-        total = total + weight;
-        store(scores + key, weight);
-    }
-    return sum(total);
+    if (call.dropout_p == 0)
+        return sum(exponentials(scores, row.first, row.end, base,
+                                [](int64_t, Floats weight) { return weight; }));
+    const Ints hash = splat_int(static_cast<int32_t>(row_hash(row.scores.sequence, row.position)));
+    const Ints threshold = splat_int(static_cast<int32_t>(call.dropout_threshold));
+    return sum(exponentials(scores, row.first, row.end, base, [&](int64_t place, Floats weight) {
+        return unless(dropped(hash, load_ints(row.tile.hashes + place), threshold), weight);
+    }));
 }
 
 template <class Operands>

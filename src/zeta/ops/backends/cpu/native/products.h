@@ -5,9 +5,13 @@
 // to at the end: the errors of a long sum grow with the roots of its parts, not with its own. Columns
 // are counted in whole vectors: B and C are padded to a multiple of LANES.
 
-constexpr int BLOCK_ROWS = LANES == 16 ? 12 : 6;
-constexpr int BLOCK_VECTORS = 2;
-constexpr int PANEL = BLOCK_VECTORS * LANES;
+constexpr int PANEL_VECTORS = 2;
+constexpr int PANEL = PANEL_VECTORS * LANES;
+
+// Vectors of a block of C, at most, and its rows: as many sums as there are registers for. Of two forms the
+// wider has the fewer numbers of A to read, and the fewer rows of C to find.
+constexpr int BLOCK_VECTORS = LANES == 16 ? 2 * PANEL_VECTORS : PANEL_VECTORS;
+constexpr int block_rows(int vectors) { return LANES < 16 ? 6 : vectors > PANEL_VECTORS ? 6 : 12; }
 
 // A: row `i` and depth `k` at i * stride + k; of a transposed one at i + k * stride.
 struct Left {
@@ -34,27 +38,30 @@ struct MultiplyAdd {
 
 template <class Product, int ROWS, int VECTORS, bool TRANSPOSED>
 inline void multiply_block(const float *a, int64_t a_stride, const float *b, int64_t b_row,
-                           int64_t b_vector, int64_t depth, float *c, int64_t c_row, bool adds) {
+                           int64_t b_vector, int64_t b_panel, int64_t depth, float *c,
+                           int64_t c_row, bool adds) {
     Floats sums[ROWS][VECTORS];
     // Unrolled early, or the sums would pass through memory.
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) sums[i][v] = zeros();
     for (int64_t k = 0; k < depth; ++k) {
         Floats right[VECTORS];
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; ++v) right[v] = load(b + k * b_row + v * b_vector);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v)
+            right[v] = load(b + k * b_row + v / PANEL_VECTORS * b_panel +
+                            v % PANEL_VECTORS * b_vector);
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; ++i) {
             const Floats left = splat(TRANSPOSED ? a[k * a_stride + i] : a[i * a_stride + k]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) sums[i][v] = Product::apply(left, right[v], sums[i][v]);
         }
     }
 #pragma GCC unroll 12
     for (int i = 0; i < ROWS; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; ++v) {
             float *to = c + i * c_row + v * LANES;
             store(to, adds ? load(to) + sums[i][v] : sums[i][v]);
@@ -63,7 +70,7 @@ inline void multiply_block(const float *a, int64_t a_stride, const float *b, int
 
 // Its numbers come one by one: a `Right` would pass through memory in each call.
 using BlockProduct = void (*)(const float *, int64_t, const float *, int64_t, int64_t, int64_t,
-                              float *, int64_t, bool);
+                              int64_t, float *, int64_t, bool);
 
 template <class Product, int ROWS, int VECTORS, bool TRANSPOSED>
 inline BlockProduct block_product(int64_t rows) {
@@ -72,11 +79,12 @@ inline BlockProduct block_product(int64_t rows) {
     return multiply_block<Product, ROWS, VECTORS, TRANSPOSED>;
 }
 
-// The product of A with one panel of B. Its rows are cut evenly: blocks of one or two rows would
+// The product of A with some vectors of B. Its rows are cut evenly: blocks of one or two rows would
 // wait for their own sums.
 template <class Product, int VECTORS, bool TRANSPOSED, class Depth>
-inline void multiply_panel(int64_t rows, int64_t column, Left a, Right b, float *c, int64_t c_row,
-                           bool adds, const Depth &depth) {
+inline void multiply_vectors(int64_t rows, int64_t column, Left a, Right b, float *c,
+                             int64_t c_row, bool adds, const Depth &depth) {
+    constexpr int BLOCK_ROWS = block_rows(VECTORS);
     const int64_t blocks = divide_up(rows, BLOCK_ROWS);
     const int64_t least = rows / blocks, longer = rows % blocks;
     const auto short_block = block_product<Product, BLOCK_ROWS, VECTORS, TRANSPOSED>(least);
@@ -89,7 +97,7 @@ inline void multiply_panel(int64_t rows, int64_t column, Left a, Right b, float 
         const Span span = depth(row, count, column, VECTORS * LANES);
         (is_long ? long_block : short_block)(
             a.data + row * a_row + span.begin * a_depth, a.stride, b.data + span.begin * b.row,
-            b.row, b.vector, span.end - span.begin, c + row * c_row, c_row, adds);
+            b.row, b.vector, b.panel, span.end - span.begin, c + row * c_row, c_row, adds);
         row += count;
     }
 }
@@ -99,9 +107,14 @@ inline void multiply(int64_t rows, int64_t columns, Left a, Right b, float *c, i
                      bool adds, const Depth &depth) {
     if (rows == 0) return;
     int64_t column = 0;
-    for (; column + PANEL <= columns; column += PANEL, b.data += b.panel)
-        multiply_panel<Product, BLOCK_VECTORS, TRANSPOSED>(rows, column, a, b, c + column, c_row,
+    const auto take = [&](auto vectors) {
+        for (; column + vectors * LANES <= columns; column += vectors * LANES) {
+            multiply_vectors<Product, vectors, TRANSPOSED>(rows, column, a, b, c + column, c_row,
                                                            adds, depth);
-    if (column < columns)
-        multiply_panel<Product, 1, TRANSPOSED>(rows, column, a, b, c + column, c_row, adds, depth);
+            b.data += vectors / PANEL_VECTORS * b.panel;
+        }
+    };
+    if constexpr (BLOCK_VECTORS > PANEL_VECTORS) take(Index<BLOCK_VECTORS>());
+    take(Index<PANEL_VECTORS>());
+    take(Index<1>());
 }

@@ -243,9 +243,13 @@ inline Floats finish_row(const ScoreRow &row, float *products) {
         case RowKind::PLAIN: {
             if (row.is_cut || row.scores.factor != 1)
                 return finish_row<RowKind::PLAIN>(row, products);
-            Floats highest = splat(-INFINITY);
-            for (int64_t key = 0; key < row.tile.padded; key += LANES)
-                highest = max(highest, load(products + key));
+            Floats of[SEVERAL];
+            unrolled<SEVERAL>([&](auto i) { of[i] = splat(-INFINITY); });
+            for_vectors(0, row.tile.padded, [&](int64_t key, auto count) {
+                unrolled<count>([&](auto i) { of[i] = max(of[i], load(products + key + i * LANES)); });
+            });
+            Floats highest = of[0];
+            unrolled<SEVERAL>([&](auto i) { highest = max(highest, of[i]); });
             return highest;
         }
         case RowKind::OFFSETS: return finish_row<RowKind::OFFSETS>(row, products);

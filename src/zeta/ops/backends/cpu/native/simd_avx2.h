@@ -86,9 +86,6 @@ inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm256_fm
 inline Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats abs(Floats x) { return _mm256_andnot_ps(splat(-0.0f), x); }
-inline Floats round(Floats x) {
-    return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
 inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }

@@ -95,9 +95,6 @@ inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fm
 inline Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats abs(Floats x) { return _mm512_andnot_ps(splat(-0.0f), x); }
-inline Floats round(Floats x) {
-    return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }

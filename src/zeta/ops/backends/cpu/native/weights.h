@@ -88,16 +88,13 @@ inline void score_all(const WeightsBlock<Operands> &block, const WeightsPlan &pl
 template <class Operands>
 inline float exponentials_of_row(const WeightsBlock<Operands> &block, const ZetaCall &call,
                                  float *scores, float highest) {
-    const Floats base = splat(highest == -INFINITY ? 0 : highest);
+    const float base = highest == -INFINITY ? 0 : highest;
     Floats total = zeros();
     for_tiles(block, call, [&](int64_t first, int64_t count, bool is_seen) {
         if (!is_seen) return;
         // Up to a whole vector: what is behind the last key is hidden.
-        for (int64_t key = first; key < first + count; key += LANES) {
-            const Floats weight = exp(load(scores + key) - base);
-            total = total + weight;
-            store(scores + key, weight);
-        }
+        total = total + exponentials(scores, first, first + count, base,
+                                     [](int64_t, Floats weight) { return weight; });
     });
     return sum(total);
 }
