@@ -5,7 +5,7 @@ What a compiled graph does beside attention (guards, its own code) is in both ti
 """
 
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -65,4 +65,4 @@ def _compiled(problem: Problem, attend: Attend) -> Run:
 
 
 def _whole(function: FunctionT) -> FunctionT:
-    return torch.compile(function, fullgraph=True, dynamic=False)
+    return cast(FunctionT, torch.compile(function, fullgraph=True, dynamic=False))

@@ -61,7 +61,7 @@ def training_rows(quick: bool) -> Iterator[Row]:
 class _Step:
     """One module with its position bias, and a training step of it."""
 
-    def __init__(self, module: nn.Module, bias: nn.Module, as_tensor: bool) -> None:
+    def __init__(self, module: Any, bias: nn.Module, as_tensor: bool) -> None:
         self.module, self.bias, self.as_tensor = module, bias, as_tensor
 
     def run(self, x: Tensor, mask: Tensor, incoming: Tensor) -> Results:
@@ -160,7 +160,8 @@ def small_module(
     def by_hand(x: Tensor) -> Tensor:
         q, k, v = (p(x).view(1, length, heads, HEAD_DIM).transpose(1, 2) for p in projections)
         out = F.scaled_dot_product_attention(q, k, v)
-        return module.out_proj(out.transpose(1, 2).reshape(1, length, embed))
+        joined: Tensor = module.out_proj(out.transpose(1, 2).reshape(1, length, embed))
+        return joined
 
     def run(attend: Attend, x: Tensor = x) -> Run:
         @torch.no_grad()

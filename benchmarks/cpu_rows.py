@@ -159,10 +159,8 @@ def work_of(
 ) -> Work:
     """Ours and torch's; where everything is on, the peer is our own plain causal attention."""
     problem = Problem(shape, dtype, features, train, side_by_side=side_by_side)
-    if features == EVERYTHING:
-        peer = Problem(shape, dtype, CAUSAL, train).ours
-    else:
-        peer = problem.torch_does()
+    everything = features == EVERYTHING
+    peer: Run = Problem(shape, dtype, CAUSAL, train).ours if everything else problem.torch_does()
     bound = BOUNDS[dtype] if features.precision == "highest" else HIGH_BOUND
     checked = {"ours": problem.ours} | ({} if features.dropout_p else {"peer": peer})
     return Work(problem.ours, peer, problem.oracle, checked, bound)

@@ -28,7 +28,8 @@ def by_hand(module: MultiheadAttention) -> Callable[[Tensor], Tensor]:
             for linear in (module.q_proj, module.k_proj, module.v_proj)
         )
         out = F.scaled_dot_product_attention(q, k, v)
-        return module.out_proj(out.transpose(1, 2).reshape(1, 1, EMBED))
+        joined: Tensor = module.out_proj(out.transpose(1, 2).reshape(1, 1, EMBED))
+        return joined
 
     return run
 
