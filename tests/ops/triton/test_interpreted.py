@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.ops.cases import CASES, T5, T5_CAUSAL, Case, assert_within_bound, widened
-from zeta import BackendUnsupported, attention, attention_weights, biases, explain, masks
+from zeta import (
+    BackendUnsupported,
+    attention,
+    attention_weights,
+    attention_with_lse,
+    biases,
+    explain,
+    masks,
+)
 from zeta.ops.backends.triton import arguments, configs, gradients
 
 pytestmark = [
@@ -276,6 +284,29 @@ def test_second_derivatives_are_refused(attend: Callable[[Tensor], Tensor]) -> N
     torch.testing.assert_close(grad, plain)
     with pytest.raises(RuntimeError, match=r"second derivatives use backend='reference'"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("function", [attention, attention_with_lse, attention_weights])
+def test_many_gradients_at_once(function: Callable[..., Any], create_graph: bool) -> None:
+    leaves = [torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(3)]
+    leaves.append(torch.randn(1, 2, 5, 5, requires_grad=True))
+    *operands, bias = leaves
+    if function is attention_weights:
+        operands, leaves = operands[:2], [*operands[:2], bias]
+    found = function(*operands, bias=biases.Dense(bias), backend="triton")
+    outputs = found if isinstance(found, tuple) else (found,)
+    many = [torch.randn(3, *output.shape) for output in outputs]
+
+    def gradients(incoming: list[Tensor], *, batched: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            outputs, leaves, incoming, retain_graph=True, create_graph=create_graph,
+            is_grads_batched=batched,
+        )  # fmt: skip
+
+    expected = [gradients(list(one), batched=False) for one in zip(*many, strict=True)]
+    for batch, *each in zip(gradients(many, batched=True), *expected, strict=True):
+        assert torch.equal(batch, torch.stack(each))
 
 
 def test_transforms_of_torch_func_are_refused() -> None:
