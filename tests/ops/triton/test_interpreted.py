@@ -19,7 +19,7 @@ from zeta import (
     explain,
     masks,
 )
-from zeta.ops.backends.triton import arguments, configs, gradients
+from zeta.ops.backends.triton import arguments, configs, gradients, passes
 
 pytestmark = [
     pytest.mark.skipif(
@@ -132,8 +132,32 @@ def test_calls_of_several_tiles(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 @pytest.mark.parametrize("case", SPLIT, ids=_id)
-def test_few_queries_over_many_keys(case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("most_splits", [passes.MAX_SPLITS, 1])
+def test_few_queries_over_many_keys(
+    case: Case, dtype: torch.dtype, most_splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "MAX_SPLITS", most_splits)
     _check(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "most_splits", "kernels"),
+    [
+        (17, 1, passes.MAX_SPLITS, ["split_kernel", "merge_kernel"]),
+        (16, 1, 1, ["split_kernel"]),
+        (17, 2, 1, ["split_kernel"]),
+        (17, 1, 1, ["forward_kernel"]),
+    ],
+)
+def test_few_queries_are_packed_or_split_where_that_is_of_use(
+    queries: int, heads: int, most_splits: int, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(passes, "MAX_SPLITS", most_splits)
+    monkeypatch.setattr(passes, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    key = torch.randn(1, 1, 128, 16)
+    attention(torch.randn(1, heads, queries, 16), key, key, backend="triton")
+    assert launched == kernels
 
 
 @pytest.mark.slow
