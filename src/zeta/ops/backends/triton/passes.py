@@ -3,6 +3,8 @@
 Shape suffixes: B batch, H query heads, T target length, S source length.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from zeta.ops.backends.triton.arguments import (
     Fixed,
     cdiv,
     given_rows,
+    is_exact,
     launch,
     power_of_two,
     rows_operand,
@@ -54,7 +57,7 @@ def forward(
     statistics = lse.new_empty(statistics_shape(query))
     score = score_operand(query, key, offsets, dense, fixed)
     results = (rows_operand(out), lse, statistics)
-    few = wanted and _is_few(query, value, sizes, fixed)
+    few = wanted and _is_few(query, value.shape[-1], score, sizes, fixed)
     if wanted and not few and hopper.takes(score, query, key, value):
         # Gluon is imported only where it serves.
         from zeta.ops.backends.triton.hopper import passes as on_hopper
@@ -107,17 +110,32 @@ def over_pages(
     return out, lse
 
 
-def _is_few(query: Tensor, value: Tensor, sizes: Sizes, fixed: Fixed) -> bool:
-    """Whether `_split` serves: the queries of a key head are one tile, and that is of use, because
-    it is a small one, heads share keys, or several programs share them.
+def _is_few(query: Tensor, width: int, score: Score, sizes: Sizes, fixed: Fixed) -> bool:
+    """Whether `_split` serves: it is of use because a tile is small, heads share keys, or several
+    programs share them.
     """
     packed = sizes.queries * sizes.group
     if packed > SPLIT_ROWS or sizes.keys < SPLIT_KEYS:
         return False
     if packed <= LEAST_ROWS or sizes.group > 1:
         return True
-    tiles = shape_of_tiles("split", query, fixed.causal, query.shape[-1], value.shape[-1])
-    return _num_splits(sizes, tiles["BLOCK_N"]) > 1
+    constants = _split_tiles(query, width, score, sizes, fixed)
+    return _num_splits(sizes, constants["BLOCK_N"]) > 1
+
+
+def _split_tiles(
+    query: Tensor, width: int, score: Score, sizes: Sizes, fixed: Fixed
+) -> dict[str, Any]:
+    """Compile-time arguments of `split_kernel`."""
+    constants = shape_of_tiles("split", query, fixed.causal, query.shape[-1], width)
+    packed = sizes.queries * sizes.group
+    constants["BLOCK_M"] = min(constants["BLOCK_M"], max(LEAST_ROWS, power_of_two(packed)))
+    # More registers: a product of float32 is made of three, and a bias is gathered.
+    is_large = is_exact(query) or score.offsets is not None or score.dense is not None
+    if constants["BLOCK_M"] > (LEAST_ROWS if is_large else 64):
+        constants["BLOCK_N"] = min(constants["BLOCK_N"], 64)
+        constants["num_warps"] *= 2
+    return constants
 
 
 def _num_splits(sizes: Sizes, columns: int) -> int:
@@ -136,22 +154,20 @@ def _split(
     fixed: Fixed,
 ) -> None:
     """The forward pass of a few queries over many keys."""
-    constants = shape_of_tiles("split", query, fixed.causal, query.shape[-1], width)
-    constants["BLOCK_M"] = max(LEAST_ROWS, power_of_two(sizes.queries * sizes.group))
-    if constants["BLOCK_M"] > 64:
-        constants["num_warps"] *= 2
+    constants = _split_tiles(query, width, score, sizes, fixed)
     if inputs[3] is not None:
         # The pipeline shares its stages between a lookup and what is looked up.
         constants["num_stages"] = 2 * constants["num_stages"] - 1
-    programs = sizes.batch * sizes.heads // sizes.group
     num_splits = _num_splits(sizes, constants["BLOCK_N"])
+    programs = cdiv(sizes.queries * sizes.group, constants["BLOCK_M"]) * num_splits
+    programs *= sizes.batch * sizes.heads // sizes.group
     num_rows = sizes.batch * sizes.heads * sizes.queries
     parts = None
     if num_splits > 1:
         sums = results[1].new_empty((num_splits, num_rows, width))
         parts = Parts(sums, *(sums.new_empty((num_splits, num_rows)) for _ in range(2)))
     launch(
-        split_kernel, (programs * num_splits,), *inputs, parts, *results, score, sizes, num_splits,
+        split_kernel, (programs,), *inputs, parts, *results, score, sizes, num_splits,
         **constants,
     )  # fmt: skip
     if parts is not None:

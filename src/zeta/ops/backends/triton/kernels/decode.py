@@ -1,6 +1,7 @@
 """Attention of a few queries over many keys: split over the keys, then merged.
 
-The query heads that share a key head are rows of one tile, so that each key is read once.
+The query heads that share a key head are rows of one tile, so that each key is read once, or of as
+few as there is room for.
 M: rows of a tile, N: key columns of a tile, D and E: padded widths of keys and of values.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zeta.ops.backends.triton.configs import SPLIT_ROWS
 from zeta.ops.backends.triton.kernels.forward import add_weights, store_statistics
 from zeta.ops.backends.triton.kernels.ranges import column_parts
 from zeta.ops.backends.triton.kernels.scores import (
@@ -20,6 +22,8 @@ from zeta.ops.backends.triton.kernels.scores import (
     load_pages,
     row_hashes,
 )
+
+MOST_ROWS: tl.constexpr = tl.constexpr(SPLIT_ROWS)
 
 
 @triton.jit
@@ -52,13 +56,15 @@ def split_kernel(
 
     Keys and values are rows of tensors, or lie in pages.
     """
+    num_tiles = tl.cdiv(sizes.queries * sizes.group, BLOCK_M)
     program = tl.program_id(0)
     split = program % num_splits
-    batch_head = program // num_splits
+    tile = program // num_splits % num_tiles
+    batch_head = program // num_splits // num_tiles
     key_heads = sizes.heads // sizes.group
     key_head = batch_head % key_heads
     batch = (batch_head // key_heads).to(tl.int64)
-    local_M = tl.arange(0, BLOCK_M)
+    local_M = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     local_N = tl.arange(0, BLOCK_N)
     inner_D = tl.arange(0, BLOCK_D)
     outer_E = tl.arange(0, BLOCK_E)
@@ -74,7 +80,8 @@ def split_kernel(
     acc_ME = tl.zeros([BLOCK_M, BLOCK_E], dtype=tl.float32)
     total_M = tl.zeros([BLOCK_M], dtype=tl.float32)
     peak_M = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    ends = column_parts(score, sizes, batch, row0, BLOCK_M, BLOCK_N)
+    # Rows of a tile are of any queries.
+    ends = column_parts(score, sizes, batch, row0, MOST_ROWS, BLOCK_N)
     low = ends[0]
     high = ends[5]
     share = tl.cdiv(tl.cdiv(high - low, BLOCK_N), num_splits) * BLOCK_N
