@@ -86,6 +86,10 @@ SPLIT = [
     _tiled("split", target=1, source=150, heads=4, key_heads=2),
     _tiled("split t5 causal", target=5, source=170, heads=4, key_heads=2, **T5_CAUSAL),
     _tiled(
+        "split tiles of rows", target=25, source=140, heads=4, key_heads=2, dropout_p=0.2,
+        mask=lambda: masks.SlidingWindow(70),
+    ),
+    _tiled(
         "split window padding dropout", target=3, source=140, dropout_p=0.2,
         mask=lambda: masks.SlidingWindow(60) & masks.Padding(torch.tensor([140, 20])),
     ),
@@ -308,6 +312,21 @@ def test_second_derivatives_are_refused(attend: Callable[[Tensor], Tensor]) -> N
     torch.testing.assert_close(grad, plain)
     with pytest.raises(RuntimeError, match=r"second derivatives use backend='reference'"):
         grad.sum().backward()
+
+
+def test_without_gradients_it_is_the_same() -> None:
+    query = torch.randn(1, 2, 5, 16, requires_grad=True)
+
+    def results() -> tuple[Tensor, ...]:
+        call: dict[str, Any] = {"dropout_p": 0.3, "seed": 1, "backend": "triton"}
+        weights = attention_weights(query, query, mask=masks.Causal(), backend="triton")
+        return *attention_with_lse(query, query, query, mask=masks.Causal(), **call), weights
+
+    expected = results()
+    with torch.no_grad():
+        for found, other in zip(results(), expected, strict=True):
+            assert torch.equal(found, other)
+            assert not found.requires_grad
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

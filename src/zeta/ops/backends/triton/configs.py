@@ -6,7 +6,10 @@ ones.
 """
 
 import dataclasses
+import functools
 from typing import Literal
+
+import torch
 
 Pass = Literal["forward", "keys", "queries", "band", "dense", "weights", "split"]
 
@@ -27,6 +30,18 @@ class Tiles:
 
 Table = dict[Pass, dict[int, tuple[Tiles, Tiles]]]
 """By the padded width up to which they serve: without a causal mask, with one."""
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device; torch asks for all of its properties each time, which takes longer."""
+    if device.index is None or torch.compiler.is_compiling():
+        return torch.cuda.get_device_capability(device)
+    return _known_capability(device.index)
+
+
+@functools.cache
+def _known_capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _both(*numbers: int) -> tuple[Tiles, Tiles]:
