@@ -32,6 +32,8 @@ from zeta.ops.lowering import lower
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227}
 """Shared memory that one block may have."""
+ALONE = passes.SPLIT_PROGRAMS
+"""Of so many key heads each has one program: keys are not split."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 FASTER: dict[tuple[str, int], int] = {
@@ -161,8 +163,11 @@ def _calls(dim: int, dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Cal
             for dropout_p in (0.0,) if quick else (0.0, 0.1):
                 name = f"causal={causal} {bias} dropout={dropout_p}"
                 yield name, _problem(dim, dtype, causal, bias, dropout_p, "output")
-    yield "one query", _problem(dim, dtype, True, "", 0.0, "lse", 1)
-    yield "one query over pages", _pages(dim, dtype)
+    for packed in (16, 128) if quick else (16, 32, 64, 128):
+        for bias in ("",) if quick else ("", "t5", "dense"):
+            yield f"{packed} packed queries {bias}", _packed(dim, dtype, packed, bias)
+        yield f"{packed} packed queries, one split", _packed(dim, dtype, packed, "", ALONE)
+        yield f"{packed} packed queries over pages", _pages(dim, dtype, packed)
     if not quick:
         yield "weights", _problem(dim, dtype, True, "t5", 0.0, "mean_weights")
     for interleaved in (True,) if quick else (True, False):
@@ -170,13 +175,38 @@ def _calls(dim: int, dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Cal
         yield f"rotated {pairs}", _rotation(dim, dtype, interleaved)
 
 
-def _pages(dim: int, dtype: torch.dtype) -> Callable[[], None]:
+def _packed(
+    dim: int, dtype: torch.dtype, packed: int, bias: str, batch: int = 2
+) -> Callable[[], None]:
+    """So many queries of four heads that share their keys."""
+    length, heads = 1024, 4
+    query = torch.zeros(batch, heads, packed // heads, dim, dtype=dtype)
+    key = torch.zeros(1, 1, length, dim, dtype=dtype).expand(batch, -1, -1, -1)
+    call = AttentionCall.checked(
+        query, key, key, mask=masks.Causal(), bias=_bias(bias, query, length, causal=True)
+    )
+    lowered = lower(call)
+    fixed = arguments.Fixed(*lowered.fixed())
+    return lambda: passes.forward(query, key, key, lowered.offsets, lowered.dense, fixed)
+
+
+def _bias(name: str, query: Tensor, length: int, *, causal: bool) -> biases.Bias | None:
+    _, heads, queries, _ = query.shape
+    if name == "t5":
+        return biases.Bucketed(torch.zeros(32, heads), bidirectional=not causal)
+    if name == "dense":
+        return biases.Dense(torch.zeros(1, heads, queries, length, dtype=query.dtype))
+    return None
+
+
+def _pages(dim: int, dtype: torch.dtype, packed: int) -> Callable[[], None]:
     """Sequences that differ in length, and of which a window is seen."""
-    query = torch.zeros(2, 8, 1, dim, dtype=dtype)
+    queries = packed // 4
+    query = torch.zeros(2, 8, queries, dim, dtype=dtype)
     key = torch.zeros(2, 2, 1024, dim, dtype=dtype)
     positions = torch.arange(1024).expand(2, -1).contiguous()
     call = AttentionCall.checked(
-        query, key, key, mask=masks.SlidingWindow(256), query_positions=positions[:, -1:],
+        query, key, key, mask=masks.SlidingWindow(256), query_positions=positions[:, -queries:],
         key_positions=positions,
     )  # fmt: skip
     lowered = lower(call)
@@ -207,30 +237,19 @@ def _problem(
     bias: str,
     dropout_p: float,
     result: Any,
-    queries: int = 1024,
 ) -> Callable[[], None]:
     length, heads = 1024, 4
-    query, key, value = (
-        torch.zeros(2, heads, size, dim, dtype=dtype) for size in (queries, length, length)
-    )
-    table = torch.zeros(32, heads)
-    kinds: dict[str, biases.Bias | None] = {
-        "": None,
-        "t5": biases.Bucketed(table, bidirectional=not causal),
-        "dense": biases.Dense(torch.zeros(1, heads, length, length, dtype=dtype)),
-    }
+    query, key, value = (torch.zeros(2, heads, length, dim, dtype=dtype) for _ in range(3))
     call = AttentionCall.checked(
-        query, key, value, mask=masks.Causal() if causal else None, bias=kinds[bias],
-        dropout_p=dropout_p, seed=1 if dropout_p else None, result=result,
+        query, key, value, mask=masks.Causal() if causal else None,
+        bias=_bias(bias, query, length, causal=causal), dropout_p=dropout_p,
+        seed=1 if dropout_p else None, result=result,
     )  # fmt: skip
     lowered = lower(call)
     fixed = arguments.Fixed(*lowered.fixed())
     learned = (lowered.offsets, lowered.dense)
 
     def run() -> None:
-        if result == "lse":
-            passes.forward(query, key, value, *learned, fixed)
-            return
         if result == "output":
             out, _, normalisers = passes.forward(query, key, value, *learned, fixed)
             inputs: tuple[Tensor, ...] = (query, key, value, out, normalisers)

@@ -24,15 +24,16 @@ class Pages(NamedTuple):
         key: ``(P, G, S, D)``.
         value: ``(P, G, S, Dv)``.
         table: ``(B, most pages)`` int32, the pages of each sequence; behind its last, any.
-        lengths: Tokens of each sequence. Those that it has not are 0 in the tensors.
+        lengths: ``(B,)`` int64, tokens of each sequence. Those that it has not are 0 in the
+            tensors. None: no sequence is shorter.
         positions: ``(B, L)`` int64, as the cache gives them back: -1 where a sequence has no token;
-            None: no sequence is shorter.
+            None where `lengths` is.
     """
 
     key: Tensor
     value: Tensor
     table: Tensor
-    lengths: tuple[int, ...]
+    lengths: Tensor | None
     positions: Tensor | None
 
 

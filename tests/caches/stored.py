@@ -83,6 +83,7 @@ def features(tensor: Tensor) -> Tensor:
     assert isinstance(store, Pages)
     pages = store.value if tensor.is_value else store.key
     joined = pages[store.table.long()].double().transpose(1, 2).flatten(2, 3)
-    for row, length in zip(joined, store.lengths, strict=True):
-        row[:, length:] = 0
+    if store.lengths is not None:
+        for row, length in zip(joined, store.lengths.tolist(), strict=True):
+            row[:, length:] = 0
     return joined[:, :, keys]

@@ -127,11 +127,12 @@ class PagedCache:
         self._rows = Rows(tables, lengths, padding, origin)
         sequences = self._sequences()
         are_alike = len(set(lengths)) == 1 and set(counts) == {added}
-        positions = None if are_alike else sequences.positions()
+        lengths_B = None if are_alike else sequences.lengths()
+        positions = None if lengths_B is None else sequences.positions(lengths_B)
         keys: Tensor
         values: Tensor
         if can_defer(key):
-            keys, values = sequences.deferred(positions)
+            keys, values = sequences.deferred(lengths_B, positions)
         else:
             keys, values = (sequences.gathered(values=values) for values in (False, True))
         if are_alike:

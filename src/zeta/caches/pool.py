@@ -182,7 +182,7 @@ class PagePool:
         tokens = pages.index_select(0, table.flatten())
         return tokens.view(batch, num_pages * self.page_size, *pages.shape[2:])
 
-    def store(self, table: Tensor, lengths: tuple[int, ...], positions: Tensor | None) -> Pages:
+    def store(self, table: Tensor, lengths: Tensor | None, positions: Tensor | None) -> Pages:
         """Sequences as a backend reads them where they lie; see `Pages`."""
         key_PGSD, value_PGSD = self._key_PSGD.transpose(1, 2), self._value_PSGD.transpose(1, 2)
         return Pages(key_PGSD, value_PGSD, table, lengths, positions)

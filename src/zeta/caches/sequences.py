@@ -35,28 +35,34 @@ class Sequences(NamedTuple):
         """``L``; 1 where all are empty."""
         return max(1, *self.rows.lengths)
 
-    def positions(self) -> Tensor:
+    def lengths(self) -> Tensor:
+        """``(B,)``: tokens of each sequence, on the device."""
+        return sent(self.rows.lengths, self.table.device)
+
+    def positions(self, lengths_B: Tensor) -> Tensor:
         """``(B, L)``: the position of each token, -1 behind the end of a sequence."""
-        device = self.table.device
-        slot_L = torch.arange(self.length, device=device)
-        lengths = sent(self.rows.lengths, device)
-        return torch.where(slot_L < lengths[:, None], slot_L, -1)
+        slot_L = torch.arange(self.length, device=self.table.device)
+        return torch.where(slot_L < lengths_B[:, None], slot_L, -1)
 
     def gathered(self, *, values: bool) -> Tensor:
         """Keys ``(B, G, L, D)`` or values; 0 behind the end of a sequence."""
         tokens = self.pool.read(self.table, values=values)[:, : self.length]
         if min(self.rows.lengths) < self.length:
             # What others left there could be NaN.
-            tokens.masked_fill_((self.positions() < 0)[:, :, None, None], 0)
+            is_empty_BL = self.positions(self.lengths()) < 0
+            tokens.masked_fill_(is_empty_BL[:, :, None, None], 0)
         return tokens.transpose(1, 2)
 
-    def deferred(self, positions: Tensor | None) -> tuple[StoredTensor, StoredTensor]:
+    def deferred(
+        self, lengths_B: Tensor | None, positions: Tensor | None
+    ) -> tuple[StoredTensor, StoredTensor]:
         """Keys and values that are gathered when they are first read.
 
         Args:
+            lengths_B: `lengths`; None where no sequence is shorter.
             positions: What the cache gives back with them.
         """
-        store = self.pool.store(self.table, self.rows.lengths, positions)
+        store = self.pool.store(self.table, lengths_B, positions)
         key, value = (self._stand_in(store, values=values) for values in (False, True))
         return key, value
 

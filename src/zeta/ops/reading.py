@@ -64,10 +64,10 @@ def lower_pages(call: AttentionCall, store: Pages) -> Lowered:
     Where nothing asks for the positions of sequences that differ in length, their lengths are
     padding, which a kernel skips.
     """
-    if store.positions is None or reads_positions(call, _OF_EXISTENCE):
+    padding_B = store.lengths
+    if padding_B is None or reads_positions(call, _OF_EXISTENCE):
         return lower(call)
     lowered = lower(dataclasses.replace(call, query_positions=None, key_positions=None))
-    padding_B = torch.tensor(store.lengths, device=call.query.device)
     if lowered.padding_B is not None:
         padding_B = torch.minimum(padding_B, lowered.padding_B)
     return lowered._replace(padding_B=padding_B)

@@ -10,8 +10,16 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.ops.cases import CASES, T5, T5_CAUSAL, Case, assert_within_bound, widened
-from zeta import BackendUnsupported, attention, attention_weights, biases, explain, masks
-from zeta.ops.backends.triton import arguments, configs, gradients
+from zeta import (
+    BackendUnsupported,
+    attention,
+    attention_weights,
+    attention_with_lse,
+    biases,
+    explain,
+    masks,
+)
+from zeta.ops.backends.triton import arguments, configs, gradients, passes
 
 pytestmark = [
     pytest.mark.skipif(
@@ -78,6 +86,10 @@ SPLIT = [
     _tiled("split", target=1, source=150, heads=4, key_heads=2),
     _tiled("split t5 causal", target=5, source=170, heads=4, key_heads=2, **T5_CAUSAL),
     _tiled(
+        "split tiles of rows", target=25, source=140, heads=4, key_heads=2, dropout_p=0.2,
+        mask=lambda: masks.SlidingWindow(70),
+    ),
+    _tiled(
         "split window padding dropout", target=3, source=140, dropout_p=0.2,
         mask=lambda: masks.SlidingWindow(60) & masks.Padding(torch.tensor([140, 20])),
     ),
@@ -124,8 +136,32 @@ def test_calls_of_several_tiles(case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
 @pytest.mark.parametrize("case", SPLIT, ids=_id)
-def test_few_queries_over_many_keys(case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("most_splits", [passes.MAX_SPLITS, 1])
+def test_few_queries_over_many_keys(
+    case: Case, dtype: torch.dtype, most_splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "MAX_SPLITS", most_splits)
     _check(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "most_splits", "kernels"),
+    [
+        (17, 1, passes.MAX_SPLITS, ["split_kernel", "merge_kernel"]),
+        (16, 1, 1, ["split_kernel"]),
+        (17, 2, 1, ["split_kernel"]),
+        (17, 1, 1, ["forward_kernel"]),
+    ],
+)
+def test_few_queries_are_packed_or_split_where_that_is_of_use(
+    queries: int, heads: int, most_splits: int, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(passes, "MAX_SPLITS", most_splits)
+    monkeypatch.setattr(passes, "launch", lambda kernel, *_, **__: launched.append(kernel.__name__))
+    key = torch.randn(1, 1, 128, 16)
+    attention(torch.randn(1, heads, queries, 16), key, key, backend="triton")
+    assert launched == kernels
 
 
 @pytest.mark.slow
@@ -276,6 +312,44 @@ def test_second_derivatives_are_refused(attend: Callable[[Tensor], Tensor]) -> N
     torch.testing.assert_close(grad, plain)
     with pytest.raises(RuntimeError, match=r"second derivatives use backend='reference'"):
         grad.sum().backward()
+
+
+def test_without_gradients_it_is_the_same() -> None:
+    query = torch.randn(1, 2, 5, 16, requires_grad=True)
+
+    def results() -> tuple[Tensor, ...]:
+        call: dict[str, Any] = {"dropout_p": 0.3, "seed": 1, "backend": "triton"}
+        weights = attention_weights(query, query, mask=masks.Causal(), backend="triton")
+        return *attention_with_lse(query, query, query, mask=masks.Causal(), **call), weights
+
+    expected = results()
+    with torch.no_grad():
+        for found, other in zip(results(), expected, strict=True):
+            assert torch.equal(found, other)
+            assert not found.requires_grad
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("function", [attention, attention_with_lse, attention_weights])
+def test_many_gradients_at_once(function: Callable[..., Any], create_graph: bool) -> None:
+    leaves = [torch.randn(1, 2, 5, 16, requires_grad=True) for _ in range(3)]
+    leaves.append(torch.randn(1, 2, 5, 5, requires_grad=True))
+    *operands, bias = leaves
+    if function is attention_weights:
+        operands, leaves = operands[:2], [*operands[:2], bias]
+    found = function(*operands, bias=biases.Dense(bias), backend="triton")
+    outputs = found if isinstance(found, tuple) else (found,)
+    many = [torch.randn(3, *output.shape) for output in outputs]
+
+    def gradients(incoming: list[Tensor], *, batched: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            outputs, leaves, incoming, retain_graph=True, create_graph=create_graph,
+            is_grads_batched=batched,
+        )  # fmt: skip
+
+    expected = [gradients(list(one), batched=False) for one in zip(*many, strict=True)]
+    for batch, *each in zip(gradients(many, batched=True), *expected, strict=True):
+        assert torch.equal(batch, torch.stack(each))
 
 
 def test_transforms_of_torch_func_are_refused() -> None:

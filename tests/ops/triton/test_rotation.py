@@ -80,6 +80,24 @@ def test_it_can_be_differentiated_twice() -> None:
     torch.testing.assert_close(found, penalty(rotate(query, *table)))
 
 
+@pytest.mark.parametrize("eager", [True, False])
+def test_many_gradients_at_once(eager: bool) -> None:
+    query, key, table = _leaves()
+    tables = [*table, *table]
+    if eager:
+        turned = rotation.rotated(query, key, tables, True)
+    else:
+        turned = rotation.rotation(query, key, tables, True, False)
+    for outputs, leaves in ((turned, (query, key)), (turned[:1], (query,)), (turned[1:], (key,))):
+        many = [torch.randn(3, *output.shape) for output in outputs]
+        found = torch.autograd.grad(outputs, leaves, many, retain_graph=True, is_grads_batched=True)
+        for leaf, batch, incoming in zip(leaves, found, many, strict=True):
+            plain = rotate(leaf, *table)
+            for got, one in zip(batch, incoming, strict=True):
+                (expected,) = torch.autograd.grad(plain, leaf, one, retain_graph=True)
+                torch.testing.assert_close(got, expected)
+
+
 def test_results_are_laid_out_as_what_was_turned() -> None:
     query, key, table = _leaves()
     inside = query.detach().transpose(1, 2).contiguous().transpose(1, 2)

@@ -17,7 +17,7 @@ import os
 import torch
 from torch import Tensor
 
-from zeta.ops.backends.triton.configs import SPLIT_ROWS
+from zeta.ops.backends.triton.configs import SPLIT_ROWS, capability_of
 from zeta.ops.call import AttentionCall
 from zeta.ops.lowering import lower, refusals
 from zeta.ops.reading import NO_STORE, reasons_of_tensors, store_of
@@ -50,15 +50,30 @@ def unsupported(call: AttentionCall) -> list[str]:
 
 def run(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Attention ``(B, H, T, Dv)`` and its log-sum-exp ``(B, H, T)`` in float32."""
-    from zeta.ops.backends.triton import operators
+    from zeta.ops.backends.triton import operators, passes
+    from zeta.ops.backends.triton.arguments import Fixed
 
     lowered = lower(call)
     given = (call.query, call.key, call.value, lowered.offsets, lowered.dense)
-    eager = all(operators.is_eager(tensor) for tensor in given if tensor is not None)
-    eager = eager and not has_dispatch_modes()
-    run_one = operators.EagerAttention.apply if eager else operators.attention
-    out, lse, *_ = run_one(*given, *lowered.fixed())
+    eager = _are_eager(given)
+    if eager and not _need_gradient(given):
+        out, lse, _ = passes.forward(*given, Fixed(*lowered.fixed()))
+    else:
+        run_one = operators.EagerAttention.apply if eager else operators.attention
+        out, lse, *_ = run_one(*given, *lowered.fixed())
     return out, lse
+
+
+def _are_eager(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether kernels may be launched on the spot."""
+    from zeta.ops.backends.triton.operators import is_eager
+
+    eager = all(is_eager(tensor) for tensor in tensors if tensor is not None)
+    return eager and not has_dispatch_modes()
+
+
+def _need_gradient(tensors: tuple[Tensor | None, ...]) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
 def unreadable(call: AttentionCall) -> list[str]:
@@ -85,13 +100,18 @@ def run_stored(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 def weights(call: AttentionCall) -> Tensor:
     """Weights before dropout: ``(B, H, T, S)``, or ``(B, T, S)`` averaged over heads."""
-    from zeta.ops.backends.triton import operators
+    from zeta.ops.backends.triton import operators, passes
+    from zeta.ops.backends.triton.arguments import Fixed
 
     lowered = lower(call)
-    made: tuple[Tensor, Tensor] = operators.weights(
-        call.query, call.key, lowered.offsets, lowered.dense,
-        call.result == "mean_weights", *lowered.fixed(),
-    )  # fmt: skip
+    given = (call.query, call.key, lowered.offsets, lowered.dense)
+    mean = call.result == "mean_weights"
+    made: tuple[Tensor, Tensor]
+    if _are_eager(given) and not _need_gradient(given):
+        fixed = Fixed(*lowered._replace(dropout_p=0.0).fixed())
+        made = passes.weights(*given, mean, fixed)
+    else:
+        made = operators.weights(*given, mean, *lowered.fixed())
     return made[0]
 
 
@@ -105,7 +125,7 @@ def unsupported_device(device: torch.device) -> list[str]:
         return ["it needs a CUDA device"]
     if device.type != "cuda" or torch.version.hip is not None:
         return [f"it needs a CUDA device of NVIDIA; got {device}"]
-    capability = torch.cuda.get_device_capability(device)
+    capability = capability_of(device)
     if capability < MIN_CAPABILITY:
         return [f"it needs compute capability 8.0 or more; {device} has {capability}"]
     return []

@@ -39,6 +39,8 @@ read as a vector, in a tile where few elements are next to each other, it takes 
 HASH_BLOCK = 1024
 FARTHEST_ROW = 1 << 24
 """Elements from a row to the next at most: inside of a tile kernels count them in 32 bits."""
+FLAGS = tl.constexpr(False), tl.constexpr(True)
+"""Constants of kernels; a new one takes longer than to look at one."""
 MIN_SCALE = 2.0**-60
 """Products begin with an offset bias over the scale, which is not to overflow."""
 
@@ -118,12 +120,12 @@ def score_operand(
     query_positions, key_positions, _ = placed
     unit = score_unit(query)
     return Score(
-        exact=tl.constexpr(is_exact(query)),
+        exact=FLAGS[is_exact(query)],
         unit=unit,
         scale=fixed.scale * unit,
         slope=fixed.scale,
-        folds=tl.constexpr(fixed.scale > 0),
-        causal=tl.constexpr(fixed.causal),
+        folds=FLAGS[fixed.scale > 0],
+        causal=FLAGS[fixed.causal],
         # Longer ones hide nothing, for keys that are seen have no negative position.
         window=fixed.window if 0 < fixed.window <= LAST_POSITION else None,
         prefix=prefix,
@@ -134,10 +136,10 @@ def score_operand(
         softcap=_softcap(fixed, unit),
         offsets=_offsets(offsets),
         spread=None,
-        slopes=None if slopes is None else slopes * unit,
+        slopes=slopes if slopes is None or unit == 1.0 else slopes * unit,
         dense=None if dense is None else plane_operand(dense),
         dropout=_dropout(query, key, fixed),
-        begins=tl.constexpr(False),
+        begins=FLAGS[False],
     )
 
 
@@ -151,9 +153,7 @@ def _labels(row: Tensor | None, column: Tensor | None) -> Labels | None:
 def _softcap(fixed: Fixed, unit: float) -> Softcap | None:
     if not fixed.softcap:
         return None
-    return Softcap(
-        1.0 / (fixed.softcap * unit), fixed.softcap * unit, tl.constexpr(fixed.softcap_first)
-    )
+    return Softcap(1.0 / (fixed.softcap * unit), fixed.softcap * unit, FLAGS[fixed.softcap_first])
 
 
 def _offsets(offsets: Tensor | None) -> Offsets | None:
@@ -170,7 +170,7 @@ def can_begin(score: Score) -> bool:
 
 def begun(score: Score) -> Score:
     """The same for kernels whose products begin with an offset bias."""
-    return score._replace(begins=tl.constexpr(True))
+    return score._replace(begins=FLAGS[True])
 
 
 def spread(
@@ -244,7 +244,7 @@ def hashes_of(query: Tensor, key: Tensor, fixed: Fixed) -> tuple[Tensor, Tensor]
 
 def device_capability(tensor: Tensor) -> tuple[int, int] | None:
     """None in the interpreter."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+    return configs.capability_of(tensor.device) if tensor.is_cuda else None
 
 
 def shape_of_tiles(

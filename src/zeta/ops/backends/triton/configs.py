@@ -6,18 +6,21 @@ ones.
 """
 
 import dataclasses
+import functools
 from typing import Literal
+
+import torch
 
 Pass = Literal["forward", "keys", "queries", "band", "dense", "weights", "split"]
 
 
 SPLIT_ROWS = 128
-"""Up to so many rows, of queries that share a key head, can be one tile of "split"."""
+"""Up to so many rows, of queries that share a key head, are for "split"."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tiles:
-    """A tile of scores has `rows` queries (fitted to the call in "split") and `columns` keys."""
+    """A tile of scores has `rows` queries (in "split" at most so many) and `columns` keys."""
 
     rows: int
     columns: int
@@ -27,6 +30,18 @@ class Tiles:
 
 Table = dict[Pass, dict[int, tuple[Tiles, Tiles]]]
 """By the padded width up to which they serve: without a causal mask, with one."""
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA device; torch asks for all of its properties each time, which takes longer."""
+    if device.index is None or torch.compiler.is_compiling():
+        return torch.cuda.get_device_capability(device)
+    return _known_capability(device.index)
+
+
+@functools.cache
+def _known_capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def _both(*numbers: int) -> tuple[Tiles, Tiles]:
@@ -55,7 +70,7 @@ HOPPER: Table = {
     "band": {64: _both(64, 64, 4, 2), 128: _both(64, 64, 4, 2), 256: _both(32, 32, 4, 1)},
     "dense": {64: _both(64, 64, 4, 2), 128: _both(64, 64, 4, 2), 256: _both(32, 32, 4, 1)},
     "weights": {64: _both(64, 64, 4, 2), 128: _both(64, 64, 4, 2), 256: _both(64, 64, 4, 1)},
-    "split": {64: _both(16, 128, 4, 3), 128: _both(16, 64, 4, 4), 256: _both(16, 32, 4, 3)},
+    "split": {64: _both(128, 128, 4, 3), 128: _both(128, 64, 4, 4), 256: _both(32, 32, 4, 3)},
 }
 """float16 and bfloat16 on compute capability 9.0, with 227 KiB of shared memory."""
 
@@ -80,7 +95,7 @@ AMPERE: Table = {
     "band": {64: _both(64, 32, 4, 1), 128: _both(32, 32, 4, 1), 256: _both(32, 32, 4, 1)},
     "dense": {64: _both(64, 32, 4, 1), 128: _both(32, 32, 4, 1), 256: _both(32, 32, 4, 1)},
     "weights": {64: _both(64, 64, 4, 1), 128: _both(64, 64, 4, 1), 256: _both(32, 32, 4, 1)},
-    "split": {64: _both(16, 64, 4, 2), 128: _both(16, 32, 4, 2), 256: _both(16, 32, 4, 1)},
+    "split": {64: _both(128, 64, 4, 2), 128: _both(128, 32, 4, 2), 256: _both(32, 32, 4, 1)},
 }
 """float16 and bfloat16 elsewhere, within the 99 KiB of shared memory of the smaller devices."""
 
@@ -94,7 +109,7 @@ WIDE: Table = {
     "band": {64: _both(32, 32, 8, 1), 128: _both(16, 16, 4, 1), 256: _both(16, 32, 8, 1)},
     "dense": {64: _both(32, 32, 8, 1), 128: _both(16, 16, 4, 1), 256: _both(16, 32, 8, 1)},
     "weights": {64: _both(32, 32, 4, 1), 128: _both(16, 32, 4, 1), 256: _both(16, 32, 8, 1)},
-    "split": {64: _both(16, 32, 4, 1), 128: _both(16, 32, 4, 1), 256: _both(16, 16, 4, 1)},
+    "split": {64: _both(64, 32, 4, 1), 128: _both(32, 32, 4, 1), 256: _both(16, 16, 4, 1)},
 }
 """float32: each product is made of three of half the width, with more registers."""
 

@@ -15,6 +15,7 @@ from zeta.ops.backends.triton.arguments import Fixed, hashes_of, statistics_shap
 from zeta.ops.buffers import empty_contiguous, empty_rows, rows
 from zeta.ops.registration import operator
 from zeta.standin import PLAIN
+from zeta.transforms import of_each_gradient
 
 
 @operator("triton_attention")
@@ -255,16 +256,18 @@ class EagerAttention(torch.autograd.Function):
             # The operator, for it says so if somebody differentiates again.
             return _attention_gradient(ctx, dout, dlse, None)
         query, key, value, out, statistics, offsets, dense, *tensors = ctx.saved_tensors
-        needed = ctx.needs_input_grad[3:5]
         if dout is None:
             dout = torch.zeros_like(out)
         fixed = Fixed(tensors, *ctx.numbers)
         fixed.hashes = ctx.hashes
-        inputs = (query, key, value, out, statistics)
-        given = gradients.of_output(dout, dlse, inputs, offsets, dense, fixed)
-        dquery, dkey, dvalue, doffsets, ddense = gradients.gradients(given, dense, *needed)
-        nothing = [None] * (len(ctx.numbers) + 1)
-        return dquery, dkey, dvalue, doffsets, ddense, *nothing
+        inputs, needed = (query, key, value, out, statistics), ctx.needs_input_grad[3:5]
+
+        def compute(dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+            given = gradients.of_output(dout, dlse, inputs, offsets, dense, fixed)
+            return gradients.gradients(given, dense, *needed)
+
+        # Torch calls an operator for each of many, but nothing that is launched on the spot.
+        return *of_each_gradient(compute, dout, dlse), *[None] * (len(ctx.numbers) + 1)
 
 
 def is_eager(tensor: Tensor) -> bool:

@@ -3,6 +3,8 @@
 Shape suffixes: B batch, H query heads, T target length, S source length.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from zeta.ops.backends.triton.arguments import (
     Fixed,
     cdiv,
     given_rows,
+    is_exact,
     launch,
     power_of_two,
     rows_operand,
@@ -23,7 +26,7 @@ from zeta.ops.backends.triton.arguments import (
 from zeta.ops.backends.triton.configs import SPLIT_ROWS
 from zeta.ops.backends.triton.kernels.decode import merge_kernel, split_kernel
 from zeta.ops.backends.triton.kernels.forward import forward_kernel
-from zeta.ops.backends.triton.kernels.operands import PageTable, Rows, Score, Sizes
+from zeta.ops.backends.triton.kernels.operands import PageTable, Parts, Rows, Score, Sizes
 from zeta.ops.backends.triton.kernels.weights import weights_kernel
 from zeta.ops.buffers import empty_rows, rows
 
@@ -31,6 +34,8 @@ SPLIT_KEYS = 128
 """From so many keys on they are split, for up to `SPLIT_ROWS` rows that share a key head."""
 SPLIT_PROGRAMS, MAX_SPLITS = 528, 64
 """About how many programs share the keys: four for each multiprocessor of a large device."""
+LEAST_ROWS = 16
+"""Of a tile of queries, padded if need be."""
 MERGE_ROWS = 4
 
 
@@ -52,7 +57,7 @@ def forward(
     statistics = lse.new_empty(statistics_shape(query))
     score = score_operand(query, key, offsets, dense, fixed)
     results = (rows_operand(out), lse, statistics)
-    few = sizes.queries * sizes.group <= SPLIT_ROWS and sizes.keys >= SPLIT_KEYS
+    few = wanted and _is_few(query, value.shape[-1], score, sizes, fixed)
     if wanted and not few and hopper.takes(score, query, key, value):
         # Gluon is imported only where it serves.
         from zeta.ops.backends.triton.hopper import passes as on_hopper
@@ -60,7 +65,7 @@ def forward(
         on_hopper.forward(query, key, value, results, score, sizes)
         return out, lse, statistics
     inputs = (given_rows(query), given_rows(key), given_rows(value))
-    if wanted and few:
+    if few:
         _split(query, value.shape[-1], (*inputs, None), results, score, sizes, fixed)
         return out, lse, statistics
     constants = shape_of_tiles(
@@ -105,6 +110,40 @@ def over_pages(
     return out, lse
 
 
+def _is_few(query: Tensor, width: int, score: Score, sizes: Sizes, fixed: Fixed) -> bool:
+    """Whether `_split` serves: it is of use because a tile is small, heads share keys, or several
+    programs share them.
+    """
+    packed = sizes.queries * sizes.group
+    if packed > SPLIT_ROWS or sizes.keys < SPLIT_KEYS:
+        return False
+    if packed <= LEAST_ROWS or sizes.group > 1:
+        return True
+    constants = _split_tiles(query, width, score, sizes, fixed)
+    return _num_splits(sizes, constants["BLOCK_N"]) > 1
+
+
+def _split_tiles(
+    query: Tensor, width: int, score: Score, sizes: Sizes, fixed: Fixed
+) -> dict[str, Any]:
+    """Compile-time arguments of `split_kernel`."""
+    constants = shape_of_tiles("split", query, fixed.causal, query.shape[-1], width)
+    packed = sizes.queries * sizes.group
+    constants["BLOCK_M"] = min(constants["BLOCK_M"], max(LEAST_ROWS, power_of_two(packed)))
+    # More registers: a product of float32 is made of three, and a bias is gathered.
+    is_large = is_exact(query) or score.offsets is not None or score.dense is not None
+    if constants["BLOCK_M"] > (LEAST_ROWS if is_large else 64):
+        constants["BLOCK_N"] = min(constants["BLOCK_N"], 64)
+        constants["num_warps"] *= 2
+    return constants
+
+
+def _num_splits(sizes: Sizes, columns: int) -> int:
+    """How many programs share the keys of a key head."""
+    programs = sizes.batch * sizes.heads // sizes.group
+    return min(cdiv(SPLIT_PROGRAMS, programs), cdiv(sizes.keys, 2 * columns), MAX_SPLITS)
+
+
 def _split(
     query: Tensor,
     width: int,
@@ -115,28 +154,27 @@ def _split(
     fixed: Fixed,
 ) -> None:
     """The forward pass of a few queries over many keys."""
-    constants = shape_of_tiles("split", query, fixed.causal, query.shape[-1], width)
-    constants["BLOCK_M"] = max(16, power_of_two(sizes.queries * sizes.group))
-    if constants["BLOCK_M"] > 64:
-        constants["num_warps"] *= 2
+    constants = _split_tiles(query, width, score, sizes, fixed)
     if inputs[3] is not None:
         # The pipeline shares its stages between a lookup and what is looked up.
         constants["num_stages"] = 2 * constants["num_stages"] - 1
-    programs = sizes.batch * sizes.heads // sizes.group
-    most = cdiv(sizes.keys, 2 * constants["BLOCK_N"])
-    num_splits = max(1, min(cdiv(SPLIT_PROGRAMS, programs), most, MAX_SPLITS))
-    rows_shape = (num_splits, sizes.batch, sizes.heads, sizes.queries)
-    totals, peaks = (results[1].new_empty(rows_shape) for _ in range(2))
-    partial = totals.new_empty((*rows_shape, width))
+    num_splits = _num_splits(sizes, constants["BLOCK_N"])
+    programs = cdiv(sizes.queries * sizes.group, constants["BLOCK_M"]) * num_splits
+    programs *= sizes.batch * sizes.heads // sizes.group
+    num_rows = sizes.batch * sizes.heads * sizes.queries
+    parts = None
+    if num_splits > 1:
+        sums = results[1].new_empty((num_splits, num_rows, width))
+        parts = Parts(sums, *(sums.new_empty((num_splits, num_rows)) for _ in range(2)))
     launch(
-        split_kernel, (programs * num_splits,), *inputs, partial, totals, peaks, score, sizes,
-        num_splits, **constants,
+        split_kernel, (programs,), *inputs, parts, *results, score, sizes, num_splits,
+        **constants,
     )  # fmt: skip
-    launch(
-        merge_kernel, (cdiv(totals[0].numel(), MERGE_ROWS),), partial, totals, peaks,
-        *results, score, sizes, num_splits,
-        VALUE_WIDTH=width, BLOCK_E=power_of_two(width), BLOCK_M=MERGE_ROWS, num_warps=2,
-    )  # fmt: skip
+    if parts is not None:
+        launch(
+            merge_kernel, (cdiv(num_rows, MERGE_ROWS),), parts, *results, score, sizes, num_splits,
+            VALUE_WIDTH=width, BLOCK_E=power_of_two(width), BLOCK_M=MERGE_ROWS, num_warps=2,
+        )  # fmt: skip
 
 
 def weights(

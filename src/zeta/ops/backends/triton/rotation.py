@@ -6,8 +6,9 @@ does both, as often as one likes to differentiate.
 Shape suffixes: B batch, H heads, L length, D head dimension, P pairs of features.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,14 +19,12 @@ from zeta.ops.backends.triton.kernels.rotation import rotation_kernel
 from zeta.ops.backends.triton.operators import is_eager
 from zeta.ops.buffers import empty_rows, rows
 from zeta.ops.registration import operator
+from zeta.transforms import of_each_gradient
 
 TILE = 2048
 """Features of a tile."""
 HEADS = 4
 """Of many tokens, so many heads share what is read of a table."""
-
-_Given: TypeAlias = tuple[Tensor, Tensor | None, Sequence[Tensor]]
-_Found: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
 def rotated(
@@ -71,11 +70,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradient(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
-    given = _given(dquery, dkey, ctx.saved_tensors)
-    found: _Found = (None, None)
-    if given is not None:
-        found = _placed(dquery, dkey, rotation(*given, ctx.interleaved, not ctx.inverse))
-    return *found, None, None, None
+    def turn(first: Tensor, second: Tensor | None, tables: Sequence[Tensor]) -> Any:
+        return rotation(first, second, tables, ctx.interleaved, not ctx.inverse)
+
+    back = partial(_turned_back, turn, ctx.saved_tensors)
+    return *of_each_gradient(back, dquery, dkey), None, None, None
 
 
 rotation.register_autograd(_gradient, setup_context=_save)
@@ -101,30 +100,28 @@ class EagerRotation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
+        def turn(first: Tensor, second: Tensor | None, tables: Sequence[Tensor]) -> Any:
+            return EagerRotation.apply(first, second, ctx.interleaved, not ctx.inverse, *tables)  # type: ignore[no-untyped-call]
+
         tables = ctx.saved_tensors
-        given = _given(dquery, dkey, tables)
-        found: _Found = (None, None)
-        if given is not None:
-            first, second, used = given
-            turned = EagerRotation.apply(first, second, ctx.interleaved, not ctx.inverse, *used)  # type: ignore[no-untyped-call]
-            found = _placed(dquery, dkey, turned)
-        return *found, None, None, *[None] * len(tables)
+        back = partial(_turned_back, turn, tables)
+        return *of_each_gradient(back, dquery, dkey), None, None, *[None] * len(tables)
 
 
-def _given(dquery: Tensor | None, dkey: Tensor | None, tables: Sequence[Tensor]) -> _Given | None:
-    """What there is to be turned back; None for nothing."""
+def _turned_back(
+    turn: Callable[..., tuple[Tensor, Tensor]],
+    tables: Sequence[Tensor],
+    dquery: Tensor | None,
+    dkey: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of query and key, by ``turn(tensor, other or None, tables)``."""
     if len(tables) == 2:
         dkey = None
     if dquery is None:
-        return None if dkey is None else (dkey, None, tables[2:])
-    return (dquery, None, tables[:2]) if dkey is None else (dquery, dkey, tables)
-
-
-def _placed(dquery: Tensor | None, dkey: Tensor | None, found: tuple[Tensor, Tensor]) -> _Found:
-    """Gradients of query and key, of what was turned back of `_given`."""
-    if dquery is None:
-        return None, found[0]
-    return found[0], None if dkey is None else found[1]
+        return None, None if dkey is None else turn(dkey, None, tables[2:])[0]
+    if dkey is None:
+        return turn(dquery, None, tables[:2])[0], None
+    return turn(dquery, dkey, tables)
 
 
 def rotation_of(

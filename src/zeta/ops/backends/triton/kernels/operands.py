@@ -41,6 +41,16 @@ class PageTable(NamedTuple):
     size: Any
 
 
+class Parts(NamedTuple):
+    """What splits of the keys give to their queries: weighted values (splits, B, H, T, Dv), sums
+    and peaks of exponentials (splits, B, H, T).
+    """
+
+    sums: Any
+    totals: Any
+    peaks: Any
+
+
 class Turned(NamedTuple):
     """What is rotated, (B, heads, length, D); where the result goes; cosines and sines, with a
     stride of 0 where all share them.
