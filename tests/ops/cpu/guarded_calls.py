@@ -9,6 +9,7 @@ Outputs must be, bit for bit, what the same call makes in ordinary memory.
 import argparse
 import contextlib
 import ctypes
+import itertools
 import math
 import resource
 from collections.abc import Callable, Iterable, Iterator
@@ -79,14 +80,24 @@ DIRECT = [
 """Batch, heads, key heads, lengths and head dimension of calls that skip the description."""
 
 
-def calls(dtype: torch.dtype, only: str) -> Iterator[tuple[str, Callable[[bool | None], Results]]]:
-    """Names of calls, and what makes one: in ordinary memory, or at an end of guarded memory."""
-    for name, run in _all_calls(dtype):
+Calls = Iterator[tuple[str, Callable[[bool | None], Results]]]
+"""Names of calls, and what makes one: in ordinary memory, or at an end of guarded memory."""
+
+
+def calls(dtype: torch.dtype, only: str, has_few_rows: bool) -> Calls:
+    """All whose names have a part.
+
+    Args:
+        has_few_rows: The instruction set has code of its own for caches and linear layers.
+    """
+    for name, run in itertools.chain(
+        _attentions(dtype), _direct_calls(dtype), _few_rows(dtype) if has_few_rows else ()
+    ):
         if only in name:
             yield name, run
 
 
-def _all_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[bool | None], Results]]]:
+def _attentions(dtype: torch.dtype) -> Calls:
     # The dtype changes how rows are read and written, not what is asked for; nor does software,
     # which takes its time.
     is_emulated = library.load().path == units.EMULATED
@@ -99,12 +110,18 @@ def _all_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[bool | None]
                     f"{case.name}, weights {reduce or 'each'}",
                     lambda at_end, case=case, reduce=reduce: _weights(case, dtype, reduce, at_end),
                 )
+
+
+def _direct_calls(dtype: torch.dtype) -> Calls:
     for sizes in DIRECT:
         for kind in ("", " causal", " table", " everything"):
             yield (
                 f"direct {sizes}{kind}",
                 lambda at_end, sizes=sizes, kind=kind: _direct(sizes, kind, dtype, at_end),
             )
+
+
+def _few_rows(dtype: torch.dtype) -> Calls:
     for cache in CACHES:
         yield cache.name, lambda at_end, cache=cache: _decode(cache, dtype, at_end)
     for case in PROJECTIONS:
@@ -310,10 +327,11 @@ def named_calls(
     # A process that ends as it should leaves nothing behind.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for instructions in names:
-        if instructions not in native.usable:
+        if instructions not in native.usable or (instructions, dtype) not in units.ALL:
             continue
         native.instruction_set = library.INSTRUCTION_SETS.index(instructions) + 1
-        for name, run in calls(dtype, only):
+        has_few_rows = (instructions, dtype) in units.FEW_ROWS
+        for name, run in calls(dtype, only, has_few_rows):
             print(f"{instructions}: {name}", flush=True)
             yield run
 
