@@ -148,9 +148,7 @@ def test_scores_of_few_digits_have_gradients(
     magnitude: float, source: int, dtype: torch.dtype
 ) -> None:
     # Products are rounded to more than a weight can take, and otherwise forward than backward.
-    query, key = (
-        torch.randn(1, 2, length, 64, dtype=dtype) * magnitude for length in (9, source)
-    )
+    query, key = (torch.randn(1, 2, length, 64, dtype=dtype) * magnitude for length in (9, source))
     value = torch.randn(1, 2, source, 64, dtype=dtype)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     actual = torch.autograd.grad(attention(*leaves, backend="cpu").sum(), leaves)
