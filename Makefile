@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 PYTEST := $(BIN)/python -m pytest
 # One worker a core; the tests give each its share of the threads.
 WORKERS ?= auto
+# The few files with tests that run alone: for these no other need be collected.
+SERIAL := $$(grep --recursive --files-with-matches --include='test_*.py' 'mark\.serial' tests)
 # ARGS may select tests of one of the two runs only; pytest says 5 when there is none.
 NONE_IS_FINE := || test $$? -eq 5
 
@@ -74,7 +76,7 @@ demo: $(VENV)/.ready-demo ## Train, generate, translate and time: `zeta demo`.
 
 test: $(VENV)/.ready-dev $(VENV)/.ready-native $(VENV)/.ready-emulated ## Run every test this machine can run.
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not serial" $(ARGS) $(NONE_IS_FINE)
-	$(PYTEST) -m serial $(ARGS) $(NONE_IS_FINE)
+	$(PYTEST) -m serial $(if $(filter tests%,$(ARGS)),,$(SERIAL)) $(ARGS) $(NONE_IS_FINE)
 
 test-fast: $(VENV)/.ready-dev $(VENV)/.ready-native $(VENV)/.ready-emulated ## Run the tests that take less than five seconds each.
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not slow and not serial" $(ARGS)

@@ -184,7 +184,8 @@ class Bucketed(OffsetBias):
             num_buckets=self.table.shape[0],
             max_distance=self.max_distance,
         )
-        return torch.nn.functional.embedding(buckets, self.table)
+        # Widened first: a bucket's gradient is the sum over all offsets in it.
+        return torch.nn.functional.embedding(buckets, self.table.to(wide_dtype(self.table.dtype)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -101,8 +101,7 @@ def test_they_are_read_where_they_lie(
 
 
 @native
-@pytest.mark.parametrize("name", library.INSTRUCTION_SETS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), units.FEW_ROWS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_instruction_set(
     kind: str, dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch

@@ -17,7 +17,6 @@ from zeta.nn import (
     MultiheadAttention,
     RelativePositionBias,
     RotaryEmbedding,
-    set_split_position,
 )
 
 EMBED = 32
@@ -42,12 +41,19 @@ def attending(**arguments: Any) -> Run:
 PADDING = torch.arange(9) >= torch.tensor([[9], [6]])
 MODULES: dict[str, tuple[dict[str, Any], Run]] = {
     "plain": ({}, attending()),
+    "causal": ({}, attending(is_causal=True)),
+    "padding and causal": ({}, attending(is_causal=True, key_padding_mask=PADDING)),
     "documented": (
         {"args": {"xpos_rel_pos": True}, "self_attention": True, "subln": True},
         attending(is_causal=True, key_padding_mask=PADDING),
     ),
     "learned bias": ({}, attending(is_causal=True, rel_pos=RelativePositionBias(n_heads=4))),
     "dense float mask": ({}, attending(attn_mask=tokens(9)[0, :, :9])),
+    "float mask that learns": (
+        {},
+        attending(attn_mask=tokens(9)[0, :, :9].clone().requires_grad_()),
+    ),
+    "ALiBi and padding": ({}, attending(rel_pos=ALiBi(4), key_padding_mask=PADDING)),
     "mask value": (
         {},
         attending(attn_mask=masks.SlidingWindow(3) & masks.Padding(torch.tensor([9, 4]))),
@@ -57,6 +63,15 @@ MODULES: dict[str, tuple[dict[str, Any], Run]] = {
         attending(rel_pos=ALiBi(4)),
     ),
     "rotary": ({"position": RotaryEmbedding(8), "self_attention": True}, attending()),
+    "rotary, normalised, windowed, placed": (
+        {
+            "position": RotaryEmbedding(8),
+            "qk_norm": "rms",
+            "window": 3,
+            "self_attention": True,
+        },
+        attending(positions=torch.arange(9).flip(0)),
+    ),
     "multiway": ({"args": {"multiway": True}}, attending(split_position=4)),
     "ways by token": (
         {"args": {"multiway": 3}},
@@ -69,6 +84,7 @@ MODULES: dict[str, tuple[dict[str, Any], Run]] = {
     "unbatched": ({}, lambda module: module(tokens()[0], tokens()[0], tokens()[0])),
     "weights now": ({"need_weights": True}, attending()),
     "weights averaged": ({"need_weights": "mean"}, attending()),
+    "weights averaged, causal": ({"need_weights": "mean"}, attending(is_causal=True)),
     "no weights": ({"need_weights": False}, attending()),
 }
 
@@ -79,8 +95,10 @@ def module_of(args: object = None, **options: Any) -> MultiheadAttention:
 
 
 def outcome(run: Run, module: nn.Module, own: nn.Module) -> list[Tensor]:
-    """Output, weights, and the gradients of a loss on both."""
+    """Output, weights, and in training the gradients of a loss on both."""
     out, weights = run(module)
+    if not own.training:
+        return [out] if weights is None else [out, torch.as_tensor(weights)]
     loss = out.square().sum()
     results = [out.detach()]
     if weights is not None:
@@ -92,12 +110,14 @@ def outcome(run: Run, module: nn.Module, own: nn.Module) -> list[Tensor]:
     return results + [next(missing) if grad is None else grad for grad in found]
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("options", "run"), MODULES.values(), ids=MODULES)
-def test_the_module_compiles_whole(options: dict[str, Any], run: Run) -> None:
-    module = module_of(**options)
+def test_the_module_compiles_whole(options: dict[str, Any], run: Run, training: bool) -> None:
+    module = module_of(**options).train(training)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    pairs = zip(outcome(run, compiled, module), outcome(run, module, module), strict=True)
-    for found, expected in pairs:
+    with torch.set_grad_enabled(training):
+        results = outcome(run, compiled, module), outcome(run, module, module)
+    for found, expected in zip(*results, strict=True):
         # Two kernels may have computed them, each with float32's error of its own: small beside
         # the largest gradient, not beside each.
         atol = 1e-5 * max(1.0, expected.abs().max().item())
@@ -258,37 +278,6 @@ def test_new_lengths_of_masks_and_biases_do_not_compile_each() -> None:
     torch._dynamo.reset()
     module = module_of({"xpos_rel_pos": True}, self_attention=True, window=4)
     assert compilations(module, of_lengths(19, 25, 40)) <= 2
-
-
-@pytest.mark.slow
-def test_another_split_does_not_compile_again() -> None:
-    module = module_of({"multiway": True})
-
-    def split(position: int) -> Run:
-        def run(attention: nn.Module) -> tuple[Tensor, Tensor | None]:
-            module.apply(set_split_position(position))
-            return attending()(attention)
-
-        return run
-
-    assert compilations(module, [split(position) for position in (3, 5, 0, 9, -1)]) == 1
-    torch._dynamo.reset()
-    # Of a Python int torch.compile learns that it varies, once.
-    calls = [attending(split_position=position) for position in (3, 5, 2, 7)]
-    assert compilations(module_of({"multiway": True}), calls) <= 2
-
-
-def test_decoding_does_not_compile_each_step() -> None:
-    x = tokens(8)
-
-    def decode(module: nn.Module) -> tuple[Tensor, None]:
-        state: dict[str, Tensor] = {}
-        steps = (x[:, step : step + 1] for step in range(8))
-        return torch.cat([module(t, t, t, incremental_state=state)[0] for t in steps], 1), None
-
-    with torch.no_grad():
-        module = module_of(self_attention=True, need_weights=False).eval()
-        assert compilations(module, [decode]) <= 3
 
 
 def test_decoding_from_pages_does_not_compile_each_step() -> None:

@@ -19,8 +19,8 @@ def same(got, expected):
 """
 
 MODULE = """
-x = torch.randn(2, 9, 32)
-bias = RelativePositionBias(n_heads=4)
+x = torch.randn(2, 9, 32, requires_grad=TRAINING)
+bias = RelativePositionBias(False, n_heads=4)
 module = MultiheadAttention({"xpos_rel_pos": True}, 32, 4, self_attention=True, subln=True)
 compiled = torch.compile(module, fullgraph=True)
 
@@ -30,7 +30,8 @@ def step(attention):
     if not TRAINING:
         return out, weights
     loss = out.square().mean() + weights.square().mean()
-    return (out, weights, *torch.autograd.grad(loss, [*module.parameters(), *bias.parameters()]))
+    leaves = [x, *module.parameters(), *bias.parameters()]
+    return (out, weights, *torch.autograd.grad(loss, leaves))
 
 if TRAINING:
     same(step(compiled), step(module))

@@ -26,10 +26,44 @@ def converted(module: nn.Module) -> tuple[MultiheadAttention, RelativePositionBi
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_conversion_is_exact(name: str) -> None:
+def test_conversion_is_exact_and_the_original_stays_as_it_is(name: str) -> None:
     module = make(name)
+    before, text = copy.deepcopy(module.state_dict()), repr(module)
+    implementation = implementation_of(module)
+    generator = torch.get_rng_state()
     attention, bias = converted(module)
     report = convert.check(module, attention, rel_pos=bias)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert_exact(report, attention, bias)
+    assert_same_state(module, before)
+    assert repr(module) == text
+    assert module.training
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert implementation_of(module) == implementation
+    # Nothing is shared: training one does not move the other.
+    own = {tensor.data_ptr() for tensor in module.state_dict().values()}
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.fill_(7.0)
+    assert_same_state(module, before)
+    assert own.isdisjoint(parameter.data_ptr() for parameter in attention.parameters())
+
+
+def implementation_of(module: nn.Module) -> str | None:
+    """Which attention function Transformers gives the module."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def assert_same_state(module: nn.Module, before: dict[str, Tensor]) -> None:
+    after = module.state_dict()
+    assert list(after) == list(before)
+    for key, tensor in before.items():
+        assert torch.equal(after[key], tensor)
+
+
+def assert_exact(
+    report: convert.Report, attention: MultiheadAttention, bias: RelativePositionBias | None
+) -> None:
     assert report.passed, str(report)
     assert report.changed == ()
     assert report.compared == len(attention.state_dict()) + (bias is not None)
@@ -51,33 +85,6 @@ def test_a_factor_of_the_scores_that_was_changed_is_converted(name: str) -> None
     assert report.passed, str(report)
     with pytest.raises(convert.ConversionError, match=r"cannot express scale=0\.7"):
         convert.to_module(attention, name)
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_the_original_stays_as_it_is(name: str) -> None:
-    module = make(name)
-    before, text = copy.deepcopy(module.state_dict()), repr(module)
-    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    generator = torch.get_rng_state()
-    attention, bias = converted(module)
-    convert.check(module, attention, rel_pos=bias)
-    assert torch.equal(torch.get_rng_state(), generator)
-    after = module.state_dict()
-    assert list(after) == list(before)
-    for key, tensor in before.items():
-        assert torch.equal(after[key], tensor)
-    assert repr(module) == text
-    assert module.training
-    assert all(parameter.grad is None for parameter in module.parameters())
-    assert getattr(getattr(module, "config", None), "_attn_implementation", None) == implementation
-    # Nothing is shared: training one does not move the other.
-    own = {tensor.data_ptr() for tensor in before.values()}
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.fill_(7.0)
-    for key, tensor in before.items():
-        assert torch.equal(module.state_dict()[key], tensor)
-    assert own.isdisjoint(parameter.data_ptr() for parameter in attention.parameters())
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if kind_of(name) != "zetascale"])

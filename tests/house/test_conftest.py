@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# One worker makes the report for all.
+pytestmark = pytest.mark.xdist_group("planted faults")
 
 PLANTED = """
 import warnings

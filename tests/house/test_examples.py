@@ -13,7 +13,8 @@ PAGES = [ROOT / "README.md", ROOT / "DESIGN.md", *sorted((ROOT / "docs").rglob("
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page: Path) -> None:
-    examples.run_page(page)
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert examples.run_page(page) == sum(line.lstrip().startswith("```py") for line in lines)
 
 
 @pytest.mark.parametrize("name", examples.modules_with_examples("zeta"))

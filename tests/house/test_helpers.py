@@ -51,6 +51,16 @@ def test_a_single_large_error_fails(results: tuple[Results, Results]) -> None:
         assert_within_bound(actual, low, oracle)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_error_of_small_results_fails_in_half_precision(dtype: torch.dtype) -> None:
+    oracle = {"out": torch.randn(40, 5, dtype=torch.float64) / 100}
+    low = {"out": oracle["out"].to(dtype)}
+    assert_within_bound(low, low, oracle)
+    wrong = {"out": low["out"] + 4 * torch.finfo(dtype).eps / 64}
+    with pytest.raises(AssertionError, match="rms error"):
+        assert_within_bound(wrong, low, oracle)
+
+
 def test_a_lost_infinity_fails(results: tuple[Results, Results]) -> None:
     low, oracle = results
     with pytest.raises(AssertionError, match="infinities differ"):

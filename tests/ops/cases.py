@@ -1,6 +1,7 @@
 """One grid of calls for every backend, and the bound their errors must keep."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -14,9 +15,12 @@ from zeta.ops.call import AttentionCall
 Made = dict[str, Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Case:
-    """A call on random tensors; ``mask`` and ``bias`` are made from `tensors`."""
+    """A call on random tensors; ``mask`` and ``bias`` are made from `tensors`.
+
+    Each is equal to itself alone: what follows from it can be kept by it.
+    """
 
     name: str
     batch: int = 2
@@ -129,11 +133,51 @@ def _gradients(loss: Tensor, leaves: Made) -> dict[str, Tensor]:
     return {f"grad {name}": grad for name, grad in zip(leaves, found, strict=True)}
 
 
+Expected = tuple[dict[str, Tensor], dict[str, Tensor]]
+"""What the reference makes of the same numbers: in the dtype of the call, and in float64."""
+
+
+def expected(case: Case, dtype: torch.dtype, *, lse: bool = True) -> Expected:
+    """What `Case.run` is held to, on its `Case.tensors` of a dtype."""
+    return _expected(case, dtype, lse=lse)
+
+
+def expected_weights(case: Case, dtype: torch.dtype, reduce: str | None) -> Expected:
+    """What `Case.run_weights` is held to."""
+    return _expected(case, dtype, kind="run_weights", reduce=reduce)
+
+
+def expected_both(case: Case, dtype: torch.dtype, reduce: str | None) -> Expected:
+    """What `Case.run_both` is held to."""
+    return _expected(case, dtype, kind="run_both", reduce=reduce)
+
+
+# Every backend and every instruction set is held to the same numbers.
+@functools.lru_cache(maxsize=2048)
+def _expected(case: Case, dtype: torch.dtype, kind: str = "run", **options: object) -> Expected:
+    made = case.tensors(dtype)
+    low, oracle = (
+        getattr(case, kind)(leaves, "reference", **options) for leaves in (made, widened(made))
+    )
+    # No graph is kept with them.
+    return _detached(low), _detached(oracle)
+
+
+def _detached(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in results.items()}
+
+
 def reasons(case: Case, backend: str) -> tuple[str, ...]:
     """Why a backend does not take a case on float32 tensors; empty if it does."""
     made = case.tensors(torch.float32)
     call = AttentionCall.checked(made["query"], made["key"], made["value"], **case.arguments(made))
     return tuple(load(backend).unsupported(call))
+
+
+HALF_FLOOR = 1 / 64
+"""The least size that a rounding to half precision is relative to: sums are made in float32, so
+what is left where large terms cancel is rounded as it is. In wider dtypes it is 1, as the terms.
+"""
 
 
 def assert_within_bound(
@@ -151,8 +195,9 @@ def assert_within_bound(
         actual: What is tested.
         low: The reference in the precision of ``actual``.
         oracle: The reference in float64 on the same numbers.
-        rounding: Relative to the size of the result, or to 1 if it is smaller. By default that of
-            the dtype; in float64, where the reference is the oracle, what another order costs.
+        rounding: Relative to the size of the result, or to 1 if it is smaller, in half precision
+            to `HALF_FLOOR`. By default that of the dtype; in float64, where the reference is the
+            oracle, what another order costs.
     """
     assert actual.keys() == low.keys() == oracle.keys()
     for name, expected in oracle.items():
@@ -161,6 +206,7 @@ def assert_within_bound(
         assert got.dtype == rough.dtype, f"{name}: {got.dtype}, expected {rough.dtype}"
         eps = torch.finfo(got.dtype).eps
         unit = rounding or (64 * eps if got.dtype == torch.float64 else eps)
+        floor = HALF_FLOOR if got.dtype in (torch.bfloat16, torch.float16) else 1.0
         got, rough = got.detach().cpu().double(), rough.detach().cpu().double()
         expected = expected.detach().cpu()
         finite = ~expected.isinf()
@@ -169,7 +215,7 @@ def assert_within_bound(
             continue
         error, allowed, size = ((t[finite]) for t in (got - expected, rough - expected, expected))
         for measure, factor, norm in (("rms", 2, _rms), ("largest", 4, _largest)):
-            bound = factor * norm(allowed) + unit * max(norm(size), 1.0)
+            bound = factor * norm(allowed) + unit * max(norm(size), floor)
             found = norm(error)
             assert found <= bound, f"{name}: {measure} error {found:.3g} exceeds {bound:.3g}"
 
@@ -379,3 +425,24 @@ PLACED = [
     ),
 ]
 CASES = PLAIN + MASKED + BIASED + DROPPED + PLACED
+
+BY_KERNELS = {"either", "nested", "left padding by positions"}
+REFUSED = {
+    "sdpa": {
+        "wider values", "length inside", "window long", "dense bias 2x4x7x7", "dense bias 1x4x7x7",
+        "dense bias 2x1x7x7", "dense bias 7x7", "dense bias 2x1x1x7", "dense bias 1x4x7x1",
+        "dense bias 1x4x40x50", "three dense biases", "t5", "t5 long", "t5 causal",
+        "t5 causal long", "t5 after a cache", "t5 bidirectional causal", "alibi",
+        "alibi causal long", "softcap", "softcap, then t5", "t5, then softcap",
+        "dense and t5 and alibi", "dropout", "dropout grouped", "dropout long", "everything",
+        "left padding by positions", "a ring of slots",
+    },
+    "cpu": BY_KERNELS,
+    "triton": BY_KERNELS,
+}  # fmt: skip
+"""Names of the cases that a backend does not take; all others it must."""
+
+
+def taken(backend: str) -> list[Case]:
+    """The cases that a backend must take."""
+    return [case for case in CASES if case.name not in REFUSED.get(backend, ())]

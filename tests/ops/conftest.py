@@ -7,7 +7,6 @@ import torch
 
 from tests.ops.cpu import units
 from zeta.ops.backends.chunked import blocks
-from zeta.ops.backends.cpu import library
 
 
 @pytest.fixture
@@ -18,9 +17,9 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=library.INSTRUCTION_SETS)
-def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The native CPU kernel runs on each."""
+@pytest.fixture
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native CPU kernel runs on the instruction set that is the parameter."""
     units.use(request.param, monkeypatch)
 
 

@@ -307,14 +307,51 @@ def test_an_explanation_leaves_torch_s_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_arguments_are_never_written_to() -> None:
-    made = tensors()
-    bias, mask = torch.randn(5, 7), torch.rand(5, 7) < 0.5
-    before = [tensor.clone() for tensor in (*made.values(), bias, mask)]
-    for backend in ("reference", "chunked", "sdpa"):
-        zeta.attention(**made, mask=masks.drop(mask), bias=biases.Dense(bias), backend=backend)
-    for now, then in zip((*made.values(), bias, mask), before, strict=True):
-        assert torch.equal(now, then)
+def everything(backend: str, dtype: torch.dtype, target: int) -> dict[str, torch.Tensor]:
+    """All that a call is given, masks and gradients among it."""
+    given = {
+        "query": torch.randn(2, 4, target, 8),
+        "key": torch.randn(2, 2, 70, 8),
+        "value": torch.randn(2, 2, 70, 8),
+        "grad_out": torch.randn(2, 4, target, 8),
+    }
+    given = {name: tensor.to(dtype) for name, tensor in given.items()}
+    given["padding"] = torch.tensor([70, 50])
+    if backend != "sdpa":  # Which takes a mask, or a bias that does not learn.
+        given |= {
+            "keep": torch.rand(2, 4, target, 70) < 0.8,
+            "bias": torch.randn(1, 4, target, 70).to(dtype),
+            "table": torch.randn(16, 4).to(dtype),
+        }
+    return given
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", [1, 3, 60])
+@pytest.mark.parametrize("backend", ["auto", "cpu", "chunked", "sdpa", "reference"])
+def test_arguments_are_never_written_to(backend: str, target: int, dtype: torch.dtype) -> None:
+    given = everything(backend, dtype, target)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    mask: masks.Mask = masks.Padding(given["padding"])
+    bias = None
+    if "keep" in given:
+        mask = mask & masks.keep(given["keep"])
+        bias = biases.Dense(given["bias"]) + biases.Bucketed(given["table"], max_distance=20)
+    call = {"mask": mask, "bias": bias, "backend": backend}
+    operands = [given[name] for name in ("query", "key", "value")]
+    names = ("query", "key", "value", "bias", "table")
+    leaves = [tensor for name, tensor in given.items() if name in names]
+    with torch.no_grad():
+        zeta.attention(*operands, **call)
+        if backend != "sdpa":
+            zeta.attention_weights(*operands[:2], **call)
+            zeta.attention_weights(*operands[:2], reduce="mean", **call)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = zeta.attention(*operands, **call)
+    torch.autograd.grad(out, leaves, given["grad_out"], allow_unused=True)
+    for name, tensor in given.items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def seeded(draw: Callable[[], torch.Tensor]) -> torch.Tensor:

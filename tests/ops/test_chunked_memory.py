@@ -60,11 +60,15 @@ def test_mean_weights_hold_one_head_at_a_time(small_blocks: None) -> None:
 
 
 _PEAK = """
-import resource
+import re
 import torch
 from zeta import biases, masks
 from zeta.ops.backends import chunked
 from zeta.ops.call import AttentionCall
+
+def peak():  # Not getrusage: its peak is that of the process which started this one, too.
+    with open("/proc/self/status") as status:
+        return int(re.search(r"VmHWM:\\s+(\\d+) kB", status.read())[1])
 
 def step(length):
     kept = [torch.randn(1, 8, length, 64).requires_grad_() for _ in range(3)]
@@ -72,11 +76,11 @@ def step(length):
         leaf.grad = torch.zeros_like(leaf)
     table = torch.randn(32, 8, requires_grad=True)
     incoming = torch.randn(1, 8, length, 64)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     call = AttentionCall.checked(
         *kept, mask=masks.Causal(), bias=biases.Bucketed(table), dropout_p=0.1, seed=1)
     chunked.run(call)[0].backward(incoming)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return peak() - before
 
 step(512)  # Libraries, threads, code.
 print(step({length}) // 1024)
@@ -93,4 +97,4 @@ def test_peak_memory_of_a_training_step(length: int, most: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) < most
+    assert 0 < int(done.stdout) < most

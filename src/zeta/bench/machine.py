@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-
 EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
 """Flags of a processor, as Linux names them, that say what it multiplies with."""
 SETTINGS = ("ATEN_", "KMP_", "MKL_", "OMP_", "ONEDNN_")

@@ -89,7 +89,8 @@ class RelativePositionBias(nn.Module):
             TypeError: A number is no integer.
             ValueError: A size is not positive.
         """
-        return _dense(self.value(), batch_size, qlen, klen, step)
+        bias = self.value()
+        return _dense(bias, batch_size, qlen, klen, step).to(bias.table.dtype)
 
 
 class ALiBi(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor
 from zeta import biases
 from zeta.positions import t5_buckets
 from zeta.transforms import is_watched
+from zeta.values import wide_dtype
 
 MAX_KEPT_REACH = 1 << 13
 """The longest reach of a T5 bias whose buckets are kept: 128 kB."""
@@ -38,7 +39,8 @@ def offset_vector(term: biases.OffsetBias, reach: int, device: torch.device) -> 
         return term.offset_vector(reach, device)
     if reach > term.max_distance or not has_kept_buckets(term):
         return term.offset_vector(reach, device)
-    return F.embedding(kept_buckets(term, reach), term.table).T
+    wide = term.table.to(wide_dtype(term.table.dtype))
+    return F.embedding(kept_buckets(term, reach), wide).T
 
 
 def has_kept_buckets(term: biases.Bucketed) -> bool:

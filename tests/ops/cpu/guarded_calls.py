@@ -9,6 +9,7 @@ Outputs must be, bit for bit, what the same call makes in ordinary memory.
 import argparse
 import contextlib
 import ctypes
+import itertools
 import math
 import resource
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from tests.ops.cases import CASES, Case, far_from_zero, reasons
+from tests.ops.cases import Case, far_from_zero, taken
 from tests.ops.cpu import units
 from tests.ops.cpu.caches import CACHES, Cache
 from tests.ops.cpu.guards import Guards, guarded
@@ -69,6 +70,14 @@ ODD = [
 ]
 
 
+ONE_EACH = {"documents causal", "prefix", "keep full", "dense and t5 and alibi"}
+OPERANDS = {
+    True: ONE_EACH,
+    False: ONE_EACH | {"length inside", "padding causal", "t5 causal long", "a ring of slots"},
+}
+"""Names of cases that have every kind of operand between them: of a few where software runs."""
+
+
 DIRECT = [
     (1, 1, 1, 1, 1, 1),
     (2, 4, 2, 3, 301, 17),
@@ -79,32 +88,48 @@ DIRECT = [
 """Batch, heads, key heads, lengths and head dimension of calls that skip the description."""
 
 
-def calls(dtype: torch.dtype, only: str) -> Iterator[tuple[str, Callable[[bool | None], Results]]]:
-    """Names of calls, and what makes one: in ordinary memory, or at an end of guarded memory."""
-    for name, run in _all_calls(dtype):
+Calls = Iterator[tuple[str, Callable[[bool | None], Results]]]
+"""Names of calls, and what makes one: in ordinary memory, or at an end of guarded memory."""
+
+
+def calls(dtype: torch.dtype, only: str, has_few_rows: bool) -> Calls:
+    """All whose names have a part.
+
+    Args:
+        has_few_rows: The instruction set has code of its own for caches and linear layers.
+    """
+    for name, run in itertools.chain(
+        _attentions(dtype), _direct_calls(dtype), _few_rows(dtype) if has_few_rows else ()
+    ):
         if only in name:
             yield name, run
 
 
-def _all_calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[bool | None], Results]]]:
+def _attentions(dtype: torch.dtype) -> Calls:
     # The dtype changes how rows are read and written, not what is asked for; nor does software,
     # which takes its time.
     is_emulated = library.load().path == units.EMULATED
-    step = 16 if is_emulated else 1 if dtype == torch.float32 else 8
-    for case in CASES[::step] + ODD:
-        if not reasons(case, "cpu"):
+    every = dtype == torch.float32 and not is_emulated
+    for case in taken("cpu") + ODD:
+        if every or case in ODD or case.name in OPERANDS[is_emulated]:
             yield case.name, lambda at_end, case=case: _attention(case, dtype, at_end)
             for reduce in (None, "mean"):
                 yield (
                     f"{case.name}, weights {reduce or 'each'}",
                     lambda at_end, case=case, reduce=reduce: _weights(case, dtype, reduce, at_end),
                 )
+
+
+def _direct_calls(dtype: torch.dtype) -> Calls:
     for sizes in DIRECT:
         for kind in ("", " causal", " table", " everything"):
             yield (
                 f"direct {sizes}{kind}",
                 lambda at_end, sizes=sizes, kind=kind: _direct(sizes, kind, dtype, at_end),
             )
+
+
+def _few_rows(dtype: torch.dtype) -> Calls:
     for cache in CACHES:
         yield cache.name, lambda at_end, cache=cache: _decode(cache, dtype, at_end)
     for case in PROJECTIONS:
@@ -310,10 +335,11 @@ def named_calls(
     # A process that ends as it should leaves nothing behind.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for instructions in names:
-        if instructions not in native.usable:
+        if instructions not in native.usable or (instructions, dtype) not in units.ALL:
             continue
         native.instruction_set = library.INSTRUCTION_SETS.index(instructions) + 1
-        for name, run in calls(dtype, only):
+        has_few_rows = (instructions, dtype) in units.FEW_ROWS
+        for name, run in calls(dtype, only, has_few_rows):
             print(f"{instructions}: {name}", flush=True)
             yield run
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import zeta
 from tests.nn.doubled_layers import DOUBLED
+from tests.ops.cpu import units
 from tests.ops.cpu.layers import PROJECTIONS, Projection
 from zeta.nn import MultiheadAttention
 from zeta.nn.projections import project as project_module
@@ -37,9 +38,9 @@ def assert_exact(actual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None)
     assert bool(((actual.double() - exact).abs() <= allowed + 1e-30).all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.usefixtures("unit")
+@units.on_each(units.FEW_ROWS)
 @pytest.mark.parametrize("case", PROJECTIONS, ids=lambda case: case.name)
-@pytest.mark.usefixtures("instruction_set")
 def test_outputs(case: Projection, dtype: torch.dtype) -> None:
     x, layers = case.tensors(dtype)
     for out, (weight, bias) in zip(case.run(x, layers).values(), layers, strict=True):

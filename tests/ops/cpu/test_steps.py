@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.ops.cases import assert_within_bound
+from tests.ops.cpu import units
 from zeta import attention_with_lse, masks
 from zeta.ops.backends.cpu import library
 
@@ -48,8 +49,8 @@ def random(
     return tuple(torch.randn(shape).to(dtype) for shape in shapes)
 
 
-@pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("unit")
+@units.on_each(units.FEW_ROWS)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_rows_and_widths(
@@ -60,8 +61,8 @@ def test_rows_and_widths(
             check(random(rows, widths, source, dtype), None)
 
 
-@pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("unit")
+@units.on_each(units.FEW_ROWS, torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("of_heads", [False, True])
 @pytest.mark.parametrize("rows", [(1, 1), (2, 4)], ids=str)
 def test_keys_that_are_hidden_are_not_even_read(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.ops.cases import T5, Case, assert_within_bound, far_from_zero, widened
+from tests.ops.cpu import units
 from zeta import attention, biases, masks
 from zeta.ops.backends.cpu import library
 
@@ -85,8 +86,8 @@ def test_long_sums_are_exact(dtype: torch.dtype) -> None:
     assert_within_bound(case.run(made, "cpu"), low, oracle)
 
 
-@pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("unit")
+@units.on_each(units.ALL, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_learned_slopes_are_as_exact_as_the_weights(dropout_p: float, dtype: torch.dtype) -> None:
     # Distances make larger what is wrong in a row: a rounded output would be felt.
@@ -113,8 +114,8 @@ FAR = [
 ]  # fmt: skip
 
 
-@pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("unit")
+@units.on_each(units.ALL)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("case", FAR, ids=lambda case: f"{case.name} {case.target} {case.source}")
 def test_rows_far_from_zero_are_normalised(
@@ -126,8 +127,8 @@ def test_rows_far_from_zero_are_normalised(
     assert_within_bound(case.run(made, "cpu"), low, oracle)
 
 
-@pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("unit")
+@units.on_each(units.ALL, torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("reduce", [None, "mean"])
 @pytest.mark.parametrize("case", FAR, ids=lambda case: f"{case.name} {case.target} {case.source}")
 def test_weights_of_rows_far_from_zero(case: Case, reduce: str | None, dtype: torch.dtype) -> None:
@@ -139,13 +140,16 @@ def test_weights_of_rows_far_from_zero(case: Case, reduce: str | None, dtype: to
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.usefixtures("unit")
+@units.on_each(units.ALL, torch.float32)
 @pytest.mark.parametrize("source", [40, 300])
 @pytest.mark.parametrize("magnitude", [1e4, 1e6])
-def test_scores_of_few_digits_have_gradients(magnitude: float, source: int) -> None:
+def test_scores_of_few_digits_have_gradients(
+    magnitude: float, source: int, dtype: torch.dtype
+) -> None:
     # Products are rounded to more than a weight can take, and otherwise forward than backward.
-    query, key = (torch.randn(1, 2, length, 64) * magnitude for length in (9, source))
-    value = torch.randn(1, 2, source, 64)
+    query, key = (torch.randn(1, 2, length, 64, dtype=dtype) * magnitude for length in (9, source))
+    value = torch.randn(1, 2, source, 64, dtype=dtype)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     actual = torch.autograd.grad(attention(*leaves, backend="cpu").sum(), leaves)
     expected = torch.autograd.grad(attention(*leaves, backend="reference").sum(), leaves)

@@ -1,17 +1,24 @@
 """The native kernels on several threads, beside each other, and in forked processes."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import zeta
+from tests.ops.cpu import units
+from tests.ops.cpu.caches import CACHES, Cache
 from zeta import biases, masks
+from zeta.ops.attention import run_with_weights
+from zeta.ops.backends.cpu import library, projection
+from zeta.ops.call import AttentionCall
 
 Results = list[Tensor]
 
@@ -85,20 +92,21 @@ def test_who_meets_a_nan_does_not_depend_on_the_number_of_threads() -> None:
 @pytest.mark.usefixtures("two_threads")
 def test_a_backward_pass_may_be_a_threads_first_work() -> None:
     """A step's forward pass is one thread's; the others begin with a gradient of many keys."""
+    query, key = torch.randn(1, 2, 3, 16, requires_grad=True), torch.randn(1, 2, 400, 16)
     found: Results = []
 
     def run() -> None:
         torch.set_num_threads(2)
-        query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 400, 16)
-        query.requires_grad_()
         out = zeta.attention(query, key, key, backend="cpu")
-        found.extend(torch.autograd.grad(out.sum(), query))
+        found.extend(torch.autograd.grad(out.square().sum(), query))
 
     # A thread of Python's own has a pool of its own, whose threads have not worked yet.
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert len(found) == 1
+    run()
+    assert len(found) == 2
+    assert torch.equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -175,26 +183,135 @@ for batch in DataLoader(Calls(), num_workers=2, multiprocessing_context="fork"):
     assert run(code) == "equal\n" * 4
 
 
-def test_python_runs_on_meanwhile() -> None:
-    """The interpreter's lock is free while the library computes."""
-    query = torch.randn(1, 4, 2000, 64)
-    started, counted = threading.Event(), []
+def turns_during(call: Callable[[], object]) -> int:
+    """How often another thread of Python's had its turn in the middle of a call."""
+    started, span = threading.Event(), [0.0, 0.0]
+    turns: list[float] = []
 
     def compute() -> None:
         started.set()
-        for _ in range(4):
-            zeta.attention(query, query, query, backend="cpu")
+        span[0] = time.perf_counter()
+        call()
+        span[1] = time.perf_counter()
 
     worker = threading.Thread(target=compute)
     interval = sys.getswitchinterval()
-    # Without the lock released in C, the other thread would wait for the whole of a call.
+    # Whoever keeps the lock in C lets the other thread wait for the whole of a call.
     sys.setswitchinterval(1e-4)
     try:
         worker.start()
         started.wait()
         while worker.is_alive():
-            counted.append(None)
+            turns.append(time.perf_counter())
     finally:
         sys.setswitchinterval(interval)
         worker.join()
-    assert len(counted) > 1000
+    margin = (span[1] - span[0]) / 10
+    return sum(span[0] + margin < turn < span[1] - margin for turn in turns)
+
+
+def an_output() -> Callable[[], object]:
+    query = torch.randn(1, 4, 2000, 64)
+    return lambda: zeta.attention(query, query, query)
+
+
+def an_output_with_lse() -> Callable[[], object]:
+    query = torch.randn(1, 4, 2000, 64, requires_grad=True)
+    return lambda: zeta.attention(query, query, query)
+
+
+def a_gradient() -> Callable[[], object]:
+    query = torch.randn(1, 4, 1500, 64, requires_grad=True)
+    loss = zeta.attention(query, query, query).sum()
+    return lambda: torch.autograd.grad(loss, query)
+
+
+def a_projection() -> Callable[[], object]:
+    x, layer = torch.randn(1, 64, 2048), (torch.randn(8192, 2048), None)
+    return lambda: projection.project(x, layer)
+
+
+def projected_heads() -> Callable[[], object]:
+    x, layers = torch.randn(1, 64, 2048), [(torch.randn(4096, 2048), None)] * 2
+    return lambda: projection.project_heads(x, layers, 64)
+
+
+DIRECT = {
+    "attend": an_output,
+    "attend_with_lse": an_output_with_lse,
+    "differentiate": a_gradient,
+    "project": a_projection,
+    "project_heads": projected_heads,
+}
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_python_runs_on_meanwhile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's lock is free while the builtins compute, which are called with it."""
+    call, native, used = DIRECT[name](), library.load(), []
+    assert native.direct is not None
+    builtin = getattr(native.direct, name)
+
+    def watched(*arguments: object) -> object:
+        used.append(name)
+        return builtin(*arguments)
+
+    monkeypatch.setattr(native, "direct", native.direct._replace(**{name: watched}))
+    assert turns_during(call) > 20
+    assert used == [name]
+
+
+def test_a_call_that_keeps_the_lock_is_noticed() -> None:
+    assert turns_during(lambda: sum(range(10**7))) == 0
+
+
+@pytest.mark.usefixtures("two_threads", "unit")
+@units.on_each(units.FEW_ROWS)
+@pytest.mark.parametrize("cache", CACHES, ids=lambda cache: cache.name)
+def test_caches_give_the_same_bits_on_any_number_of_threads(
+    cache: Cache, dtype: torch.dtype
+) -> None:
+    # Long enough that it is not left to one.
+    cache = dataclasses.replace(cache, source=5 * cache.source)
+    tensors, found = cache.tensors(dtype), []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        found.append(list(cache.run(tensors).values()))
+    assert_equal(found[1], found[0])
+    assert_equal(found[2], found[0])
+
+
+@pytest.mark.usefixtures("two_threads", "unit")
+@units.on_each(units.ALL)
+@pytest.mark.parametrize("mean", [False, True])
+def test_weights_are_the_same_bits_on_any_number_of_threads(mean: bool, dtype: torch.dtype) -> None:
+    # More scores than one thread makes alone.
+    query, key, value = (torch.randn(2, 4, length, 40).to(dtype) for length in (150, 170, 170))
+    call = AttentionCall.checked(query, key, value, mask=masks.Causal())
+    found = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        alone = zeta.attention_weights(
+            query, key, mask=masks.Causal(), reduce="mean" if mean else None, backend="cpu"
+        )
+        found.append([alone, *run_with_weights(call, mean=mean, backend="cpu")])
+    assert_equal(found[1], found[0])
+    assert_equal(found[2], found[0])
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_operators_give_the_same_bits_on_any_number_of_threads() -> None:
+    query, key, value = torch.randn(3, 2, 4, 150, 40).unbind()
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return zeta.attention(query, key, value, mask=masks.Causal(), backend="cpu")
+
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    found = []
+    for num_threads in (1, 2, 3):
+        torch.set_num_threads(num_threads)
+        out = compiled(*leaves)
+        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    assert_equal(found[1], found[0])
+    assert_equal(found[2], found[0])

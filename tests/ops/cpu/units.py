@@ -7,11 +7,32 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from zeta.ops.backends.cpu import library
 
 EMULATED = Path(__file__).parents[3] / "build" / "emulated" / "libzeta_cpu.so"
 _COMPILERS = ("c++", "g++", "clang++")
+
+Pair = tuple[str, torch.dtype]
+
+ALL: list[Pair] = [
+    *(("AVX2", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *(("AVX-512", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    ("AVX-512 BF16", torch.bfloat16),
+    *(("AMX", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+]
+"""The instruction sets, and the dtypes for which they have code of their own: what else they are
+given they hand on to another, as test_handing_on.py shows.
+"""
+FEW_ROWS = [(name, dtype) for name, dtype in ALL if name != "AMX"]
+"""Those of queries of a few rows, and of linear layers."""
+
+
+def on_each(pairs: list[Pair], *dtypes: torch.dtype) -> pytest.MarkDecorator:
+    """Parametrise a test by ``dtype`` and the fixture ``unit``; by all dtypes if none are named."""
+    chosen = [pair for pair in pairs if not dtypes or pair[1] in dtypes]
+    return pytest.mark.parametrize(("unit", "dtype"), chosen, indirect=["unit"], ids=str)
 
 
 def needs_compiler() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.ops.cases import CASES, T5, T5_CAUSAL, Case, assert_within_bound, widened
+from tests.ops.cases import T5, T5_CAUSAL, Case, assert_within_bound, taken, widened
 from zeta import (
     BackendUnsupported,
     attention,
@@ -30,8 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 
-REFUSED = {"either", "nested", "left padding by positions"}
-SMALL = [case for case in CASES if case.target <= 9 and case.name not in REFUSED]
+SMALL = [case for case in taken("triton") if case.target <= 9]
 HALF_AND_FULL = [torch.float16, torch.float32]
 
 

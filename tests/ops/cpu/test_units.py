@@ -1,35 +1,44 @@
-"""The kernels beyond AVX2, emulated: the grid, on any processor.
+"""The native CPU kernels of every instruction set: the grid, on any processor.
 
-Pairs of bfloat16 are multiplied there for the grid's few queries and keys too, which the library
-proper leaves to the unit without pairs.
+What runs here where nothing is asked for is tested with the other backends. What multiplies pairs
+of bfloat16 is emulated even where the processor has it: it does so there for the grid's few queries
+and keys too, which the library proper leaves to the unit without pairs.
 """
 
 import pytest
 import torch
 
-from tests.ops.cases import CASES, Case, assert_within_bound, far_from_zero, reasons, widened
+from tests.ops.cases import (
+    Case,
+    assert_within_bound,
+    expected,
+    expected_both,
+    expected_weights,
+    far_from_zero,
+    taken,
+)
 from tests.ops.cpu import units
 from zeta import attention, masks, set_float32_precision
+from zeta.ops.backends.cpu import library
 
-pytestmark = pytest.mark.slow
-TAKEN = [case for case in CASES if not reasons(case, "cpu")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(library.obstacle() is not None, reason=str(library.obstacle())),
+]
 # Rows of a key head that share its keys, past those that are decoded; several tiles of each side.
 TILED = Case("tiled", target=150, source=170, head_dim=40, value_dim=72, key_heads=2, batch=1)
 # Two blocks of keys.
 FAR = far_from_zero(-1e9, target=30, source=290, key_heads=2, batch=1)
 
-UNITS = [
-    *(("AVX-512", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-    *(("AVX-512 BF16", dtype) for dtype in (torch.float32, torch.bfloat16)),
-    *(("AMX", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
-]
-"""An instruction set and a dtype."""
+PAIRED = ("AVX-512 BF16", "AMX")
+BEST = None if library.obstacle() else library.load().usable[-1]
+UNITS = [pair for pair in units.ALL if pair[0] in PAIRED or pair[0] != BEST]
 
 
 @pytest.fixture(autouse=True, params=UNITS, ids=lambda pair: f"{pair[0]} {pair[1]}")
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     name, found = request.param
-    units.use(name, monkeypatch, emulated=True)
+    units.use(name, monkeypatch, emulated=name in PAIRED)
     assert isinstance(found, torch.dtype)
     return found
 
@@ -39,12 +48,9 @@ def _id(value: object) -> str:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("case", [*TAKEN, TILED, FAR], ids=_id)
+@pytest.mark.parametrize("case", [*taken("cpu"), TILED, FAR], ids=_id)
 def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
-    made = case.tensors(dtype)
-    actual = case.run(made, "cpu")
-    low, oracle = case.run(made, "reference"), case.run(widened(made), "reference")
-    assert_within_bound(actual, low, oracle)
+    assert_within_bound(case.run(case.tensors(dtype), "cpu"), *expected(case, dtype))
 
 
 @pytest.mark.parametrize("reduce", [None, "mean"])
@@ -52,13 +58,12 @@ def test_outputs_and_gradients(case: Case, dtype: torch.dtype) -> None:
     "name", ["plain", "t5 causal long", "padding with an empty sequence", FAR.name]
 )
 def test_weights_and_gradients(name: str, dtype: torch.dtype, reduce: str | None) -> None:
-    (case,) = (case for case in [*TAKEN, FAR] if case.name == name)
+    (case,) = (case for case in [*taken("cpu"), FAR] if case.name == name)
     made = case.tensors(dtype)
     actual = case.run_weights(made, "cpu", reduce)
-    low = case.run_weights(made, "reference", reduce)
-    assert_within_bound(actual, low, case.run_weights(widened(made), "reference", reduce))
-    both, low = case.run_both(made, "cpu", reduce), case.run_both(made, "reference", reduce)
-    assert_within_bound(both, low, case.run_both(widened(made), "reference", reduce))
+    assert_within_bound(actual, *expected_weights(case, dtype, reduce))
+    both = case.run_both(made, "cpu", reduce)
+    assert_within_bound(both, *expected_both(case, dtype, reduce))
     assert torch.equal(both["weights"], actual["weights"])
 
 
@@ -69,20 +74,20 @@ def test_nan_in_keys_that_no_query_sees_does_not_leak(dtype: torch.dtype) -> Non
     clean, planted = case.tensors(dtype), case.tensors(dtype)
     with torch.no_grad():
         planted["key"][:, :, :21] = planted["value"][:, :, :21] = float("nan")
-    expected, actual = case.run(clean, "cpu"), case.run(planted, "cpu")
-    expected |= case.run_both(clean, "cpu", None)
+    without, actual = case.run(clean, "cpu"), case.run(planted, "cpu")
+    without |= case.run_both(clean, "cpu", None)
     actual |= case.run_both(planted, "cpu", None)
     for name, tensor in actual.items():
-        torch.testing.assert_close(tensor, expected[name], msg=name)
+        torch.testing.assert_close(tensor, without[name], msg=name)
 
 
 def test_numbers_in_padding_decide_nothing(dtype: torch.dtype) -> None:
     """Not even which unit multiplies, where some cannot take NaN apart."""
     query, key, value = torch.randn(3, 2, 2, 50, 40).to(dtype).unbind()
     mask = masks.Padding(torch.tensor([50, 30]))
-    expected = attention(query, key, value, mask=mask, backend="cpu")
+    without = attention(query, key, value, mask=mask, backend="cpu")
     key[1, :, 30:], value[1, :, 30:] = float("nan"), float("inf")
-    assert torch.equal(attention(query, key, value, mask=mask, backend="cpu"), expected)
+    assert torch.equal(attention(query, key, value, mask=mask, backend="cpu"), without)
 
 
 @pytest.mark.parametrize("dtype", [("AMX", torch.float32)], indirect=True, ids=["AMX"])
