@@ -125,7 +125,6 @@ def check(problem: Problem, make: Maker) -> str:
 def poisoned() -> Iterator[None]:
     """For as long, NaN is in all memory that nothing has written yet."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
@@ -136,7 +135,7 @@ Step = Callable[[], object]
 
 
 def recorded(
-    problem: Problem, run: Run, sets: list[Inputs], turns: Iterator[int], pool: tuple[int, int]
+    problem: Problem, run: Run, sets: list[Inputs], turns: Iterator[int], pool: Any
 ) -> Step:
     """Replays CUDA graphs, one for each of the inputs. All graphs may share a pool of memory, for
     none reads what another has written.
@@ -150,12 +149,12 @@ def recorded(
             results_of(problem, run, inputs)
         # What graphs read must last as long as they do.
         graphs.append((graph, run, inputs))
-    return lambda: graphs[next(turns)][0].replay()  # type: ignore[no-untyped-call]
+    return lambda: graphs[next(turns)][0].replay()
 
 
 def prepare(
     problem: Problem, make: Maker, sets: list[Inputs], turns: Iterator[int],
-    pool: tuple[int, int] | None,
+    pool: Any,
 ) -> tuple[Step | None, dict[str, Any]]:  # fmt: skip
     """What is timed, and its peak memory in MiB as Python launches it; or, of who fails the check
     or cannot compute the problem, the reason.

@@ -11,7 +11,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -48,10 +47,11 @@ def cudnn_passes(problem: Problem, inputs: Inputs) -> Iterator[Pass]:
     if problem.bias or problem.dropout_p:
         return
     leaves = inputs.leaves(problem)
+    query, key, value = leaves
 
     def forward() -> torch.Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return F.scaled_dot_product_attention(*leaves, is_causal=problem.causal)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=problem.causal)
 
     yield Pass("cudnn forward", forward, [0], lambda out: [out])
     made = forward()
@@ -67,7 +67,7 @@ def own_passes(problem: Problem, inputs: Inputs) -> Iterator[Pass]:
     from zeta.ops.backends.triton import gradients, hopper, passes
     from zeta.ops.backends.triton.arguments import Fixed
 
-    operands = tuple(tensor.detach() for tensor in (inputs.query, inputs.key, inputs.value))
+    operands = inputs.query.detach(), inputs.key.detach(), inputs.value.detach()
     vector = offsets = None
     if problem.bias:
         bias = biases.Bucketed(inputs.table, bidirectional=not problem.causal)
@@ -116,9 +116,7 @@ def own_passes(problem: Problem, inputs: Inputs) -> Iterator[Pass]:
             yield Pass(f"... {kernel}", run)
 
 
-def launches_of(
-    module: ModuleType, run: Callable[[], object]
-) -> list[tuple[str, Callable[[], object]]]:
+def launches_of(module: Any, run: Callable[[], object]) -> list[tuple[str, Callable[[], object]]]:
     """The kernels that a pass launches from a module, by name, each ready to be launched alone."""
     launched: list[tuple[str, Callable[[], object]]] = []
     launch = module.launch

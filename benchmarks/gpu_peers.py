@@ -6,6 +6,7 @@ Shape suffixes: B batch, H heads, T queries, S keys, D head dimension.
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,9 +128,9 @@ class Inputs:
         )  # fmt: skip
 
     def leaves(self, problem: Problem) -> list[Tensor]:
-        learned = {"t5": [self.table], "dense": [self.dense], "": []}[problem.bias]
+        learned = {"t5": self.table, "dense": self.dense, "": None}[problem.bias]
         first = [self.query, self.key] if problem.weights else [self.query, self.key, self.value]
-        return first + [tensor for tensor in learned if tensor is not None]
+        return first if learned is None else [*first, learned]
 
 
 def _random(*shape: int) -> Tensor:
@@ -270,7 +271,7 @@ def flex(problem: Problem) -> Run:
     compiled = torch.compile(flex_attention, dynamic=False)
     offset = torch.arange(-problem.length, problem.length + 1, device="cuda")
     buckets = _buckets(problem, offset)
-    made: dict[str, object] = {}
+    made: dict[str, Any] = {}
 
     def run(inputs: Inputs) -> Tensor:
         def score(s: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -286,7 +287,7 @@ def flex(problem: Problem) -> Run:
             made["mask"] = block and create_block_mask(
                 visible, batch, None, problem.length, problem.length, device="cuda"
             )
-        return compiled(  # type: ignore[no-any-return]
+        return compiled(
             inputs.query, inputs.key, inputs.value, block_mask=made["mask"] or None,
             score_mod=score if problem.bias == "t5" else None,
             # With its own choice of stages it asks for more shared memory than a H200 has.
@@ -310,7 +311,8 @@ def eager_weights(problem: Problem) -> Run:
         key = inputs.key.flatten(0, 1).mT
         scores = torch.bmm(query, key) if mask is None else torch.baddbmm(mask, query, key)
         weights = torch.softmax(scores, dim=-1).unflatten(0, (problem.batch, problem.heads))
-        return weights.mean(1) if problem.weights == "mean" else weights
+        result: Tensor = weights.mean(1) if problem.weights == "mean" else weights
+        return result
 
     return run
 

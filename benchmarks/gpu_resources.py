@@ -177,7 +177,7 @@ def _calls(dim: int, dtype: torch.dtype, quick: bool) -> Iterator[tuple[str, Cal
 
 def _packed(
     dim: int, dtype: torch.dtype, packed: int, bias: str, batch: int = 2
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     """So many queries of four heads that share their keys."""
     length, heads = 1024, 4
     query = torch.zeros(batch, heads, packed // heads, dim, dtype=dtype)
@@ -199,7 +199,7 @@ def _bias(name: str, query: Tensor, length: int, *, causal: bool) -> biases.Bias
     return None
 
 
-def _pages(dim: int, dtype: torch.dtype, packed: int) -> Callable[[], None]:
+def _pages(dim: int, dtype: torch.dtype, packed: int) -> Callable[[], object]:
     """Sequences that differ in length, and of which a window is seen."""
     queries = packed // 4
     query = torch.zeros(2, 8, queries, dim, dtype=dtype)
@@ -217,7 +217,7 @@ def _pages(dim: int, dtype: torch.dtype, packed: int) -> Callable[[], None]:
     return lambda: passes.over_pages(query, key, (pages, pages), table, None, None, fixed)
 
 
-def _rotation(dim: int, dtype: torch.dtype, interleaved: bool) -> Callable[[], None]:
+def _rotation(dim: int, dtype: torch.dtype, interleaved: bool) -> Callable[[], object]:
     """All of a head is turned forward, half of it backward."""
     query, key = (torch.zeros(2, heads, 1024, dim, dtype=dtype) for heads in (8, 2))
     tables = [torch.zeros(1024, dim // 2)] * 4
@@ -237,7 +237,7 @@ def _problem(
     bias: str,
     dropout_p: float,
     result: Any,
-) -> Callable[[], None]:
+) -> Callable[[], object]:
     length, heads = 1024, 4
     query, key, value = (torch.zeros(2, heads, length, dim, dtype=dtype) for _ in range(3))
     call = AttentionCall.checked(
@@ -252,7 +252,7 @@ def _problem(
     def run() -> None:
         if result == "output":
             out, _, normalisers = passes.forward(query, key, value, *learned, fixed)
-            inputs: tuple[Tensor, ...] = (query, key, value, out, normalisers)
+            inputs = query, key, value, out, normalisers
             given = gradients.of_output(out, None, inputs, *learned, fixed)
         else:
             out, normalisers = passes.weights(query, key, *learned, True, fixed)
@@ -283,7 +283,8 @@ def usages(capability: int, dims: list[int], quick: bool) -> Iterator[Usage]:
     version = (capability // 10, capability % 10)
     for module in (arguments, passes, gradients, rotation, on_hopper):
         module.launch = compile_only  # type: ignore[attr-defined]
-    arguments.device_capability = hopper.device_capability = lambda tensor: version
+    for module in (arguments, hopper):
+        module.device_capability = lambda tensor: version  # type: ignore[attr-defined]
     takes = hopper.takes
     for problem in problems(dims, quick):
         # Where a device has kernels of its own, the portable ones serve what these do not take.
