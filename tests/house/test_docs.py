@@ -68,13 +68,16 @@ def time_and_ratio(row: Measured) -> str:
     return f"{row['ours ms']['median']:.0f} | {ratio(row)}"
 
 
-@pytest.mark.parametrize(("name", "cell"), [("cpu.json", time_and_ratio), ("cpu-avx2.json", ratio)])
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [("cpu.json", time_and_ratio), ("cpu-avx512.json", time_and_ratio), ("cpu-avx2.json", ratio)],
+)
 def test_tables_of_the_cpu_hold_medians(name: str, cell: Callable[[Measured], str]) -> None:
     rows: dict[str, dict[str, Measured]] = {}
-    for row in json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]:
+    for row in measured(name):
         rows.setdefault(row["row"], {})[row["shape"]] = row
-    shown = table_after(f"`{name}`")
-    assert len(shown) >= 10
+    _, shown = table_after(f"`{name}`")
+    assert len(shown) >= 8
     for line in shown:
         of_shapes = rows[line.split(" | ")[0]]
         cells = " | ".join(cell(of_shapes[shape]) for shape in "ABC")
@@ -82,9 +85,8 @@ def test_tables_of_the_cpu_hold_medians(name: str, cell: Callable[[Measured], st
 
 
 def test_a_step_of_decoding_is_told_by_medians() -> None:
-    rows = json.loads((RESULTS / "cpu.json").read_text(encoding="utf-8"))["rows"]
     expected = []
-    for row in rows:
+    for row in measured("cpu.json"):
         if " decode " in row["row"]:
             name = f"{row['row'].replace(' decode', ',')}, {row['shape'][2:]} cached"
             speed, milliseconds = row["ours GB/s"], row["ours ms"]["median"]
@@ -94,12 +96,52 @@ def test_a_step_of_decoding_is_told_by_medians() -> None:
             assert speed == pytest.approx(num_bytes / milliseconds / 1e6)
             cells = f"{milliseconds:.3f} | {row['ratio of medians']:.1f} | {speed:.0f}"
             expected.append(f"{name} | {cells}")
-    assert table_after("A step of a generation") == expected
+    assert table_after("A step of a generation")[1] == expected
 
 
-def table_after(words: str) -> list[str]:
-    """The rows of the first table of the speed page that stands behind these words."""
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("cpu-avx2-lengths.json", "T "),
+        ("cpu-avx2-windows.json", ""),
+        ("cpu-compiled.json", "H 8 T "),
+    ],
+)
+def test_tables_over_a_size_hold_medians(name: str, prefix: str) -> None:
+    rows = {(row["row"], row["shape"]): row for row in measured(name)}
+    sizes, lines = table_after(f"`{name}`")
+    shown = 0
+    for line in lines:
+        name, *cells = line.split(" | ")
+        for size, cell in zip(sizes, cells, strict=True):
+            if cell:
+                assert cell == ratio(rows[name, prefix + size]), (name, size)
+                shown += 1
+    assert shown == sum(prefix in shape for _, shape in rows)
+
+
+def test_ranges_of_short_calls_hold_medians() -> None:
+    columns, lines = table_after("lowest and highest")
+    assert len(columns) == 4
+    for line in lines:
+        name, *cells = line.split(" | ")
+        for column, cell in zip(columns, cells, strict=True):
+            dtype, file = column.split(", ")
+            rows = [row for row in measured(file.strip("`")) if row["row"] == f"{dtype} {name}"]
+            found = [row["ratio of medians"] for row in rows]
+            assert cell == f"{min(found):.2f} to {max(found):.2f}", (name, dtype, file)
+
+
+def measured(name: str) -> list[Measured]:
+    rows: list[Measured] = json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def table_after(words: str) -> tuple[list[str], list[str]]:
+    """The columns but the first, and the rows, of the first table of the speed page that stands
+    behind these words."""
     text = (DOCS / "speed.md").read_text(encoding="utf-8").partition(words)[2]
     found = re.search(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
     assert found is not None
-    return [line.strip("| ") for line in found[0].splitlines()[2:]]
+    head, _, *lines = (line.strip().strip("|").strip() for line in found[0].splitlines())
+    return [column.strip() for column in head.split("|")[1:]], lines
