@@ -178,7 +178,7 @@ def main() -> None:
     ]
     todo.append(weights_comparison(QUICK_SHAPES[0] if arguments.quick else WEIGHTS_SHAPE))
     machine = report.describe_run()
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(report.headline(machine))
     print(
         f"{'shape':18} {'work':30} {'ours ms':>8} {'peer ms':>8} {'median':>7} {'best':>6} "
         f"{'MiB ours, peer':>15}"

@@ -157,7 +157,7 @@ def main() -> int:
     if not todo and not arguments.growth:
         sys.exit(f"benchmarks.cpu: no row contains any of {', '.join(arguments.rows)}")
     machine = report.describe_run("torchscale") | {"kernels": kernels, "seed": seed}
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(report.headline(machine))
     print(f"{'row':30} {'shape':12} {'ours ms':>9} {'peer ms':>9} {'best':>6} {'median':>6}  bar")
     results: dict[str, Any] = {"machine": machine, "rows": [], "growth": [], "failed": []}
     rounds = 2 if arguments.quick else arguments.rounds

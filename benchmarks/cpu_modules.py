@@ -7,7 +7,6 @@ by hand. Shape suffixes: B batch, T length, E embedding.
 
 import types
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.cpu_problem import Results, Run
 from benchmarks.cpu_rows import BOUNDS, DTYPES, Row, Work
+from zeta.bench.machine import installed_version
 from zeta.nn import MultiheadAttention, RelativePositionBias
 
 TORCHSCALE = "0.3.0"
@@ -33,10 +33,7 @@ def torchscale_components() -> tuple[Any, Any]:
     Raises:
         ImportError: It is not installed, or in another version.
     """
-    try:
-        found = version("torchscale")
-    except PackageNotFoundError:
-        found = "none"
+    found = installed_version("torchscale")
     if found != TORCHSCALE:
         raise ImportError(
             f"the peer is torchscale {TORCHSCALE}, found {found}: "

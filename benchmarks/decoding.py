@@ -300,7 +300,7 @@ def _print_step(row: Row) -> None:
 def run(quick: bool, rounds: int, path: Path | None) -> Row:
     """Measure everything, and print and write it as it comes."""
     results: Row = {"machine": report.describe_run("torchscale")}
-    print(", ".join(f"{name} {value}" for name, value in results["machine"].items()))
+    print(report.headline(results["machine"]))
     try:
         torchscale_components()
     except ImportError as error:

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from benchmarks import gpu_peers as peers
 from benchmarks import tune_gpu
 from benchmarks.gpu_peers import Inputs, Maker, Problem, Run, results_of
-from zeta.bench import describe_machine, peak_bytes
+from benchmarks.report import describe_run, headline, write
+from zeta.bench import peak_bytes
 
 SHAPES = ((4, 16, 4096), (16, 16, 1024), (8, 16, 2048), (1, 16, 16384))
 """Batch, heads, length: 16,384 tokens each, and the first alone with ``--quick``."""
@@ -274,22 +274,19 @@ def main() -> None:
     flexed = set(options.flex.split(","))
     use_flex = [row in flexed and problem.length == SHAPES[0][2] for row, problem in todo]
     report: dict[str, Any] = {
-        **describe_machine(),
-        "triton": triton.__version__,
+        **describe_run("triton"),
         "dtype": "bfloat16",
         "graphs": options.graphs,
-        "entries": [],
     }
-    head = ", ".join(f"{key} {value}" for key, value in report.items() if key != "entries")
-    print(head, flush=True)
+    print(headline(report), flush=True)
+    report["entries"] = []
     jobs = [(problem, flex, tiles) for (_, problem), flex in zip(todo, use_flex, strict=True)]
     tune_gpu.compile_all(warm, jobs, options.workers)
     for (row, problem), flex in zip(todo, use_flex, strict=True):
         entry = measure(row, problem, flex, options.repeats, options.graphs)
         report["entries"].append(entry)
         print(line(entry), flush=True)
-        if options.out:
-            options.out.write_text(json.dumps(report, indent=1))
+        write(report, options.out)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import gpu_peers as peers
 from benchmarks.gpu_peers import Inputs, Problem
+from benchmarks.report import describe_run, write
 from benchmarks.tune_gpu import compile_all, medians, portable, told
 from zeta import biases
-from zeta.bench import describe_machine
 
 BATCH, HEADS, LENGTH = 4, 16, 4096
 
@@ -271,8 +270,7 @@ def main() -> None:
     ]
     compile_all(compile_one, problems, options.workers)
     report: dict[str, Any] = {
-        **describe_machine(),
-        "triton": triton.__version__,
+        **describe_run("triton"),
         "dtype": "bfloat16",
         "batch": BATCH,
         "heads": HEADS,
@@ -283,8 +281,7 @@ def main() -> None:
         entry = measure(problem)
         report["entries"].append(entry)
         print(line(problem, entry), flush=True)
-        if options.out:
-            options.out.write_text(json.dumps(report, indent=1))
+        write(report, options.out)
     if options.picture:
         draw(report, options.picture)
 

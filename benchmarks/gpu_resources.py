@@ -7,7 +7,6 @@ more than `max_spill` allows, or has its asynchronous products serialised by the
 
 import argparse
 import dataclasses
-import json
 import re
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from benchmarks.report import write
 from zeta import biases, masks
 from zeta.ops.backends.triton import arguments, gradients, hopper, passes, rotation
 from zeta.ops.backends.triton.hopper import passes as on_hopper
@@ -318,8 +318,7 @@ def main() -> int:
             f"{usage.spill:5} spilled {usage.shared:7} shared {fault and 'FAILS: ' + fault}",
             flush=True,
         )
-    if options.out:
-        options.out.write_text(json.dumps(table, indent=1))
+    write(table, options.out)
     return 1 if faults else 0
 
 

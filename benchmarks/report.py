@@ -3,11 +3,10 @@
 import json
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from zeta.bench import describe_machine
+from zeta.bench.machine import describe_machine, installed_version
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,10 +18,15 @@ def describe_run(*packages: str) -> dict[str, str | int]:
         "command": " ".join(["python", "-m", module, *sys.argv[1:]]),
         "commit": _commit(),
     }
-    return found | {package: _version(package) for package in packages}
+    return found | {package: installed_version(package) for package in packages}
 
 
-def write(results: dict[str, Any], path: Path | None) -> None:
+def headline(run: Mapping[str, object]) -> str:
+    """What `describe_run` says, and what a script adds to it, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in run.items())
+
+
+def write(results: object, path: Path | None) -> None:
     """As JSON; to be called whenever there is more, so that what ends early leaves what it has."""
     if path is not None:
         path.write_text(json.dumps(results, indent=2) + "\n")
@@ -35,10 +39,3 @@ def _commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return answer.stdout.strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

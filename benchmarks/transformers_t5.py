@@ -194,7 +194,7 @@ def main() -> None:
         shapes, width, rounds = [(2, 40), (1, 72)], 64, 1
     register_ceiling()
     machine = report.describe_run("transformers")
-    print(", ".join(f"{name} {value}" for name, value in machine.items()), flush=True)
+    print(report.headline(machine), flush=True)
     results: dict[str, Any] = {"machine": machine, "vocabulary": arguments.vocabulary, "rows": []}
     for size, length in shapes:
         print(f"batch {size}, {length} tokens: checking, then timing", flush=True)

@@ -8,7 +8,6 @@ table to edit is in ``zeta/ops/backends/triton/configs.py``.
 import argparse
 import contextlib
 import itertools
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import write
 from zeta import biases
 from zeta.ops.backends.triton import configs
 
@@ -252,8 +252,7 @@ def main() -> None:
                 f"{entry['tiles']!s:20} {cost}",
                 flush=True,
             )
-        if options.out:
-            options.out.write_text(json.dumps(results, indent=1))
+        write(results, options.out)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -39,6 +40,14 @@ def describe_machine() -> dict[str, str | int]:
         found["cuda"] = torch.version.cuda or ""
         found["cudnn"] = torch.backends.cudnn.version() or 0
     return found
+
+
+def installed_version(package: str) -> str:
+    """The version of a package, or ``"not installed"``."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor(cpuinfo: dict[str, str]) -> str:

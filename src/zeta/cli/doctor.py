@@ -2,7 +2,6 @@
 
 import argparse
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 import zeta
 from zeta import biases, masks
-from zeta.bench.machine import describe_machine
+from zeta.bench.machine import describe_machine, installed_version
 from zeta.cli.terminal import heading, row
 from zeta.ops.backends.cpu import library
 from zeta.ops.precision import float32_precision
@@ -49,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     row("python", f"{platform.python_version()} on {platform.platform()}")
     row("torch", torch.__version__)
     for package in OPTIONAL:
-        row(package, _version(package))
+        row(package, installed_version(package))
     heading("Devices")
     for name, value in describe_machine().items():
         if name not in ("python", "torch", "date"):
@@ -87,13 +86,6 @@ def _describe_native() -> None:
         row("short calls", "take longer: this torch does not offer its tensors to C")
     if "AMX" in found.usable:
         row("float32", f"precision {float32_precision()!r}")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _examine(device: str) -> bool:
