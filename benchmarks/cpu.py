@@ -44,7 +44,10 @@ def use_instruction_set(name: str) -> str:
             return f"none: {obstacle}"
         raise ValueError(obstacle)
     native = library.load()
-    wanted = native.usable[-1] if name == "best" else ISAS[name]
+    if name == "best":
+        native.instruction_set = 0
+        return native.usable[-1]
+    wanted = ISAS[name]
     if wanted not in native.usable:
         raise ValueError(f"{wanted} cannot run here, only {', '.join(native.usable)}")
     native.instruction_set = library.INSTRUCTION_SETS.index(wanted) + 1

@@ -63,12 +63,18 @@ class _Gradients(Once):
         return mapped_one_by_one(cls.apply, info, in_dims, args)
 
 
+def can_be_differentiated() -> bool:
+    """Whether somebody could differentiate what is computed now: in a backward pass, only under
+    ``create_graph=True`` or inside a transform.
+    """
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
 def differentiated_once(
     backend: str, compute: Compute, *tensors: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """``compute(*tensors)``, gradients of which a second derivative is an error."""
-    # Only under create_graph=True, or inside a transform, could anybody differentiate them.
-    if not torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+    if not can_be_differentiated():
         return compute(*tensors)
     found: tuple[Tensor | None, ...] = _Gradients.apply(backend, compute, *tensors)
     return found

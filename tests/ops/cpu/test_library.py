@@ -1,5 +1,6 @@
 """The native library: that it is there, what it says of itself, and the border to it."""
 
+import math
 import platform
 import re
 import shutil
@@ -103,6 +104,31 @@ def test_an_instruction_set_that_is_not_there_is_refused(number: int) -> None:
     with pytest.raises(ValueError, match=f"instruction set {number} cannot run here, only "):
         native.instruction_set = number
     assert native.instruction_set == before
+
+
+def test_short_calls_spare_processors_that_wide_vectors_slow_down() -> None:
+    native = library.load()
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    named = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", text, re.M))
+    is_slow = named == {"vendor_id": "GenuineIntel", "cpu family": "6", "model": "85"}
+    best = native.usable[-1]
+    short = "AVX2" if is_slow else best
+    assert native.used_for(1) == native.used_for(2**18) == short
+    assert native.used_for(2**18 + 1) == native.used_for(math.inf) == best
+
+
+@pytest.mark.parametrize("length", [32, 33])
+def test_a_call_runs_on_what_is_said(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    native = library.load()
+    x = torch.randn(1, 2, length, 64)
+    found = zeta.attention(x, x, x, backend="cpu")
+    used = native.used_for(2 * x.numel() * length)
+    assert used is not None
+    monkeypatch.setattr(native, "instruction_set", library.INSTRUCTION_SETS.index(used) + 1)
+    assert torch.equal(found, zeta.attention(x, x, x, backend="cpu"))
+    if "AVX-512" in native.usable:
+        monkeypatch.setattr(native, "instruction_set", 2 if used == "AVX2" else 1)
+        assert not torch.equal(found, zeta.attention(x, x, x, backend="cpu"))
 
 
 def test_answers_become_errors() -> None:

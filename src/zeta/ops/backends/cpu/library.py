@@ -18,7 +18,7 @@ from zeta.transforms import constant_in_graphs
 
 PATH = Path(__file__).with_name("libzeta_cpu.so")
 INSTRUCTION_SETS = ("AVX2", "AVX-512", "AVX-512 BF16", "AMX")
-"""As `ZetaIsa` numbers them, from 1 on; the last that is usable runs."""
+"""As `ZetaIsa` numbers them, from 1 on. The last usable runs; see `Library.used_for`."""
 
 DONE, NO_MEMORY, NOT_PLAIN = 0, 3, 4
 _ANSWERS = {
@@ -82,11 +82,15 @@ class Library:
         self.has_tiles = INSTRUCTION_SETS[-1] in self.processor
         self._use = functions.zeta_use
         self._use.argtypes, self._use.restype = (ctypes.c_int64,), ctypes.c_int64
+        self._used_for = functions.zeta_used_for
+        self._used_for.argtypes, self._used_for.restype = (ctypes.c_double,), ctypes.c_int64
         self._instruction_set = 0
 
     @property
     def instruction_set(self) -> int:
-        """The number of the one that runs; 0 for the best. Tests and benchmarks set it.
+        """The number of the one that runs; 0 for the best of each call.
+
+        Tests and benchmarks set it.
 
         Raises:
             ValueError: It cannot run here.
@@ -98,6 +102,14 @@ class Library:
         if not self._use(number):
             raise ValueError(f"instruction set {number} cannot run here, only {self.usable}")
         self._instruction_set = number
+
+    def used_for(self, multiplications: float) -> str | None:
+        """The one that a call of so many multiplications runs on; None if none can.
+
+        Few do without AVX-512 on processors that it slows down for a while.
+        """
+        number: int = self._used_for(multiplications)
+        return INSTRUCTION_SETS[number - 1] if number else None
 
     @property
     def multiplies_tiles(self) -> bool:

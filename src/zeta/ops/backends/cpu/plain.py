@@ -18,7 +18,7 @@ from torch.autograd import Function
 from zeta.ops.backends.cpu import library, passes
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.buffers import rows
-from zeta.ops.functions import Once, differentiated_once
+from zeta.ops.functions import Once, can_be_differentiated, differentiated_once
 from zeta.ops.plain_lowering import LATER_KEYS, NOTHING, NUM_NUMBERS, Plain
 from zeta.ops.precision import Precision, float32_precision
 from zeta.transforms import of_each_gradient
@@ -55,28 +55,38 @@ def attend(
     direct = native.direct
     if direct is None:
         return None
-    out = torch.empty_like(query)
     is_high = native.has_tiles and float32_precision(precision) == "high"
-    learned, dense = plain.offsets, plain.dense
-    if not _is_short(plain):
+    learned = dense = None
+    numbers: tuple[Any, ...]
+    tensors: tuple[Any, ...]
+    if plain is NOTHING or plain is LATER_KEYS:
+        numbers, tensors = (plain.causal,), ()
+    else:
+        learned, dense = plain.offsets, plain.dense
         signed = plain.padding_B, plain.table, plain.slopes_H, dense
         if any(tensor is not None and tensor.is_neg() for tensor in signed):
             return None
         if learned is not None:
             plain = plain._replace(offsets=learned.detach().float().contiguous())
-    options = _options(scale, is_high, plain)
+        numbers, tensors = plain[:NUM_NUMBERS], plain[NUM_NUMBERS:]
+    options = scale, is_high, torch.get_num_threads(), *numbers, *tensors
+    out = torch.empty_like(query)
     if torch.is_grad_enabled() and (
         query.requires_grad or key.requires_grad or value.requires_grad or learned is not None
         or (dense is not None and dense.requires_grad)
     ):  # fmt: skip
         lse = direct.attend_with_lse(query, key, value, out, *options)
         if type(lse) is Tensor:
-            options = scale, is_high, plain
-            return _Attended.record(query, key, value, learned, dense, (out, lse), options)
+            saved = query, key, value, out, lse, *tensors
+            kept = scale, is_high, numbers
+            return _Attended.record(query, key, value, learned, dense, saved, kept)
         answer = lse
     else:
         answer = direct.attend(query, key, value, out, *options)
     return out if library.is_done(answer) else None
+
+
+_Options = tuple[float | None, bool, tuple[Any, ...]]
 
 
 class _Attended(Once):
@@ -96,80 +106,72 @@ class _Attended(Once):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        _: Tensor | None,
+        learned: Tensor | None,
         dense: Tensor | None,
-        made: tuple[Tensor, Tensor],
-        options: tuple[float | None, bool, Plain],
-    ) -> Tensor:
-        scale, is_high, plain = options
-        if _is_short(plain):
-            ctx.save_for_backward(query, key, value, *made)
-            ctx.options = options
-        else:
-            ctx.save_for_backward(query, key, value, *made, *plain[NUM_NUMBERS:])
-            ctx.options = scale, is_high, plain[:NUM_NUMBERS]
-        return made[0]
+        saved: tuple[Tensor | None, ...],
+        options: _Options,
+    ) -> Tensor | None:
+        ctx.save_for_backward(*saved)
+        ctx.options = options
+        return saved[3]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        scale, is_high, plain = ctx.options
-        needed = ctx.needs_input_grad[3:5]
+        options, needed = ctx.options, ctx.needs_input_grad
+        if not can_be_differentiated():
+            return *_gradients(grad_out, ctx.saved_tensors, options, needed), None, None
 
         def compute(grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
-            return _gradients(grad_out, saved, scale, is_high, plain, needed)
+            return _gradients(grad_out, saved, options, needed)
 
         return *differentiated_once("cpu", compute, grad_out, *ctx.saved_tensors), None, None
 
 
-def _is_short(plain: Plain) -> bool:
-    """Whether it says no more than if later keys are hidden."""
-    return plain is NOTHING or plain is LATER_KEYS
-
-
-def _options(scale: float | None, is_high: bool, plain: Plain) -> tuple[Any, ...]:
-    """What a direct call is told beside its tensors."""
-    if _is_short(plain):
-        return scale, is_high, torch.get_num_threads(), plain.causal
-    return scale, is_high, torch.get_num_threads(), *plain
+_OFFSETS, _DENSE = (Plain._fields.index(name) - NUM_NUMBERS for name in ("offsets", "dense"))
 
 
 def _gradients(
     grad_out: Tensor,
     saved: Sequence[Tensor],
-    scale: float | None,
-    is_high: bool,
-    plain: Plain | tuple[Any, ...],
-    needed: tuple[bool, bool],
+    options: _Options,
+    needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Of query, key, value, and, where needed, of offsets and a dense bias."""
-    query, key, value, out, lse, *others = saved
-    inputs = query, key, value, out, lse
-    if not isinstance(plain, Plain):  # Its numbers alone: the tensors were saved.
-        plain = Plain(*plain, *others)
-    made = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    query, key, value, out, lse, *tensors = saved
+    scale, is_high, numbers = options
     grad_offsets = grad_dense = None
-    if plain.offsets is not None and needed[0]:
-        grad_offsets = plain.offsets.new_empty(plain.offsets.shape)
-    if plain.dense is not None and needed[1]:
-        grad_dense = plain.dense.new_empty(plain.dense.shape, dtype=torch.float32)
-    direct = library.load().direct
-    assert direct is not None
+    if needed[3]:
+        grad_offsets = torch.empty(tensors[_OFFSETS].shape)
+    if needed[4]:
+        grad_dense = torch.empty(tensors[_DENSE].shape, dtype=torch.float32)
+    made = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     if not grad_out.is_contiguous() or grad_out.is_neg():
         grad_out = rows(grad_out)
-    options = _options(scale, is_high, plain)
+    direct = library.load().direct
+    assert direct is not None
     # C would not see that one is negated; whoever saved them may have given that back.
-    if not any(tensor is not None and tensor.is_neg() for tensor in saved):
-        answer = direct.differentiate(*inputs, grad_out, *made, grad_offsets, grad_dense, *options)
+    is_negated = query.is_neg() or key.is_neg() or value.is_neg() or out.is_neg() or lse.is_neg()
+    if tensors and not is_negated:
+        is_negated = any(tensor is not None and tensor.is_neg() for tensor in tensors)
+    if not is_negated:
+        answer = direct.differentiate(
+            query, key, value, out, lse, grad_out, *made, grad_offsets, grad_dense,
+            scale, is_high, torch.get_num_threads(), *numbers, *tensors,
+        )  # fmt: skip
         if library.is_done(answer):
-            if plain.dense is not None and grad_dense is not None:
-                grad_dense = grad_dense.to(plain.dense.dtype)
+            if grad_dense is not None:
+                grad_dense = grad_dense.to(tensors[_DENSE].dtype)
             return *made, grad_offsets, grad_dense
     # Such tensors, or others of other strides or of a class of their own; or there are many
     # gradients at once.
+    plain = Plain(*numbers, *tensors)
     lowered = plain.lowered(1.0 / math.sqrt(query.shape[3]) if scale is None else scale)
     fixed, offsets, dense = Fixed(*lowered.fixed(), is_high), lowered.offsets, plain.dense
+    inputs = query, key, value, out, lse
 
     def compute(grad_out: Tensor) -> passes.Gradients:
-        return passes.backward(grad_out, None, inputs, offsets, dense, fixed, needed)
+        return passes.backward(
+            grad_out, None, inputs, offsets, dense, fixed, (needed[3], needed[4])
+        )
 
     return of_each_gradient(compute, grad_out)

@@ -111,8 +111,11 @@ int64_t zeta_built(void);
 int64_t zeta_instruction_sets(void);
 int64_t zeta_abi_bytes(void);  // sizeof(ZetaCall)
 
-// From now on all passes run on this ZetaIsa; 0 where it cannot run.
+// From now on all passes run on this ZetaIsa, or, with ZETA_BEST, on the best for each; 0 where it cannot run.
 int64_t zeta_use(int64_t isa);
+
+// The ZetaIsa that a pass of so many multiplications runs on; 0 for none.
+int64_t zeta_used_for(double multiplications);
 
 // 0, or why not: see messages.h. Each may be called by several threads at a time.
 int64_t zeta_forward(const ZetaCall *call);

@@ -6,6 +6,7 @@
 constexpr int64_t WANTED_TASKS = 64;
 constexpr int64_t LEAST_KEYS = 256;     // of a part
 constexpr int64_t ALONE_BYTES = 1 << 17;  // as much as one thread reads before others wake up
+constexpr int64_t FAR_BYTES = 1 << 20;    // as many keys are not in the caches that cores have to themselves
 
 // Of so many bytes that so many rows meet. Eight rows take about as long as it takes to read them.
 inline bool is_for_one_thread(int64_t bytes, int64_t rows) {
@@ -62,19 +63,23 @@ struct HeadCache {
     const T *data;
     int64_t row, page, page_size;
     const int32_t *pages;
+    bool is_far;
 
     HeadCache(const ZetaCall &call, const ZetaRows &rows, int64_t batch, int64_t key_head)
         : data(static_cast<const T *>(rows.data) + key_head * rows.head),
           row(rows.row),
           page(rows.batch),
           page_size(call.page_table ? call.page_size : INT64_MAX),
-          pages(call.page_table ? call.page_table + batch * call.pages_per_row : nullptr) {
+          pages(call.page_table ? call.page_table + batch * call.pages_per_row : nullptr),
+          is_far(is_asking_worth_it() &&
+                 call.batch * call.key_heads * call.source * call.head_dim *
+                         static_cast<int64_t>(sizeof(T)) >= FAR_BYTES) {
         if (!pages) data += batch * rows.batch;
     }
 
     Stream<T> stream(int64_t first, int64_t count) const {
         const T *from = pages ? data + pages[first / page_size] * page : data;
-        return {from + (pages ? first % page_size : first) * row, row, count};
+        return {from + (pages ? first % page_size : first) * row, row, count, is_far};
     }
 };
 

@@ -27,7 +27,8 @@ struct FewOperands : FmaOperands {
         // To the place 0: the backward pass packs its keys, or values, all at once.
         void pack(const KeyRows &rows, int64_t first, int64_t count, int64_t) const {
             if (rows.rows.dtype == ZETA_FLOAT32 && rows.sight.has_all(first, count)) {
-                *lines = {static_cast<const float *>(rows.rows.at(first)), rows.rows.row, count};
+                *lines = {static_cast<const float *>(rows.rows.at(first)), rows.rows.row, count,
+                          count > FEW && is_asking_worth_it()};
                 return;
             }
             *lines = {copies, stride, count};

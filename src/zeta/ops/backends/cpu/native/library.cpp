@@ -8,7 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "table.h"
+#include "work.h"
 
 // Of libgomp, and of Intel's and LLVM's OpenMP too: that of torch, which is there before this library.
 // Weak, it is null where there is none.
@@ -55,6 +55,15 @@ bool has_avx2(uint64_t saved) {
     return all(saved, 0x6) && all(cpuid(1, 0).c, wanted) && all(cpuid(7, 0).b, bit_AVX2);
 }
 
+// Vectors of 512 bits slow these processors down for most of a millisecond, and with them all code of the
+// caller's: Skylake-SP, Cascade Lake and Cooper Lake, which are family 6, model 85.
+bool has_slow_wide_vectors() {
+    const unsigned signature = cpuid(1, 0).a;
+    const unsigned family = signature >> 8 & 0xf;
+    const unsigned model = (signature >> 12 & 0xf0) | (signature >> 4 & 0xf);
+    return family == 6 && model == 85;
+}
+
 #ifdef ZETA_EMULATE
 bool has_avx512(uint64_t saved) { return has_avx2(saved); }
 bool has_avx512_bf16(uint64_t saved) { return has_avx2(saved); }
@@ -82,15 +91,31 @@ bool has_amx(uint64_t saved) {
 }
 #endif
 
-int64_t find_instruction_sets() {
+constexpr int64_t IS_KNOWN = 1 << 0, HAS_SLOW_WIDE_VECTORS = 1 << 8;  // beside ZetaIsa's bits
+
+int64_t look_at_processor() {
     const uint64_t saved = saved_registers();
-    int64_t found = 0;
+    int64_t found = IS_KNOWN | (has_slow_wide_vectors() ? HAS_SLOW_WIDE_VECTORS : 0);
     if (has_avx2(saved)) found |= 1 << ZETA_AVX2;
     if (has_avx512(saved)) found |= 1 << ZETA_AVX512;
     if (has_avx512_bf16(saved)) found |= 1 << ZETA_AVX512_BF16;
     if (has_amx(saved)) found |= 1 << ZETA_AMX;
     return found;
 }
+
+int64_t processor() {
+    // Whoever comes first finds the same.
+    static int64_t known = 0;
+    int64_t found = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (!found) {
+        found = look_at_processor();
+        __atomic_store_n(&known, found, __ATOMIC_RELAXED);
+    }
+    return found;
+}
+
+// Up to so many multiplications do without such vectors.
+constexpr double FEW_MULTIPLICATIONS = 1 << 18;
 
 // In the order of ZetaIsa.
 const ZetaPasses *const tables[] = {
@@ -100,20 +125,14 @@ int64_t in_use = ZETA_BEST;
 
 int64_t run(const ZetaCall *call, ZetaPass ZetaPasses::*pass) {
     if (call->bytes != sizeof(ZetaCall)) return ZETA_OTHER_VERSION;
-    const ZetaPasses *passes = zeta_passes();
+    const ZetaPasses *passes = zeta_passes(count_multiplications(*call));
     return passes ? (passes->*pass)(call) : ZETA_NO_PROCESSOR;
 }
 
 }  // namespace
 
-const ZetaPasses *zeta_passes() {
-    int64_t isa = __atomic_load_n(&in_use, __ATOMIC_RELAXED);
-    if (isa == ZETA_BEST) {
-        const int64_t usable = zeta_instruction_sets();
-        isa = ZETA_AMX;
-        while (isa > ZETA_BEST && !(usable >> isa & 1)) --isa;
-    }
-    return tables[isa];
+const ZetaPasses *zeta_passes(double multiplications) {
+    return tables[zeta_used_for(multiplications)];
 }
 
 void zeta_parallel(void (*body)(void *data), void *data, int64_t num_threads) {
@@ -124,14 +143,7 @@ void zeta_parallel(void (*body)(void *data), void *data, int64_t num_threads) {
 extern "C" {
 
 ZETA_EXPORT int64_t zeta_processor(void) {
-    // Whoever comes first finds the same; bit 0 says that somebody did.
-    static int64_t known = 0;
-    int64_t found = __atomic_load_n(&known, __ATOMIC_RELAXED);
-    if (!found) {
-        found = find_instruction_sets() | 1;
-        __atomic_store_n(&known, found, __ATOMIC_RELAXED);
-    }
-    return found & ~int64_t{1};
+    return processor() & ~(IS_KNOWN | HAS_SLOW_WIDE_VECTORS);
 }
 
 ZETA_EXPORT int64_t zeta_built(void) {
@@ -150,6 +162,16 @@ ZETA_EXPORT int64_t zeta_use(int64_t isa) {
     if (isa < ZETA_BEST || isa > ZETA_AMX || !(usable >> isa & 1)) return 0;
     __atomic_store_n(&in_use, isa, __ATOMIC_RELAXED);
     return 1;
+}
+
+ZETA_EXPORT int64_t zeta_used_for(double multiplications) {
+    int64_t isa = __atomic_load_n(&in_use, __ATOMIC_RELAXED);
+    if (isa != ZETA_BEST) return isa;
+    const int64_t usable = zeta_instruction_sets();
+    const bool is_slow = processor() & HAS_SLOW_WIDE_VECTORS;
+    isa = is_slow && multiplications <= FEW_MULTIPLICATIONS ? ZETA_AVX2 : ZETA_AMX;
+    while (isa > ZETA_BEST && !(usable >> isa & 1)) --isa;
+    return isa;
 }
 
 ZETA_EXPORT int64_t zeta_forward(const ZetaCall *call) { return run(call, &ZetaPasses::forward); }

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "operand.h"
+#include "work.h"
 
 namespace {
 
@@ -270,7 +271,7 @@ inline bool add_gradients(ZetaCall &call, const Plain &given, const PlainGradien
 }
 
 inline int64_t run_forward(const ZetaCall &call) {
-    const ZetaPasses *passes = zeta_passes();
+    const ZetaPasses *passes = zeta_passes(count_multiplications(call));
     if (!passes) return ZETA_NO_PROCESSOR;
     const int64_t most =
         passes == &zeta_passes_amx ? ZETA_STEP_ROWS_BESIDE_TILES : ZETA_STEP_ROWS;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "operand.h"
+#include "work.h"
 
 namespace {
 
@@ -34,7 +35,7 @@ inline ZetaLayer *add_layer(ZetaProjection &call, const Operand &weight, const O
 }
 
 inline int64_t run_projection(const ZetaProjection &call) {
-    const ZetaPasses *passes = zeta_passes();
+    const ZetaPasses *passes = zeta_passes(count_multiplications(call));
     return passes ? passes->project(&call) : ZETA_NO_PROCESSOR;
 }
 

@@ -11,8 +11,8 @@ inline void project_features(const ZetaProjection &call, const ZetaLayer &layer,
     alignas(64) float sums[ZETA_MOST_ROWS * LAYER_FEATURES];
     const T *weight = static_cast<const T *>(layer.weight) + first * layer.weight_row;
     // More rows than one block pass over weights that are near, while the next are asked for. Those that
-    // are passed over once the processor asks for by itself.
-    const bool is_near = call.rows > BLOCK;
+    // are passed over once the processor asks for by itself, and one with AVX-512 the next, too.
+    const bool is_near = call.rows > BLOCK, asks = is_near && LANES < 16;
     const int64_t step = is_near ? LANES : count;
     for (int64_t feature = 0; feature < count; feature += step) {
         const Stream<T> from = {weight + feature * layer.weight_row, layer.weight_row,
@@ -20,7 +20,7 @@ inline void project_features(const ZetaProjection &call, const ZetaLayer &layer,
         for_blocks(call.rows, [&](int64_t row, auto rows) {
             score_block<rows.value>(x + row * x_stride, x_stride, from, call.width,
                                     sums + row * LAYER_FEATURES + feature, LAYER_FEATURES,
-                                    is_near && row == 0);
+                                    asks && row == 0);
         });
     }
     const T *bias = layer.bias ? static_cast<const T *>(layer.bias) + first : nullptr;

@@ -1,5 +1,5 @@
 // Products of few rows with many keys or values, which are read where they lie, once, and in their
-// order. Processors with AVX-512 read ahead by themselves, faster than any prefetch that was tried.
+// order, and asked for ahead.
 //
 // Rows are float32, in blocks of BLOCK; there is memory for whole blocks, and a row of queries is
 // followed by zeros up to a multiple of LANES. Features come in pairs of vectors, in the order in
@@ -67,14 +67,21 @@ inline void store_arranged(const float *from, int64_t features, float factor, T 
         store_first(to + feature, load(from + feature) * splat(factor), features - feature);
 }
 
-// Keys or values of one head: `count` rows of T, `stride` apart.
+// Whether what lies far is worth asking for ahead. Processors with AVX-512 BF16 read ahead by
+// themselves, faster than any prefetch that was tried.
+inline bool is_asking_worth_it() {
+    return LANES < 16 || !(zeta_processor() >> ZETA_AVX512_BF16 & 1);
+}
+
+// Keys or values of one head: `count` rows of T, `stride` apart; far if they are worth asking for ahead.
 template <class T>
 struct Stream {
     const T *data;
     int64_t stride, count;
+    bool is_far = false;
 
     Stream part(int64_t first, int64_t some) const {
-        return {data + first * stride, stride, some};
+        return {data + first * stride, stride, some, is_far};
     }
 };
 
@@ -174,10 +181,10 @@ inline void score_block(const R *queries, int64_t query_stride, const Stream<T> 
 }
 
 // to[row][feature] += weights[row][key] * values[key][feature] of ROWS rows and PAIRS pairs of
-// vectors of features.
+// vectors of features; asks: for values that come later.
 template <int ROWS, int PAIRS, class T>
 inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<T> &values,
-                      float *to, int64_t to_stride) {
+                      float *to, int64_t to_stride, bool asks) {
     constexpr int VECTORS = 2 * PAIRS;
     // Of one row, several keys at a time have sums of their own: few would wait for each other.
     constexpr int KEYS = ROWS == 1 ? 4 / PAIRS : 1;
@@ -191,7 +198,7 @@ inline void add_pairs(const float *weights, int64_t weight_stride, const Stream<
         const T *from = values.data + key * values.stride;
         Floats value[VECTORS];
         unrolled<PAIRS>([&](auto p) {
-            prefetch(from + VALUES_AHEAD * values.stride + p * PAIR);
+            if (asks) prefetch(from + VALUES_AHEAD * values.stride + p * PAIR);
             const auto both = pair(from + p * PAIR);
             value[2 * p] = half_of(both, Index<0>());
             value[2 * p + 1] = half_of(both, Index<1>());
@@ -236,20 +243,20 @@ inline void add_rest(const float *weights, int64_t weight_stride, const Stream<T
 
 template <int ROWS, class T>
 inline void value_block(const float *weights, int64_t weight_stride, const Stream<T> &values,
-                        int64_t features, float *to, int64_t to_stride) {
+                        int64_t features, float *to, int64_t to_stride, bool asks) {
     // As many sums as there are registers for, beside two vectors of values and a weight.
     constexpr int PAIRS = (ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1) * (LANES == 16 && ROWS > 1 ? 2 : 1);
     int64_t feature = 0;
     for (int64_t left; (left = features - feature) > 0;) {
         const Stream<T> from = {values.data + feature, values.stride, values.count};
         if (left >= PAIRS * PAIR) {
-            add_pairs<ROWS, PAIRS>(weights, weight_stride, from, to + feature, to_stride);
+            add_pairs<ROWS, PAIRS>(weights, weight_stride, from, to + feature, to_stride, asks);
             feature += PAIRS * PAIR;
         } else if (PAIRS > 2 && left >= 2 * PAIR) {
-            add_pairs<ROWS, 2>(weights, weight_stride, from, to + feature, to_stride);
+            add_pairs<ROWS, 2>(weights, weight_stride, from, to + feature, to_stride, asks);
             feature += 2 * PAIR;
         } else if (left >= PAIR) {
-            add_pairs<ROWS, 1>(weights, weight_stride, from, to + feature, to_stride);
+            add_pairs<ROWS, 1>(weights, weight_stride, from, to + feature, to_stride, asks);
             feature += PAIR;
         } else {
             add_rest<ROWS>(weights, weight_stride, from, left, to + feature, to_stride);
@@ -273,7 +280,7 @@ inline void for_near(const Stream<T> &from, int64_t features, int64_t num_rows, 
             continue;
         }
         for (int64_t row = 0; row < part.count; ++row) {
-            prefetch_row(part.data + (row + VALUES_AHEAD) * part.stride, features);
+            if (part.is_far) prefetch_row(part.data + (row + VALUES_AHEAD) * part.stride, features);
             arrange<T>(part.data + row * part.stride, features, 1, near + row * stride);
         }
         body(first, Stream<float>{near, stride, part.count});
@@ -297,7 +304,8 @@ inline void score_keys(const float *queries, int64_t query_stride, int64_t num_r
     for_near(keys, features, num_rows, num_rows <= BLOCK, near, [&](int64_t first, const auto &part) {
         for_blocks(num_rows, [&](int64_t row, auto rows) {
             score_block<rows.value>(queries + row * query_stride, query_stride, part, features,
-                                    scores + row * score_stride + first, score_stride, row == 0);
+                                    scores + row * score_stride + first, score_stride,
+                                    part.is_far && row == 0);
         });
     });
 }
@@ -310,7 +318,8 @@ inline void add_values(const float *weights, int64_t weight_stride, int64_t num_
     for_near(values, features, num_rows, num_rows == 1, near, [&](int64_t first, const auto &part) {
         for_blocks(num_rows, [&](int64_t row, auto rows) {
             value_block<rows.value>(weights + row * weight_stride + first, weight_stride, part,
-                                    features, to + row * to_stride, to_stride);
+                                    features, to + row * to_stride, to_stride,
+                                    part.is_far && row == 0);
         });
     });
 }

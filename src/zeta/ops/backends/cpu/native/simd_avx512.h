@@ -86,8 +86,7 @@ inline void keep_in_register(Floats &) {}  // It is two.
 inline void keep_in_register(Floats &x) { __asm__("" : "+v"(x)); }
 #endif
 
-// As simd_avx2.h's; these processors do without.
-inline void prefetch(const void *) {}
+inline void prefetch(const void *from) { __builtin_prefetch(from); }
 
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats multiply_subtract(Floats a, Floats b, Floats c) { return _mm512_fmsub_ps(a, b, c); }

@@ -53,8 +53,8 @@ extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx512_bf16;
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_amx;
 
-// The passes of the instruction set that is in use, the best by default; null where none can run.
-__attribute__((visibility("hidden"))) const ZetaPasses *zeta_passes(void);
+// The passes of the instruction set that so many multiplications run on; null where none can run.
+__attribute__((visibility("hidden"))) const ZetaPasses *zeta_passes(double multiplications);
 
 // Runs `body(data)` on `num_threads` threads of torch's own pool, the caller's among them; on the
 // caller's alone in a forked child, whose pool has no threads. Compiled for any x86-64 processor.
