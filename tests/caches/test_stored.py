@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import zeta
 from tests.caches import stored as cases
 from tests.caches.stored import BATCH, HEAD_DIM, HEADS, KINDS, features, filled, is_read
-from tests.ops.cases import assert_within_bound
+from tests.ops.bound import assert_within_bound
 from tests.ops.cpu import units
 from zeta import biases, masks
 from zeta.caches import Cached, DynamicCache, PagedCache, QuantizedCache, quantized

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.caches.stored import KEY_HEADS
-from tests.ops.cases import assert_within_bound
+from tests.ops.bound import assert_within_bound
 from zeta.caches import DecodingCache, PagedCache, PagePool, QuantizedCache
 from zeta.nn import ALiBi, MultiheadAttention, RelativePositionBias, RotaryEmbedding
 from zeta.ops.backends.cpu import library, stored

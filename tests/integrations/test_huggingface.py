@@ -18,7 +18,7 @@ from tests.integrations.huggingface_families import (
     softmax_in_float64,
     valid,
 )
-from tests.ops.cases import assert_within_bound
+from tests.ops.bound import assert_within_bound
 from zeta.integrations import huggingface
 from zeta.integrations.huggingface.functions import attention
 

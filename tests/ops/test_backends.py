@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.bound import assert_within_bound
 from tests.ops.cases import (
     CASES,
     REFUSED,
     Case,
     Made,
-    assert_within_bound,
     expected,
     expected_both,
     expected_weights,

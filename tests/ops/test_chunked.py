@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.blockwise import assert_same, bucketed, make, outcome, outcome_of_weights
-from tests.ops.cases import assert_within_bound
+from tests.ops.bound import assert_within_bound
 from zeta import biases, masks
 from zeta.ops.backends import chunked, reference
 from zeta.ops.backends.chunked import blocks, products

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import zeta
-from tests.ops.cases import assert_within_bound
+from tests.ops.bound import assert_within_bound
 from zeta import biases, masks
 from zeta.nn import MultiheadAttention
 

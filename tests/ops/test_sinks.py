@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import zeta
-from tests.ops.cases import Case, Made, assert_within_bound, widened
+from tests.ops.bound import assert_within_bound
+from tests.ops.cases import Case, Made, widened
 from zeta import biases, masks
 from zeta.ops.call import AttentionCall
 from zeta.ops.dropout import keep_mask

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ops.cases import Case, assert_within_bound
+from tests.ops.bound import assert_within_bound
+from tests.ops.cases import Case
 from tests.ops.cpu import guarded_calls, units
 from tests.ops.cpu.caches import CACHES, Cache
 from tests.ops.cpu.guards import Guards, guarded

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.cases import assert_within_bound
+from tests.ops.bound import assert_within_bound
 from tests.ops.cpu import units
 from zeta import attention_with_lse, masks
 from zeta.ops.backends.cpu import library

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.ops.cases import T5, Case, assert_within_bound, far_from_zero, widened
+from tests.ops.bound import assert_within_bound
+from tests.ops.cases import T5, Case, far_from_zero, widened
 from tests.ops.cpu import units
 from zeta import attention, biases, masks
 from zeta.ops.backends.cpu import library

@@ -8,15 +8,8 @@ and keys too, which the library proper leaves to the unit without pairs.
 import pytest
 import torch
 
-from tests.ops.cases import (
-    Case,
-    assert_within_bound,
-    expected,
-    expected_both,
-    expected_weights,
-    far_from_zero,
-    taken,
-)
+from tests.ops.bound import assert_within_bound
+from tests.ops.cases import Case, expected, expected_both, expected_weights, far_from_zero, taken
 from tests.ops.cpu import units
 from zeta import attention, masks, set_float32_precision
 from zeta.ops.backends.cpu import library

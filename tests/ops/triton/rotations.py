@@ -8,7 +8,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from tests.ops.cases import assert_within_bound
+from tests.ops.bound import assert_within_bound
 from zeta.nn.tables import position_tensor, rotation_tables, xpos_tables
 from zeta.ops.backends.triton import rotation
 from zeta.ops.rotation import Table

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.cases import Case, assert_within_bound, taken, widened
+from tests.ops.bound import assert_within_bound
+from tests.ops.cases import Case, taken, widened
 from tests.ops.triton.rotations import TURNINGS, Turning
 from zeta import attention, attention_with_lse, biases, masks
 from zeta.nn import MultiheadAttention, RotaryEmbedding

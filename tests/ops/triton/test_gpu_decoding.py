@@ -10,7 +10,7 @@ from torch import Tensor
 import zeta
 from tests.caches import stored as cases
 from tests.caches.stored import BATCH, HEAD_DIM, HEADS, features, filled, is_read
-from tests.ops.cases import assert_within_bound
+from tests.ops.bound import assert_within_bound
 from zeta import biases, masks
 from zeta.caches import Cached, PagedCache, PagePool, StaticCache
 from zeta.nn import MultiheadAttention, RelativePositionBias, RotaryEmbedding

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.cases import Case, assert_within_bound, widened
+from tests.ops.bound import assert_within_bound
+from tests.ops.cases import Case, widened
 from zeta import attention, biases, masks
 
 pytestmark = pytest.mark.gpu

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tests.ops.cases import T5, T5_CAUSAL, Case, assert_within_bound, taken, widened
+from tests.ops.bound import assert_within_bound
+from tests.ops.cases import T5, T5_CAUSAL, Case, taken, widened
 from zeta import (
     BackendUnsupported,
     attention,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.cases import Case, assert_within_bound, widened
+from tests.ops.bound import assert_within_bound
+from tests.ops.cases import Case, widened
 from tests.ops.triton.test_hopper import CASES, SMALL
 from zeta import attention, masks
 from zeta.ops.backends.triton import configs, gradients, hopper

@@ -12,7 +12,7 @@ import zeta
 from tests.caches import stored as cases
 from tests.caches.stored import BATCH, HEAD_DIM, HEADS, features, filled, is_read
 from tests.caches.test_stored import BOTH, learned, options
-from tests.ops.cases import assert_within_bound
+from tests.ops.bound import assert_within_bound
 from zeta import biases, masks
 from zeta.caches import Cached, PagedCache, PagePool
 from zeta.nn import MultiheadAttention, RotaryEmbedding
