@@ -114,7 +114,7 @@ def _take_bias(bias: biases.Bias | None, longest: int, found: dict[str, Any]) ->
             if not has_kept_buckets(term):
                 return False
             reach = max(1, term.reach(longest))
-            if is_learned(term):
+            if torch.is_grad_enabled() and term.table.requires_grad:
                 found["offsets"] = offset_vector(term, reach, term.table.device)
             else:
                 found["table"], found["buckets_R"] = term.table, kept_buckets(term, reach)

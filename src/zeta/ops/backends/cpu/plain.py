@@ -63,9 +63,9 @@ def attend(
         numbers, tensors = (plain.causal,), ()
     else:
         learned, dense = plain.offsets, plain.dense
-        signed = plain.padding_B, plain.table, plain.slopes_H, dense
-        if any(tensor is not None and tensor.is_neg() for tensor in signed):
-            return None
+        for tensor in (plain.padding_B, plain.table, plain.slopes_H, dense):
+            if tensor is not None and tensor.is_neg():
+                return None
         if learned is not None:
             plain = plain._replace(offsets=learned.detach().float().contiguous())
         numbers, tensors = plain[:NUM_NUMBERS], plain[NUM_NUMBERS:]

@@ -5,7 +5,8 @@
 // A block of queries holds its scores of all keys; products, softmax and result follow each other
 // while they are near. The order of all sums depends on the call's sizes alone.
 
-constexpr int64_t WEIGHT_FLOATS = 1 << 17;  // as many scores as a block of queries should have
+// As many scores as a block of queries should have: smaller ones pass over all keys more often.
+constexpr int64_t WEIGHT_FLOATS = 1 << 19;
 constexpr int64_t ALONE_SCORES = 1 << 14;  // as many as one thread makes before others wake up
 
 // How a call is cut.
