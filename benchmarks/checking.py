@@ -1,11 +1,12 @@
 """Whether what is timed is right: errors of a piece of work, against float64."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_rows import Work
+from benchmarks.cpu_problem import Run
 
 PEER_FACTOR = 8
 """A peer must do the same work, not as exactly."""
@@ -13,16 +14,24 @@ ROW_FACTOR = 16
 """A row of a result, a query's or a key's, may be off by this much more than all of them."""
 
 
-def check(work: Work) -> dict[str, dict[str, float]]:
+def check(
+    oracle: Run, checked: Mapping[str, Run], bound: float, *, is_peer_rough: bool = False
+) -> dict[str, dict[str, float]]:
     """The errors of each side, root mean squares relative to that of the result.
+
+    Args:
+        oracle: The same in float64.
+        checked: The sides, of which ``"ours"`` keeps the bound.
+        bound: Of these errors.
+        is_peer_rough: Whether the gradients of the others say nothing.
 
     Raises:
         AssertionError: One exceeds its bound.
     """
-    expected = work.oracle()
+    expected = oracle()
     torch.use_deterministic_algorithms(True)  # Which fills memory that is not written with NaN.
     try:
-        found = {name: run() for name, run in work.checked.items()}
+        found = {name: run() for name, run in checked.items()}
     finally:
         torch.use_deterministic_algorithms(False)
     errors: dict[str, dict[str, float]] = {}
@@ -31,18 +40,18 @@ def check(work: Work) -> dict[str, dict[str, float]]:
         for name, result in results.items():
             if name in expected:
                 errors[side][name] = relative_error(result, expected[name])
-                bound = _bound(work, side, name)
-                fault = _fault(result, expected[name], bound)
+                allowed = _allowed(bound, side, name, is_peer_rough)
+                fault = _fault(result, expected[name], allowed)
                 if fault:
-                    raise AssertionError(f"{side}, {name}: {fault} exceeds {bound:.2g}")
+                    raise AssertionError(f"{side}, {name}: {fault} exceeds {allowed:.2g}")
     return errors
 
 
-def _bound(work: Work, side: str, name: str) -> float:
+def _allowed(bound: float, side: str, name: str, is_peer_rough: bool) -> float:
     if side == "ours":
-        return work.bound
+        return bound
     is_gradient = name not in ("out", "weights")
-    return math.inf if is_gradient and work.is_peer_rough else PEER_FACTOR * work.bound
+    return math.inf if is_gradient and is_peer_rough else PEER_FACTOR * bound
 
 
 def _fault(actual: Tensor, expected: Tensor, bound: float) -> str:

@@ -76,7 +76,7 @@ def measure(row: Row, rounds: int) -> dict[str, Any]:
         AssertionError: A side is too far from the oracle.
     """
     work = row.make()
-    errors = check(work)
+    errors = check(work.oracle, work.checked, work.bound, is_peer_rough=work.is_peer_rough)
     found = time_interleaved(_sides(work), rounds=rounds, calls=work.calls)
     ours, peer = found["ours"], found["peer"]
     result = {

@@ -8,7 +8,6 @@ float32; there in float32.
 """
 
 import ctypes
-import dataclasses
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from benchmarks.checking import check
 from benchmarks.cpu_problem import Features, Problem, Run, Shape
-from benchmarks.cpu_rows import CAUSAL, DTYPES, T5_CAUSAL, work_of
+from benchmarks.cpu_rows import BOUNDS, CAUSAL, DTYPES, T5_CAUSAL
 from zeta import plots
 from zeta.bench import time_interleaved
 from zeta.ops.backends.cpu import library
@@ -60,13 +59,13 @@ def _shape(length: int) -> Shape:
 
 def _point(name: str, length: int, quick: bool) -> dict[str, Any]:
     dtype, features = dtype_name(), WORKS[name]
-    work = work_of(_shape(length), DTYPES[dtype], features, train=True)
-    sides = {"Zeta": work.ours, "torch": work.peer}
+    problem = Problem(_shape(length), DTYPES[dtype], features, train=True)
+    sides: dict[str, Run] = {"Zeta": problem.ours}
+    checked: dict[str, Run] = {"ours": problem.ours}
     # Bias, scores, weights and their gradients, in float32.
-    if features.t5 and 6 * 4 * HEADS * length**2 > MEMORY:
-        work = dataclasses.replace(work, checked={"ours": work.ours})
-        del sides["torch"]
-    errors = check(work)
+    if not features.t5 or 6 * 4 * HEADS * length**2 <= MEMORY:
+        sides["torch"] = checked["peer"] = problem.torch_does()
+    errors = check(problem.oracle, checked, BOUNDS[DTYPES[dtype]])
     first = time_interleaved(sides, rounds=1, warmup=0)
     total = sum(timing.best for timing in first.values())
     rounds = 2 if quick else min(9, int(SECONDS / total))
