@@ -231,6 +231,7 @@ PLAIN = [
     Case("length inside", layout="BHDT"),
     Case("large scores", magnitude=8.0),
     Case("long", target=130, source=257, batch=1, heads=2, key_heads=1),
+    Case("longer", target=20, source=385, batch=1, heads=2, key_heads=1),
 ]
 MASKED = [
     Case("causal", mask=masks.Causal),

@@ -9,6 +9,8 @@
 
 #include "table.h"
 
+#define ZETA_TILE_KEYS 384
+
 namespace zeta_avx512 {
 #include "kernels.h"
 #include "fma_passes.h"

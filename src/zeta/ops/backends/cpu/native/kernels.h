@@ -1,7 +1,12 @@
 // All kernels, in the order in which they build on each other. A unit includes this inside its own
 // namespace, so that a function compiled for one instruction set never stands in for the same
 // function of another; no kernel includes another, and none uses a class of C++'s library. A unit whose
-// processor multiplies pairs of bfloat16 by vectors says so with ZETA_HAS_PAIRS.
+// processor multiplies pairs of bfloat16 by vectors says so with ZETA_HAS_PAIRS, and one that is fastest with
+// other tiles of keys with ZETA_TILE_KEYS.
+
+#if !defined(ZETA_TILE_KEYS)
+#define ZETA_TILE_KEYS 256
+#endif
 
 #include "simd.h"
 #include "threads.h"

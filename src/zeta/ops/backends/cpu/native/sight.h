@@ -159,7 +159,7 @@ struct Sight {
 };
 
 constexpr int64_t BLOCK_QUERIES = 96;
-constexpr int64_t TILE_KEYS = 256;
+constexpr int64_t TILE_KEYS = ZETA_TILE_KEYS;
 
 // The least and the greatest of some numbers.
 struct Ends {
