@@ -122,7 +122,7 @@ def draw(points: Sequence[dict[str, Any]], machine: dict[str, Any], path: Path) 
             for side, value in point[measured].items():
                 by_name.setdefault(f"{side}, {point['work']}", []).append((point["length"], value))
     title = (
-        f"Forward and backward, {HEADS} heads of {HEAD_DIM}, {points[0]['dtype']}, "
+        f"Forward and backward, {HEADS} heads of {HEAD_DIM}, {points[0]['dtype']}\n"
         f"{machine['processor']}, {machine['threads']} threads"
     )
     figure = plots.growth(lines, axis="tokens", title=title)
