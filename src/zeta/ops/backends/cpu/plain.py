@@ -141,9 +141,9 @@ def _gradients(
     scale, is_high, numbers = options
     grad_offsets = grad_dense = None
     if needed[3]:
-        grad_offsets = torch.empty(tensors[_OFFSETS].shape)
+        grad_offsets = tensors[_OFFSETS].new_empty(tensors[_OFFSETS].shape)
     if needed[4]:
-        grad_dense = torch.empty(tensors[_DENSE].shape, dtype=torch.float32)
+        grad_dense = tensors[_DENSE].new_empty(tensors[_DENSE].shape, dtype=torch.float32)
     made = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     if not grad_out.is_contiguous() or grad_out.is_neg():
         grad_out = rows(grad_out)
