@@ -60,12 +60,12 @@ def _shape(length: int) -> Shape:
 def _point(name: str, length: int, quick: bool) -> dict[str, Any]:
     dtype, features = dtype_name(), WORKS[name]
     problem = Problem(_shape(length), DTYPES[dtype], features, train=True)
-    sides: dict[str, Run] = {"Zeta": problem.ours}
     checked: dict[str, Run] = {"ours": problem.ours}
     # Bias, scores, weights and their gradients, in float32.
     if not features.t5 or 6 * 4 * HEADS * length**2 <= MEMORY:
-        sides["torch"] = checked["peer"] = problem.torch_does()
+        checked["peer"] = problem.torch_does()
     errors = check(problem.oracle, checked, BOUNDS[DTYPES[dtype]])
+    sides = dict(zip(("Zeta", "torch"), checked.values(), strict=False))
     first = time_interleaved(sides, rounds=1, warmup=0)
     total = sum(timing.best for timing in first.values())
     rounds = 2 if quick else min(9, int(SECONDS / total))
