@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
+import zeta
 from tests.caches.histories import HEAD_DIM, VALUE_DIM
 from tests.caches.kinds import KINDS
-from zeta.caches import CrossCache, DecodingCache
+from zeta import masks
+from zeta.caches import Cached, CrossCache, DecodingCache
 
 NAMES = [name for name in KINDS if name != "dict"]
 
@@ -28,3 +30,19 @@ def cross() -> CrossCache:
     cache = CrossCache()
     cache.update(*tokens(3))
     return cache
+
+
+def attend(query: Tensor, cached: Cached, *, backend: str = "auto") -> Tensor:
+    """Causal attention over what a cache gave back."""
+    mask: masks.Mask = masks.Causal()
+    if cached.padding is not None:
+        mask = mask & masks.drop(cached.padding[:, None, None])
+    return zeta.attention(
+        query,
+        cached.key,
+        cached.value,
+        mask=mask,
+        query_positions=cached.query_positions,
+        key_positions=cached.positions,
+        backend=backend,
+    )

@@ -9,6 +9,8 @@ from torch import nn
 from torchscale.component.multihead_attention import MultiheadAttention as TorchScaleAttention
 
 from tests.convert.textbooks import FairseqAttention, torchscale_args, torchscale_head, zetascale
+from zeta import convert
+from zeta.nn import MultiheadAttention, RelativePositionBias
 
 
 def transformers(model: str, attention: str, config: dict[str, Any], **options: Any) -> nn.Module:
@@ -158,3 +160,10 @@ def make(name: str) -> nn.Module:
 
 def kind_of(name: str) -> str:
     return name.partition(",")[0]
+
+
+def converted(module: nn.Module) -> tuple[MultiheadAttention, RelativePositionBias | None]:
+    """It as ours, and its position bias, if it has one."""
+    has_bias = getattr(module, "has_relative_attention_bias", False)
+    bias = convert.relative_position_bias(module) if has_bias else None
+    return convert.from_module(module), bias
