@@ -90,6 +90,8 @@ def test_the_native_kernel_is_described(
     assert f"  library      {found.path}\n" in part
     assert f"  built for    {', '.join(found.built)}\n" in part
     assert f"  runs         {found.usable[-1]}, on {told}\n" in f"{part}\n"
+    narrower = found.used_for(1)
+    assert (f"  small calls  {narrower}: " in part) == (narrower != found.usable[-1])
     assert "short calls" not in part
 
 

@@ -80,9 +80,9 @@ def _describe_native() -> None:
     threads = torch.get_num_threads()
     on = f", on {threads} thread{'s' if threads > 1 else ''}" if found.usable else ""
     row("runs", runs + on)
-    of_short_calls = found.used_for(1)
-    if of_short_calls not in (None, found.used_for(math.inf)):
-        row("short calls", f"{of_short_calls}: wider vectors slow this processor down for a while")
+    of_small_calls = found.used_for(1)
+    if of_small_calls not in (None, found.used_for(math.inf)):
+        row("small calls", f"{of_small_calls}: wider vectors slow this processor down for a while")
     for name in found.processor:
         if name not in found.built:
             row("", f"the compiler that built it knew no {name}")
