@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import cpu_compiled, cpu_growth, cpu_modules, cpu_rows, report
+from benchmarks import cpu_compiled, cpu_growth, cpu_modules, cpu_rotations, cpu_rows, report
 from benchmarks.checking import check
 from benchmarks.cpu_problem import Results, Run
 from benchmarks.cpu_rows import Row, Work
@@ -63,6 +63,7 @@ def all_rows(quick: bool) -> list[Row]:
         *cpu_rows.window_rows(quick),
         *cpu_rows.decode_rows(quick),
         *cpu_rows.small_rows(quick),
+        *cpu_rotations.rotation_rows(quick),
         *cpu_compiled.compiled_rows(quick),
         *cpu_modules.small_module_rows(quick),
         *cpu_modules.training_rows(quick),
@@ -159,7 +160,7 @@ def main() -> int:
     todo = chosen(all_rows(arguments.quick), arguments.rows)
     if not todo and not arguments.growth:
         sys.exit(f"benchmarks.cpu: no row contains any of {', '.join(arguments.rows)}")
-    machine = report.describe_run("torchscale") | {"kernels": kernels, "seed": seed}
+    machine = report.describe_run("torchscale", "transformers") | {"kernels": kernels, "seed": seed}
     print(report.headline(machine))
     print(f"{'row':30} {'shape':12} {'ours ms':>9} {'peer ms':>9} {'best':>6} {'median':>6}  bar")
     results: dict[str, Any] = {"machine": machine, "rows": [], "growth": [], "failed": []}

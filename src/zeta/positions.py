@@ -200,6 +200,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True) -> 
     return turned.to(x.dtype)
 
 
+def rotate_part(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True) -> Tensor:
+    """`rotate` of the first features, as many as the tables have; the others stay as they are."""
+    rotary_dim, width = 2 * cos.shape[-1], x.shape[-1]
+    if rotary_dim == width:
+        return rotate(x, cos, sin, interleaved=interleaved)
+    turned, kept = x.split((rotary_dim, width - rotary_dim), dim=-1)
+    return torch.cat((rotate(turned, cos, sin, interleaved=interleaved), kept), dim=-1)
+
+
 def t5_buckets(
     offset: Tensor, *, bidirectional: bool = True, num_buckets: int = 32, max_distance: int = 128
 ) -> Tensor:

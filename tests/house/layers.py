@@ -34,7 +34,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("deferred", "reading", "plain_lowering"),
         ("parts", "dropout", "lowering"),
         ("offsets",),
-        ("buffers", "functions", "registration", "substitution", "versions"),
+        ("buffers", "functions", "registration", "substitution", "turning", "versions"),
         ("call",),
         ("precision",),
     ),

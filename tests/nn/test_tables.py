@@ -54,40 +54,63 @@ def test_kept_tables_are_those_made_anew(
 def test_each_layer_of_a_step_takes_the_same() -> None:
     x = torch.randn(1, 2, 1, 16)
     layers = [RotaryEmbedding(16) for _ in range(4)]
-    tables.kept_rotation_tables.cache_clear()
+    tables.few_rotation_tables.cache_clear()
     for step in range(3):
         for layer in layers:
             layer.pair(x, x, torch.tensor([[step]]))
-    found = tables.kept_rotation_tables.cache_info()
+    found = tables.few_rotation_tables.cache_info()
     assert (found.misses, found.hits) == (3, 9)
 
 
 def test_what_inference_mode_kept_can_be_differentiated_by() -> None:
     rotary, x = RotaryEmbedding(16), torch.randn(1, 2, 1, 16, requires_grad=True)
-    tables.kept_rotation_tables.cache_clear()
+    tables.few_rotation_tables.cache_clear()
     with torch.inference_mode():
         rotary.pair(x, x, 5)
     turned, _ = rotary.pair(x, x, 5)
     turned.square().sum().backward()  # type: ignore[no-untyped-call]  # torch's own
-    assert tables.kept_rotation_tables.cache_info().hits == 1
+    assert tables.few_rotation_tables.cache_info().hits == 1
     # A rotation keeps lengths.
     torch.testing.assert_close(x.grad, 2 * x.detach())
 
 
 def test_nothing_fake_is_kept() -> None:
-    tables.kept_rotation_tables.cache_clear()
+    tables.few_rotation_tables.cache_clear()
     with FakeTensorMode():
         x = torch.randn(1, 2, 1, 16)
         RotaryEmbedding(16).pair(x, x, 5)
     torch.func.vmap(lambda x: RotaryEmbedding(16).pair(x, x, 5)[0])(torch.randn(2, 1, 2, 1, 16))
-    assert tables.kept_rotation_tables.cache_info().currsize == 0
+    assert tables.few_rotation_tables.cache_info().currsize == 0
 
 
-def test_many_positions_are_not_kept() -> None:
-    tables.kept_rotation_tables.cache_clear()
-    x = torch.randn(1, 1, tables.MAX_KEPT + 1, 16)
-    RotaryEmbedding(16).pair(x, x, 0)
-    RotaryEmbedding(16).pair(x, x, torch.arange(tables.MAX_KEPT + 1))
-    assert tables.kept_rotation_tables.cache_info().currsize == 0
-    RotaryEmbedding(16).pair(x[:, :, :-1], x[:, :, :-1], 0)
-    assert tables.kept_rotation_tables.cache_info().currsize == 1
+def _kept(length: int, positions: Positions) -> tuple[int, int]:
+    """How many tables are kept of so many positions: of a few, and of consecutive ones."""
+    few, rows = tables.few_rotation_tables, tables._rotation_rows
+    few.cache_clear()
+    rows.cache_clear()
+    x = torch.randn(1, 1, length, 16)
+    RotaryEmbedding(16).pair(x, x, positions)
+    return few.cache_info().currsize, rows.cache_info().currsize
+
+
+def test_many_positions_are_kept_if_they_are_consecutive() -> None:
+    few = tables.FEW
+    assert _kept(few, 5) == (1, 1)
+    assert _kept(few, torch.arange(few)) == (1, 1)
+    assert _kept(few, torch.arange(few).flip(0)) == (1, 0)
+    assert _kept(few + 1, 5) == (0, 1)
+    assert _kept(few + 1, torch.arange(few + 1)) == (0, 0)
+    most = tables.MAX_FEATURES // 16
+    assert _kept(most, 0) == (0, 1)
+    assert _kept(most + 1, 0) == (0, 0)
+
+
+def test_the_next_steps_are_made_with_the_first() -> None:
+    x = torch.randn(1, 2, 1, 16)
+    tables._xpos_rows.cache_clear()
+    tables.few_xpos_tables.cache_clear()
+    for step in range(2 * tables.FEW):
+        XPos(16).both(x, x, step)
+        XPos(16).both(x, x, torch.tensor([[step]]), torch.tensor([[0]]))
+    assert tables._xpos_rows.cache_info().misses == 2
+    assert tables.few_xpos_tables.cache_info().misses == 2 * tables.FEW

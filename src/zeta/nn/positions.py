@@ -17,9 +17,9 @@ from zeta.nn.tables import (
     Positions,
     decaying_tables,
     exponents,
-    few_positions,
     kept_rotation_tables,
     kept_xpos_tables,
+    looked_up,
     position_tensor,
     position_tensors,
     rotation_tables,
@@ -145,9 +145,9 @@ class RotaryEmbedding(Rotation):
     def _tables(self, x: Tensor, positions: Positions) -> Table:
         dtype = wide_dtype(x.dtype)
         form = self.rotary_dim, self.base, self.scaling, dtype
-        few = few_positions(x, positions)
-        if few is not None:
-            return kept_rotation_tables(*form, *few)
+        found = looked_up(x, positions)
+        if found is not None:
+            return kept_rotation_tables(*form, *found[:2])
         return rotation_tables(*form, position_tensor(positions, x.shape[-2], x.device))
 
 
@@ -292,10 +292,11 @@ class XPos(Rotation):
         """`queries` and `keys` of the same tokens, for little more than one of them."""
         if isinstance(positions, int) and isinstance(anchor, int):
             self._check_reach(key, positions, anchor)
-        few = few_positions(key, positions, anchor, origin)
+        found = looked_up(key, positions, anchor, origin)
         form = self.head_dim, self.scale_base, key.dtype
-        if few is not None:
-            of_queries, of_keys = kept_xpos_tables(*form, *few)
+        if found is not None:
+            length, at, about, since = found
+            of_queries, of_keys = kept_xpos_tables(*form, length, at, about, since)
         else:
             of_queries, of_keys = xpos_tables(
                 *form, *position_tensors(key, positions, anchor), origin

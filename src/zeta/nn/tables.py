@@ -1,7 +1,7 @@
 """Tables of rotations: cosines and sines of positions, times a decay for xPos.
 
-Those of a decoding step are kept for a while: every layer of a model asks for the same, and to make
-them takes longer than to use them.
+On the CPU they are kept for a while: every layer of a model asks for the same, and to make them
+takes longer than to use them.
 
 Shapes: B batch, H heads, L length, D head dimension, P pairs of features.
 """
@@ -98,27 +98,44 @@ def position_tensor(positions: Positions, length: int, device: torch.device) -> 
     return torch.arange(positions, positions + length, device=device)
 
 
-MAX_KEPT = 64
-"""Positions of a decoding step whose tables are kept: the next layer has the same."""
+FEW = 64
+"""Positions of a decoding step, whose tables are kept: the next layer has the same."""
+MAX_FEATURES = 1 << 19
+"""Of all positions together, of consecutive ones that are kept: 2 MiB of tables, 4 for xPos."""
 
 Number: TypeAlias = int | tuple[torch.Size, tuple[int, ...]] | None
 """A position, none, or a tensor of them, to be looked up by."""
 
 
-def few_positions(x: Tensor, *positions: Positions | None) -> tuple[int | Number, ...] | None:
-    """The length of ``x``, and the positions of its few tokens, to be looked up by; None where they
-    are many, or nothing may be kept."""
-    if not can_keep(x.device) or x.shape[-2] > MAX_KEPT:
+def looked_up(
+    x: Tensor, positions: Positions, anchor: Positions = 0, origin: Tensor | None = None
+) -> tuple[int, Number, Number, Number] | None:
+    """The length of ``x``, and its positions, to be looked up by; None where they are too many, or
+    nothing may be kept."""
+    length = x.shape[-2]
+    if not can_keep(x.device) or length * x.shape[-1] > MAX_FEATURES:
         return None
-    found: list[int | Number] = [x.shape[-2]]
-    for number in positions:
-        if not isinstance(number, Tensor):
-            found.append(number)
-        elif type(number) is Tensor and number.dtype == torch.int64 and number.numel() <= MAX_KEPT:
-            found.append((number.shape, tuple(number.flatten().tolist())))
-        else:
+    for tensor in (positions, anchor, origin):
+        if isinstance(tensor, Tensor) and (
+            type(tensor) is not Tensor
+            or tensor.dtype != torch.int64
+            or tensor.numel() > FEW
+            or length > FEW
+        ):
             return None
-    return tuple(found)
+    return length, _number(positions, step=1), _number(anchor, step=0), _number(origin)
+
+
+def _number(positions: Positions | None, step: int | None = None) -> Number:
+    """The first alone where it is followed by others a step apart."""
+    if not isinstance(positions, Tensor):
+        return positions
+    shape, values = positions.shape, tuple(positions.flatten().tolist())
+    if step is not None and values and len(values) == shape[-1]:
+        first: int = values[0]
+        if all(number == first + step * place for place, number in enumerate(values)):
+            return first
+    return shape, values
 
 
 def _restored(number: Number) -> Positions | None:
@@ -128,7 +145,6 @@ def _restored(number: Number) -> Positions | None:
     return number
 
 
-@functools.lru_cache(maxsize=64)
 def kept_rotation_tables(
     rotary_dim: int,
     base: float,
@@ -137,16 +153,11 @@ def kept_rotation_tables(
     length: int,
     positions: Number,
 ) -> Table:
-    """`rotation_tables` of `few_positions`. Not to be written to."""
-    # One of inference mode could not be used outside of it.
-    with torch.inference_mode(False), torch.no_grad():
-        found = _restored(positions)
-        assert found is not None
-        position_L = position_tensor(found, length, torch.device("cpu"))
-        return rotation_tables(rotary_dim, base, scaling, dtype, position_L)
+    """`rotation_tables` of what is `looked_up`. Not to be written to."""
+    keep = few_rotation_tables if length <= FEW else _rotation_rows
+    return keep(rotary_dim, base, scaling, dtype, length, positions)
 
 
-@functools.lru_cache(maxsize=64)
 def kept_xpos_tables(
     head_dim: int,
     scale_base: float,
@@ -156,12 +167,95 @@ def kept_xpos_tables(
     anchor: Number,
     origin: Number,
 ) -> tuple[Table, Table]:
-    """`xpos_tables` of `few_positions`. Not to be written to."""
+    """`xpos_tables` of what is `looked_up`. Not to be written to."""
+    keep = few_xpos_tables if length <= FEW else _xpos_rows
+    return keep(head_dim, scale_base, dtype, length, positions, anchor, origin)
+
+
+@functools.lru_cache(maxsize=64)
+def few_rotation_tables(
+    rotary_dim: int,
+    base: float,
+    scaling: Scaling | None,
+    dtype: torch.dtype,
+    length: int,
+    positions: Number,
+) -> Table:
+    """`kept_rotation_tables` of a few positions."""
+    form = rotary_dim, base, scaling, dtype
+    if isinstance(positions, int):
+        first = positions // FEW * FEW
+        return _narrowed(_rotation_rows(*form, 2 * FEW, first), positions - first, length)
+    # One of inference mode could not be used outside of it.
+    with torch.inference_mode(False), torch.no_grad():
+        found = _restored(positions)
+        assert found is not None
+        return rotation_tables(*form, position_tensor(found, length, torch.device("cpu")))
+
+
+@functools.lru_cache(maxsize=64)
+def few_xpos_tables(
+    head_dim: int,
+    scale_base: float,
+    dtype: torch.dtype,
+    length: int,
+    positions: Number,
+    anchor: Number,
+    origin: Number,
+) -> tuple[Table, Table]:
+    """`kept_xpos_tables` of a few positions."""
+    form = head_dim, scale_base, dtype
+    if isinstance(positions, int) and isinstance(anchor, int) and origin is None:
+        first = positions // FEW * FEW
+        of_queries, of_keys = _xpos_rows(*form, 2 * FEW, first, anchor, None)
+        row = positions - first
+        return _narrowed(of_queries, row, length), _narrowed(of_keys, row, length)
     with torch.inference_mode(False), torch.no_grad():
         at, about, since = map(_restored, (positions, anchor, origin))
         assert at is not None
         assert about is not None
         assert not isinstance(since, int)
-        like = torch.empty(length, 0)
-        tensors = position_tensors(like, at, about)
-        return xpos_tables(head_dim, scale_base, dtype, *tensors, since)
+        return xpos_tables(*form, *position_tensors(torch.empty(length, 0), at, about), since)
+
+
+# Of consecutive positions: a whole sequence's, or those of a step and of the next ones, which come
+# with it, for to make those of one position takes as long.
+
+
+@functools.lru_cache(maxsize=4)
+def _rotation_rows(
+    rotary_dim: int,
+    base: float,
+    scaling: Scaling | None,
+    dtype: torch.dtype,
+    length: int,
+    first: Number,
+) -> Table:
+    assert isinstance(first, int)
+    with torch.inference_mode(False), torch.no_grad():
+        return rotation_tables(
+            rotary_dim, base, scaling, dtype, torch.arange(first, first + length)
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _xpos_rows(
+    head_dim: int,
+    scale_base: float,
+    dtype: torch.dtype,
+    length: int,
+    first: Number,
+    anchor: Number,
+    origin: Number,
+) -> tuple[Table, Table]:
+    assert isinstance(first, int)
+    assert isinstance(anchor, int)
+    assert origin is None
+    with torch.inference_mode(False), torch.no_grad():
+        position_L = torch.arange(first, first + length)
+        return xpos_tables(head_dim, scale_base, dtype, position_L, anchor, None)
+
+
+def _narrowed(table: Table, row: int, length: int) -> Table:
+    cos, sin = table
+    return cos.narrow(0, row, length), sin.narrow(0, row, length)

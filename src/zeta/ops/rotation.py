@@ -1,21 +1,24 @@
-"""Rotations of queries and keys by tables: one kernel for both on a GPU, torch's operations
-elsewhere.
+"""Rotations of queries and keys by tables: one kernel for both where there is one, elsewhere
+torch's operations.
 
 Shapes: B batch, H heads, L length, D head dimension, P pairs of features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from zeta.positions import rotate
+from zeta.positions import rotate_part
 from zeta.standin import PLAIN
 from zeta.transforms import is_closed_to_operators, is_watched
 
 Table: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, times the scale where there is one: ``(L, P)`` or ``(1 or B, 1, L, P)``."""
+
+Kernel: TypeAlias = Callable[[Tensor, Tensor | None, Sequence[Tensor], bool], tuple[Tensor, Tensor]]
+"""Turns queries ``(B, H, L, D)`` and keys, or None, by the tables of both, interleaved or not."""
 
 
 def rotate_one(x: Tensor, table: Table, *, interleaved: bool = True) -> Tensor:
@@ -29,46 +32,62 @@ def rotate_one(x: Tensor, table: Table, *, interleaved: bool = True) -> Tensor:
     Returns:
         As ``x``, in its dtype.
     """
-    if has_kernel((x,), table):
-        from zeta.ops.backends.triton import rotation
-
-        return rotation.rotated(x, None, table, interleaved)[0]
-    return _rotated(x, table, interleaved)
+    kernel = kernel_for((x,), table)
+    if kernel is not None:
+        return kernel(x, None, table, interleaved)[0]
+    return rotate_part(x, *table, interleaved=interleaved)
 
 
 def rotate_both(
     query: Tensor, key: Tensor, of_query: Table, of_key: Table, *, interleaved: bool = True
 ) -> tuple[Tensor, Tensor]:
     """`rotate_one` of queries and of keys, by tables of as many pairs."""
-    if has_kernel((query, key), (*of_query, *of_key)):
-        from zeta.ops.backends.triton import rotation
-
-        return rotation.rotated(query, key, (*of_query, *of_key), interleaved)
-    return _rotated(query, of_query, interleaved), _rotated(key, of_key, interleaved)
-
-
-def has_kernel(tensors: Sequence[Tensor], tables: Sequence[Tensor]) -> bool:
-    """Whether the kernel can turn these, and nothing asks to see how it is done."""
-    if not tensors[0].is_cuda:
-        return False
-    from zeta.ops.backends import triton
-
-    if torch.compiler.is_compiling():
-        if is_closed_to_operators():
-            return False
-    elif is_watched() or any(type(tensor) not in PLAIN for tensor in (*tensors, *tables)):
-        return False
+    tables = *of_query, *of_key
+    kernel = kernel_for((query, key), tables)
+    if kernel is not None:
+        return kernel(query, key, tables, interleaved)
     return (
-        all(x.dim() == 4 and x.dtype in triton.DTYPES for x in tensors)
-        and all(t.dim() in (2, 4) and t.dtype == torch.float32 for t in tables)
-        and not any(t.requires_grad for t in tables)
-        and not triton.unsupported_device(tensors[0].device)
+        rotate_part(query, *of_query, interleaved=interleaved),
+        rotate_part(key, *of_key, interleaved=interleaved),
     )
 
 
-def _rotated(x: Tensor, table: Table, interleaved: bool) -> Tensor:
-    rotary_dim, width = 2 * table[0].shape[-1], x.shape[-1]
-    if rotary_dim == width:
-        return rotate(x, *table, interleaved=interleaved)
-    turned, kept = x.split((rotary_dim, width - rotary_dim), dim=-1)
-    return torch.cat((rotate(turned, *table, interleaved=interleaved), kept), dim=-1)
+def kernel_for(tensors: Sequence[Tensor], tables: Sequence[Tensor]) -> Kernel | None:
+    """What can turn these, if nothing asks to see how it is done.
+
+    What ``torch.compile`` makes of torch's operations for the CPU is one pass too.
+    """
+    if torch.compiler.is_compiling():
+        if is_closed_to_operators() or not tensors[0].is_cuda:
+            return None
+    elif (
+        is_watched()
+        or torch._C._len_torch_function_stack() > 0
+        or any(type(tensor) not in PLAIN for tensor in (*tensors, *tables))
+    ):
+        return None
+    if any(x.dim() != 4 or x.dtype not in _DTYPES for x in tensors):
+        return None
+    for table in tables:
+        if table.dim() not in (2, 4) or table.dtype != torch.float32 or table.requires_grad:
+            return None
+    return _of_device(tensors[0].device)
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _of_device(device: torch.device) -> Kernel | None:
+    if device.type == "cpu":
+        from zeta.ops.backends.cpu import rotation as on_cpu
+
+        return on_cpu.rotated if on_cpu.can_turn() else None
+    if device.type != "cuda":
+        return None
+    from zeta.ops.backends import triton
+
+    if triton.unsupported_device(device):
+        return None
+    from zeta.ops.backends.triton import rotation as on_gpu
+
+    return on_gpu.rotated

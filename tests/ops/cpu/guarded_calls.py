@@ -25,8 +25,9 @@ from tests.ops.cpu import units
 from tests.ops.cpu.caches import CACHES, Cache
 from tests.ops.cpu.guards import Guards, guarded
 from tests.ops.cpu.layers import PROJECTIONS, Projection
+from tests.ops.rotations import TURNINGS, Turning
 from zeta import biases, masks
-from zeta.ops.backends.cpu import layout, library, passes
+from zeta.ops.backends.cpu import layout, library, passes, rotation
 from zeta.ops.backends.cpu.description import Fixed
 from zeta.ops.call import AttentionCall
 from zeta.ops.dropout import threshold
@@ -135,6 +136,8 @@ def _few_rows(dtype: torch.dtype) -> Calls:
         yield cache.name, lambda at_end, cache=cache: _decode(cache, dtype, at_end)
     for case in PROJECTIONS:
         yield case.name, lambda at_end, case=case: _project(case, dtype, at_end)
+    for turning in TURNINGS:
+        yield f"rotation, {turning.name}", lambda at_end, case=turning: _turn(case, dtype, at_end)
 
 
 def _leaves(case: Case, dtype: torch.dtype, at_end: bool | None) -> Results:
@@ -285,6 +288,19 @@ def _project(case: Projection, dtype: torch.dtype, at_end: bool | None) -> Resul
     ]
     with Guards(at_end):
         return case.run(guarded(x, at_end), moved)
+
+
+def _turn(case: Turning, dtype: torch.dtype, at_end: bool | None) -> Results:
+    made, (of_query, of_key) = case.tensors(dtype, "cpu"), case.tables("cpu", torch.float32)
+    operands = [x.detach() for x in (*made.values(), *of_query, *of_key)]
+    with contextlib.nullcontext() if at_end is None else Guards(at_end):
+        if at_end is not None:
+            operands = [guarded(tensor, at_end) for tensor in operands]
+        query, key, *tables = operands
+        there = rotation.rotated(query, key, tables, case.interleaved)
+        back = rotation.rotated(query, None, tables[:2], case.interleaved)[:1]
+    names = "query", "key", "query alone"
+    return dict(zip(names, there + back, strict=True))
 
 
 def spoil(name: str, field: str, change: int) -> None:

@@ -17,7 +17,7 @@ from tests.ops.cpu import units
 from tests.ops.cpu.caches import CACHES, Cache
 from zeta import biases, masks
 from zeta.ops.attention import run_with_weights
-from zeta.ops.backends.cpu import library, projection
+from zeta.ops.backends.cpu import library, projection, rotation
 from zeta.ops.call import AttentionCall
 
 Results = list[Tensor]
@@ -236,12 +236,18 @@ def projected_heads() -> Callable[[], object]:
     return lambda: projection.project_heads(x, layers, 64)
 
 
+def a_rotation() -> Callable[[], object]:
+    x, table = torch.randn(1, 64, 4096, 128), torch.randn(2, 4096, 64).unbind()
+    return lambda: rotation.rotated(x, None, table, True)
+
+
 DIRECT = {
     "attend": an_output,
     "attend_with_lse": an_output_with_lse,
     "differentiate": a_gradient,
     "project": a_projection,
     "project_heads": projected_heads,
+    "rotate": a_rotation,
 }
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from tests.ops.bound import assert_within_bound
 from tests.ops.cases import Case, taken, widened
-from tests.ops.triton.rotations import TURNINGS, Turning
+from tests.ops.rotations import TURNINGS, Turning
 from zeta import attention, attention_with_lse, biases, masks
 from zeta.nn import MultiheadAttention, RotaryEmbedding
 from zeta.ops import offsets, rotation
+from zeta.ops.backends.triton import rotation as on_gpu
 from zeta.positions import rotary_tables
 
 pytestmark = pytest.mark.gpu
@@ -132,13 +133,13 @@ def test_offsets_beyond_31_bits(layout: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("turning", TURNINGS, ids=lambda turning: turning.name)
 def test_rotations(turning: Turning, dtype: torch.dtype) -> None:
-    turning.check(dtype, "cuda")
+    turning.check(on_gpu.rotated, dtype, "cuda")
     part = None if turning.rotary_dim is None else 96
     # No longer: gradients of xPos are too large for float16 at a thousand positions.
     larger = dataclasses.replace(
         turning, length=300, heads=24, key_heads=3, head_dim=128, key_length=None, rotary_dim=part
     )
-    larger.check(dtype, "cuda")
+    larger.check(on_gpu.rotated, dtype, "cuda")
 
 
 @pytest.mark.parametrize("position", [RotaryEmbedding(64, interleaved=False), None], ids=str)
@@ -153,7 +154,7 @@ def test_modules_rotate_by_the_kernel(
     weight = attention.q_proj.weight
     found = torch.autograd.grad(attention(x, x, x, is_causal=True)[0].sum(), weight)
     graphs = torch.compile(attention, fullgraph=True)(x, x, x, is_causal=True, need_weights=False)
-    monkeypatch.setattr(rotation, "has_kernel", lambda tensors, tables: False)
+    monkeypatch.setattr(rotation, "kernel_for", lambda tensors, tables: None)
     out, _ = attention(x, x, x, is_causal=True)
     torch.testing.assert_close(graphs[0], out, atol=1e-4, rtol=1e-4)
     expected = torch.autograd.grad(out.sum(), weight)

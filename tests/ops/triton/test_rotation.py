@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.triton.rotations import TURNINGS, Turning
+from tests.ops.rotations import TURNINGS, Turning, wrongly_turned
 from zeta.nn import MultiheadAttention, RotaryEmbedding
 from zeta.ops import rotation as choice
 from zeta.ops.backends.triton import rotation
@@ -29,24 +29,20 @@ def _id(turning: Turning) -> str:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("turning", TURNINGS, ids=_id)
 def test_results_and_gradients(turning: Turning, dtype: torch.dtype) -> None:
-    turning.check(dtype)
+    turning.check(rotation.rotated, dtype)
 
 
 def test_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rotation, "TILE", 64)
-    Turning("tiles", length=11, heads=6, key_heads=3).check(torch.float32)
-    Turning("tiles of halves", length=11, interleaved=False, head_dim=18).check(torch.float16)
+    Turning("tiles", length=11, heads=6, key_heads=3).check(rotation.rotated, torch.float32)
+    Turning("tiles of halves", length=11, interleaved=False, head_dim=18).check(
+        rotation.rotated, torch.float16
+    )
 
 
-def test_wrong_numbers_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    rotated = rotation.rotated
-
-    def wrong(query: Tensor, key: Tensor, tables: tuple[Tensor, ...], interleaved: bool) -> object:
-        return rotated(query, key, [table * (1 + 1e-5) for table in tables], interleaved)
-
-    monkeypatch.setattr(rotation, "rotated", wrong)
+def test_wrong_numbers_are_found() -> None:
     with pytest.raises(AssertionError, match=r"error .* exceeds"):
-        TURNINGS[0].check(torch.float32)
+        TURNINGS[0].check(wrongly_turned(rotation.rotated), torch.float32)
 
 
 def _leaves() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -165,15 +161,8 @@ def test_modules_take_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for options in ({}, {"positions": torch.tensor([[0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9]])}):
         expected = run(**options)
         with monkeypatch.context() as patch:
-            patch.setattr(choice, "has_kernel", lambda tensors, tables: True)
-            patch.setattr(rotation, "rotated", counted)
+            patch.setattr(choice, "kernel_for", lambda tensors, tables: counted)
             actual = run(**options)
         for found, wanted in zip(actual, expected, strict=True):
             torch.testing.assert_close(found, wanted)
     assert len(calls) == 2
-
-
-def test_cpu_tensors_are_turned_by_torch() -> None:
-    query, key, table = _leaves()
-    assert not choice.has_kernel((query, key), table)
-    assert torch.equal(choice.rotate_one(query, table), rotate(query, *table))

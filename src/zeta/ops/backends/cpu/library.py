@@ -41,6 +41,7 @@ class DirectCalls(NamedTuple):
     differentiate: Direct
     project: Direct
     project_heads: Direct
+    rotate: Direct
 
 
 class Library:
@@ -68,8 +69,9 @@ class Library:
                 f"{path} is of another version: its calls have {size()} bytes, "
                 f"not {layout.NUM_BYTES}"
             )
-        if not hasattr(functions, "zeta_meet_torch"):
-            raise OSError(f"{path} is of another version: it has no direct calls")
+        wanted = len(DirectCalls._fields)
+        if not hasattr(functions, "zeta_num_builtins") or functions.zeta_num_builtins() != wanted:
+            raise OSError(f"{path} is of another version: it has not the same direct calls")
         self.path = path
         self.forward = _pass(functions, "zeta_forward")
         self.backward = _pass(functions, "zeta_backward")

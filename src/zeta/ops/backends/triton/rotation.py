@@ -1,16 +1,11 @@
 """Rotations of queries and keys in one launch, forward and backward.
 
-The gradient of a rotation is the rotation by the negative angle, with the same scale. So one kernel
-does both, as often as one likes to differentiate.
-
 Shape suffixes: B batch, H heads, L length, D head dimension, P pairs of features.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from zeta.ops.backends.triton.arguments import cdiv, launch, power_of_two, rows_operand
@@ -19,7 +14,7 @@ from zeta.ops.backends.triton.kernels.rotation import rotation_kernel
 from zeta.ops.backends.triton.operators import is_eager
 from zeta.ops.buffers import empty_rows, rows
 from zeta.ops.registration import operator
-from zeta.transforms import of_each_gradient
+from zeta.ops.turning import Turning, gradients
 
 TILE = 2048
 """Features of a tile."""
@@ -46,7 +41,9 @@ def rotated(
     if not is_eager(query):
         found: tuple[Tensor, Tensor] = rotation(query, key, tables, interleaved, False)
         return found
-    turned: tuple[Tensor, Tensor] = EagerRotation.apply(query, key, interleaved, False, *tables)  # type: ignore[no-untyped-call]
+    turned: tuple[Tensor, Tensor] = Turning.apply(  # type: ignore[no-untyped-call]
+        rotation_of, query, key, interleaved, False, *tables
+    )
     return turned
 
 
@@ -55,7 +52,7 @@ def rotation(
     query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """`rotated`; with ``inverse``, by the negative angles."""
-    return rotation_of(query, key, tables, interleaved, inverse=inverse)
+    return rotation_of(query, key, tables, interleaved, inverse)
 
 
 @rotation.register_fake
@@ -73,59 +70,14 @@ def _gradient(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any
     def turn(first: Tensor, second: Tensor | None, tables: Sequence[Tensor]) -> Any:
         return rotation(first, second, tables, ctx.interleaved, not ctx.inverse)
 
-    back = partial(_turned_back, turn, ctx.saved_tensors)
-    return *of_each_gradient(back, dquery, dkey), None, None, None
+    return *gradients(turn, ctx.saved_tensors, dquery, dkey), None, None, None
 
 
 rotation.register_autograd(_gradient, setup_context=_save)
 
 
-class EagerRotation(torch.autograd.Function):
-    """`rotation` without the operator's cost: for eager code."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor | None,
-        interleaved: bool,
-        inverse: bool,
-        *tables: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        output = rotation_of(query, key, tables, interleaved, inverse=inverse)
-        _save(ctx, (query, key, tables, interleaved, inverse), output)
-        if key is None:
-            ctx.mark_non_differentiable(output[1])
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
-        def turn(first: Tensor, second: Tensor | None, tables: Sequence[Tensor]) -> Any:
-            return EagerRotation.apply(first, second, ctx.interleaved, not ctx.inverse, *tables)  # type: ignore[no-untyped-call]
-
-        tables = ctx.saved_tensors
-        back = partial(_turned_back, turn, tables)
-        return *of_each_gradient(back, dquery, dkey), None, None, *[None] * len(tables)
-
-
-def _turned_back(
-    turn: Callable[..., tuple[Tensor, Tensor]],
-    tables: Sequence[Tensor],
-    dquery: Tensor | None,
-    dkey: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of query and key, by ``turn(tensor, other or None, tables)``."""
-    if len(tables) == 2:
-        dkey = None
-    if dquery is None:
-        return None, None if dkey is None else turn(dkey, None, tables[2:])[0]
-    if dkey is None:
-        return turn(dquery, None, tables[:2])[0], None
-    return turn(dquery, dkey, tables)
-
-
 def rotation_of(
-    query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool, *, inverse: bool
+    query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """`rotation`, launched."""
     pairs = tables[0].shape[-1]

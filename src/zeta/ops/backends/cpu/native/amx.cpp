@@ -23,4 +23,5 @@ extern "C" const ZetaPasses zeta_passes_amx = {
     zeta_amx::weights,
     zeta_amx::decode,
     zeta_amx::project,
+    zeta_amx::rotate,
 };

@@ -19,4 +19,5 @@ extern "C" const ZetaPasses zeta_passes_avx2 = {
     zeta_avx2::weights,
     zeta_avx2::decode,
     zeta_avx2::project,
+    zeta_avx2::rotate,
 };

@@ -22,4 +22,5 @@ extern "C" const ZetaPasses zeta_passes_avx512 = {
     zeta_avx512::weights,
     zeta_avx512::decode,
     zeta_avx512::project,
+    zeta_avx512::rotate,
 };

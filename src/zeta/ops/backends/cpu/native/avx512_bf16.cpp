@@ -24,4 +24,5 @@ extern "C" const ZetaPasses zeta_passes_avx512_bf16 = {
     zeta_avx512_bf16::weights,
     zeta_avx512_bf16::decode,
     zeta_avx512_bf16::project,
+    zeta_avx512_bf16::rotate,
 };

@@ -8,6 +8,7 @@
 
 #include "plain_call.h"
 #include "plain_projection.h"
+#include "plain_rotation.h"
 #include "python_tensors.h"
 
 namespace {
@@ -176,11 +177,32 @@ PyObject *project_heads(PyObject *, PyObject *const *arguments, intptr_t count) 
     return found == ZETA_DONE ? made.give_all() : answer(found);
 }
 
+// rotate(interleaved, inverse, num_threads, x, out, cosines, sines, and of a second tensor the same)
+PyObject *rotate(PyObject *, PyObject *const *arguments, intptr_t count) {
+    const intptr_t before = 3, of_one = 4;
+    if (count != before + of_one && count != before + ZETA_MOST_TURNED * of_one)
+        return answer(ZETA_NOT_PLAIN);
+    ZetaRotation call{};
+    call.interleaved = PyLong_AsLong(arguments[0]);
+    call.inverse = PyLong_AsLong(arguments[1]);
+    call.num_threads = PyLong_AsLong(arguments[2]);
+    if (!were_numbers()) return answer(ZETA_NOT_PLAIN);
+    for (intptr_t i = before; i < count; i += of_one) {
+        Operand x, out, cos, sin;
+        if (!read(arguments[i], x) || !read(arguments[i + 1], out) ||
+            !read(arguments[i + 2], cos) || !read(arguments[i + 3], sin) ||
+            !add_turned(call, x, out, cos, sin))
+            return answer(ZETA_NOT_PLAIN);
+    }
+    return answer(run_beside_python([&] { return run_rotation(call); }));
+}
+
 PyMethodDef methods[] = {{"attend", attend, METH_FASTCALL, nullptr},
                          {"attend_with_lse", attend_with_lse, METH_FASTCALL, nullptr},
                          {"differentiate", differentiate, METH_FASTCALL, nullptr},
                          {"project", project, METH_FASTCALL, nullptr},
-                         {"project_heads", project_heads, METH_FASTCALL, nullptr}};
+                         {"project_heads", project_heads, METH_FASTCALL, nullptr},
+                         {"rotate", rotate, METH_FASTCALL, nullptr}};
 
 }  // namespace
 
@@ -209,6 +231,8 @@ ZETA_EXPORT int64_t zeta_meet_torch(PyObject *tensor, PyObject *parameter) {
     tensor_types[1] = parameter;
     return 1;
 }
+
+ZETA_EXPORT int64_t zeta_num_builtins(void) { return sizeof methods / sizeof *methods; }
 
 // After torch was met: a builtin by its number, in the order above.
 ZETA_EXPORT PyObject *zeta_builtin(int64_t number) {

@@ -29,3 +29,5 @@ inline int64_t project(const ZetaProjection *call) {
     return call->dtype == ZETA_BFLOAT16 ? project_with<BFloat16>(*call)
                                         : without_pairs().project(call);
 }
+
+inline int64_t rotate(const ZetaRotation *call) { return without_pairs().rotate(call); }

@@ -34,3 +34,11 @@ inline int64_t project(const ZetaProjection *call) {
         default: return project_with<float>(*call);
     }
 }
+
+inline int64_t rotate(const ZetaRotation *call) {
+    switch (call->dtype) {
+        case ZETA_BFLOAT16: return rotate_with<BFloat16>(*call);
+        case ZETA_FLOAT16: return rotate_with<Float16>(*call);
+        default: return rotate_with<float>(*call);
+    }
+}

@@ -34,4 +34,5 @@
 #endif
 #include "decode.h"
 #include "projection.h"
+#include "rotation.h"
 #include "weights.h"

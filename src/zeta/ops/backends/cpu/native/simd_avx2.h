@@ -149,6 +149,9 @@ inline Floats times_power_of_two(Floats y, Floats whole) {
     return _mm256_andnot_ps(low, _mm256_castsi256_ps(scaled));
 }
 
+// Lanes 1, 0, 3, 2, ...
+inline Floats swap_pairs(Floats x) { return _mm256_shuffle_ps(x, x, 0xb1); }
+
 // Rows of LANES numbers become columns.
 inline void transpose(Floats *rows) {
     Floats a[8], b[8];

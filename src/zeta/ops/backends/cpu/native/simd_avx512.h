@@ -144,6 +144,9 @@ inline Floats times_power_of_two(Floats y, Floats whole) {
     return _mm512_maskz_scalef_ps(kept, y, whole);
 }
 
+// Lanes 1, 0, 3, 2, ...
+inline Floats swap_pairs(Floats x) { return _mm512_shuffle_ps(x, x, 0xb1); }
+
 // Rows of LANES numbers become columns.
 inline void transpose(Floats *rows) {
     Floats a[16], b[16];

@@ -2,7 +2,7 @@
 //
 // A unit defines its table as
 //
-//     extern "C" const ZetaPasses zeta_passes_avx2 = {forward, backward, weights, decode, project};
+//     extern "C" const ZetaPasses zeta_passes_avx2 = {forward, backward, weights, decode, project, rotate};
 //
 // The tables are weak here: a unit whose instructions the compiler does not know is left out of the
 // library, and so are those after it, which hand on to it what they do no better.
@@ -43,9 +43,36 @@ typedef struct {
 
 typedef int64_t (*ZetaProject)(const ZetaProjection *call);
 
+// Rotations of pairs of features, all of one dtype and of as many features.
+enum { ZETA_MOST_TURNED = 2 };
+
+// (batch, length, pairs), the pairs contiguous; a stride is 0 where the table is broadcast.
+typedef struct {
+    const float *data;
+    int64_t batch, row;
+} ZetaAngles;
+
+typedef struct {
+    ZetaRows from, to;  // which do not overlap
+    int64_t batch, heads, length;
+    ZetaAngles cos, sin;
+} ZetaTurned;
+
+typedef struct {
+    int64_t dtype, num_threads;
+    int64_t head_dim, pairs;
+    int64_t interleaved;  // features 2p and 2p + 1 are a pair; else p and p + pairs
+    int64_t inverse;      // by the negative angles
+    int64_t num_turned;
+    ZetaTurned turned[ZETA_MOST_TURNED];
+} ZetaRotation;
+
+typedef int64_t (*ZetaRotate)(const ZetaRotation *call);
+
 typedef struct {
     ZetaPass forward, backward, weights, decode;
     ZetaProject project;
+    ZetaRotate rotate;
 } ZetaPasses;
 
 extern __attribute__((weak, visibility("hidden"))) const ZetaPasses zeta_passes_avx2;

@@ -77,3 +77,5 @@ inline int64_t decode(const ZetaCall *call) { return zeta_passes_avx512_bf16.dec
 inline int64_t project(const ZetaProjection *call) {
     return zeta_passes_avx512_bf16.project(call);
 }
+
+inline int64_t rotate(const ZetaRotation *call) { return without_pairs().rotate(call); }

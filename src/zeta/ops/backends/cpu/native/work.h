@@ -17,4 +17,11 @@ inline double count_multiplications(const ZetaProjection &call) {
     return features * call.rows * call.width;
 }
 
+inline double count_multiplications(const ZetaRotation &call) {
+    double tokens = 0;
+    for (int64_t i = 0; i < call.num_turned; ++i)
+        tokens += call.turned[i].batch * call.turned[i].heads * call.turned[i].length;
+    return 4.0 * tokens * call.pairs;
+}
+
 }  // namespace

@@ -1,17 +1,17 @@
-"""Calls of the kernel of rotations: queries and keys of any layout, tables of every form.
+"""Calls of the kernels of rotations: queries and keys of any layout, tables of every form.
 
 Shape suffixes: B batch, H heads, G key heads, L length, D head dimension, P pairs of features.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tests.ops.bound import assert_within_bound
 from zeta.nn.tables import position_tensor, rotation_tables, xpos_tables
-from zeta.ops.backends.triton import rotation
-from zeta.ops.rotation import Table
+from zeta.ops.rotation import Kernel, Table
 from zeta.positions import rotate
 
 
@@ -71,12 +71,12 @@ class Turning:
                 tables.append(rotation_tables(*form, wide, position))
         return tables[0], tables[1]
 
-    def run(self, made: dict[str, Tensor], *, fused: bool) -> dict[str, Tensor]:
-        """Results and gradients, by the kernel or by torch's operations."""
+    def run(self, made: dict[str, Tensor], kernel: Kernel | None) -> dict[str, Tensor]:
+        """Results and gradients, by a kernel or by torch's operations."""
         query, key = made["query"], made["key"]
         of_query, of_key = self.tables(str(query.device), query.dtype)
-        if fused:
-            turned = rotation.rotated(query, key, (*of_query, *of_key), self.interleaved)
+        if kernel is not None:
+            turned = kernel(query, key, (*of_query, *of_key), self.interleaved)
         else:
             turned = self._turned(query, of_query), self._turned(key, of_key)
         loss = sum(((x.double() ** 2) * (1 + x.detach().double())).sum() for x in turned)
@@ -91,12 +91,12 @@ class Turning:
         turned = rotate(x[..., :pairs], *table, interleaved=self.interleaved)
         return torch.cat((turned, x[..., pairs:]), dim=-1)
 
-    def check(self, dtype: torch.dtype, device: str = "cpu") -> None:
-        """Hold the kernel against the textbook in float64."""
+    def check(self, kernel: Kernel, dtype: torch.dtype, device: str = "cpu") -> None:
+        """Hold a kernel against the textbook in float64."""
         made = self.tensors(dtype, device)
         wide = {name: x.detach().double().requires_grad_() for name, x in made.items()}
-        low, oracle = self.run(made, fused=False), self.run(wide, fused=False)
-        assert_within_bound(self.run(made, fused=True), low, oracle)
+        low, oracle = self.run(made, None), self.run(wide, None)
+        assert_within_bound(self.run(made, kernel), low, oracle)
 
 
 TURNINGS = [
@@ -115,3 +115,14 @@ TURNINGS = [
     Turning("xpos", xpos=True),
     Turning("xpos, own positions", xpos=True, positions="own", heads=7, key_heads=1),
 ]
+
+
+def wrongly_turned(kernel: Kernel) -> Kernel:
+    """A kernel whose results are off by a hundred roundings."""
+
+    def wrong(
+        query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool
+    ) -> tuple[Tensor, Tensor]:
+        return kernel(query, key, [table * (1 + 1e-5) for table in tables], interleaved)
+
+    return wrong
