@@ -110,6 +110,23 @@ def test_other_machines_have_theirs_and_x86_needs_onednn(
     assert [dtype in found for dtype in HALVES] == [expected, expected]
 
 
+@pytest.mark.parametrize(
+    ("has_avx512", "has_bf16", "expected"),
+    [(True, True, True), (True, False, False), (False, False, True)],
+)
+def test_avx512_needs_its_extension(
+    monkeypatch: pytest.MonkeyPatch, has_avx512: bool, has_bf16: bool, expected: bool
+) -> None:
+    """oneDNN says that it has bfloat16 without, and takes several times as long as in float32."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has_avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    found = projections._halves_with_products.__wrapped__()
+    assert (torch.bfloat16 in found) == expected
+
+
 @pytest.mark.parametrize("way", DOUBLED)
 def test_layers_that_do_more_are_called(way: str) -> None:
     layer, x = nn.Linear(8, 8).bfloat16(), torch.randn(1, MIN_ROWS, 8).bfloat16()
