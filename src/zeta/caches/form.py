@@ -23,14 +23,16 @@ class Form(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, key: Tensor, value: Tensor) -> "Form":
-        """The form of these tokens.
+    def of(cls, key: Tensor, value: Tensor, known: "Form | None" = None) -> "Form":
+        """The form of these tokens; ``known``, which a step mostly has, if it is theirs.
 
         Raises:
             TypeError: One is no tensor.
             ValueError: They are not keys ``(B, G, N, D)`` and values ``(B, G, N, Dv)``, or empty,
                 or of two dtypes or devices.
         """
+        if known is not None and known._is_of(key, value):
+            return known
         check_tensor("key", key)
         check_tensor("value", value)
         k, v = key.shape, value.shape
@@ -49,9 +51,21 @@ class Form(NamedTuple):
             )
         return cls(k[0], k[1], k[3], v[3], key.dtype, key.device)
 
+    def _is_of(self, key: Tensor, value: Tensor) -> bool:
+        if not (isinstance(key, Tensor) and isinstance(value, Tensor)) or key.dim() != 4:
+            return False
+        added = key.shape[2]
+        return (
+            added > 0
+            and key.shape == (self.batch, self.heads, added, self.head_dim)
+            and value.shape == (self.batch, self.heads, added, self.value_dim)
+            and key.dtype == value.dtype == self.dtype
+            and key.device == value.device == self.device
+        )
+
     def check(self, new: "Form") -> None:
         """Raise ValueError unless tokens of another form can join those of this one."""
-        if new == self:
+        if new is self or new == self:
             return
         for name, mine, other in (
             ("key", self.head_dim, new.head_dim),

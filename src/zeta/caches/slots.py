@@ -132,6 +132,11 @@ def own(tensor: Tensor) -> Tensor:
     return new.copy_(tensor)
 
 
+def own_or_none(tensor: Tensor | None) -> Tensor | None:
+    """`own`, of a tensor."""
+    return None if tensor is None else own(tensor)
+
+
 def own_on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
     """A tensor on a device that can be written to whatever the mode; itself if it is that."""
     if tensor is None or (tensor.device == device and not tensor.is_inference()):

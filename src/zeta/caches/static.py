@@ -15,7 +15,7 @@ from zeta.caches.form import Form, following, placed
 from zeta.caches.interface import Cached, CacheFullError
 from zeta.caches.padding import extend_padding
 from zeta.caches.recording import is_recorded
-from zeta.caches.slots import Slots, own, own_on
+from zeta.caches.slots import Slots, own, own_on, own_or_none
 from zeta.caches.states import STATE_NAMES, Tokens, dict_of, tokens_of
 from zeta.values import check_size
 
@@ -156,12 +156,13 @@ class StaticCache:
         In a traced or captured step a padding mask of all tokens is ``(B, max_length)``, and a full
         cache is an assertion that fails on the device.
         """
-        form = Form.of(key, value)
+        slots = self._slots
+        form = Form.of(key, value, None if slots is None else slots.form)
         checks.check_no_gradient("StaticCache", key, value)
         fixed = is_recorded(form.device)
         first, added = 0 if fixed else self.length, key.shape[2]
-        if self._slots is not None and (fixed or first):
-            self._slots.form.check(form)
+        if slots is not None and (fixed or first):
+            slots.form.check(form)
         if fixed:
             return self._update_fixed(form, key, value, key_padding_mask, origin)
         total = first + added
@@ -176,16 +177,15 @@ class StaticCache:
         )
         slots = self._make_room(form)
         self._check_captured(padding, origin)
-        padding_BC, origin_B = (
-            None if tensor is None else own(tensor) for tensor in (self._padding_BC, self._origin_B)
-        )
-        self._before = first, padding_BC, origin_B
+        padding_BC, origin_B = self._padding_BC, self._origin_B
+        self._before = first, own_or_none(padding_BC), own_or_none(origin_B)
         slots.write(first, key, value)
         if padding is not None:
             self._keep_padding(padding)
-        if origin is None:
-            self._origin_B = replaced(self._origin_B, None, in_place=self._captured)
-        self._keep_origin(origin, form.batch)
+        if origin is not None:
+            self._keep_origin(origin, form.batch)
+        elif origin_B is not None:
+            self._origin_B = replaced(origin_B, None, in_place=self._captured)
         self._set_length(total)
         return Cached(*slots.show(total), None, padding)
 
@@ -313,11 +313,8 @@ class StaticCache:
             # Sequences that have no token yet may be others when it is gone back to.
             self._forks.open(_Kept(None, None, None, None))
             return
-        count, padding, origin = (
-            None if tensor is None else own(tensor)
-            for tensor in (self._count, self._padding_BC, self._origin_B)
-        )
-        self._forks.open(_Kept(count, None, padding, origin))
+        count, *rows = map(own_or_none, (self._count, self._padding_BC, self._origin_B))
+        self._forks.open(_Kept(count, None, *rows))
 
     def commit(self) -> None:
         """See `DecodingCache`."""
