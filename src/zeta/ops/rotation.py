@@ -57,19 +57,19 @@ def kernel_for(tensors: Sequence[Tensor], tables: Sequence[Tensor]) -> Kernel | 
 
     What ``torch.compile`` makes of torch's operations for the CPU is one pass too.
     """
-    if torch.compiler.is_compiling():
+    is_compiled = torch.compiler.is_compiling()
+    if is_compiled:
         if is_closed_to_operators() or not tensors[0].is_cuda:
             return None
-    elif (
-        is_watched()
-        or torch._C._len_torch_function_stack() > 0
-        or any(type(tensor) not in PLAIN for tensor in (*tensors, *tables))
-    ):
+    elif is_watched() or torch._C._len_torch_function_stack() > 0:
         return None
-    if any(x.dim() != 4 or x.dtype not in _DTYPES for x in tensors):
-        return None
+    for x in tensors:
+        if x.dim() != 4 or x.dtype not in _DTYPES or not (is_compiled or type(x) in PLAIN):
+            return None
     for table in tables:
-        if table.dim() not in (2, 4) or table.dtype != torch.float32 or table.requires_grad:
+        if table.dtype != torch.float32 or table.dim() not in (2, 4) or table.requires_grad:
+            return None
+        if not (is_compiled or type(table) in PLAIN):
             return None
     return _of_device(tensors[0].device)
 
