@@ -70,7 +70,12 @@ def time_and_ratio(row: Measured) -> str:
 
 @pytest.mark.parametrize(
     ("name", "cell"),
-    [("cpu.json", time_and_ratio), ("cpu-avx512.json", time_and_ratio), ("cpu-avx2.json", ratio)],
+    [
+        ("cpu.json", time_and_ratio),
+        ("cpu-avx512.json", time_and_ratio),
+        ("cpu-avx512-bf16.json", time_and_ratio),
+        ("cpu-avx2.json", ratio),
+    ],
 )
 def test_tables_of_the_cpu_hold_medians(name: str, cell: Callable[[Measured], str]) -> None:
     rows: dict[str, dict[str, Measured]] = {}
@@ -118,6 +123,22 @@ def test_tables_over_a_size_hold_medians(name: str, prefix: str) -> None:
                 assert cell == ratio(rows[name, prefix + size]), (name, size)
                 shown += 1
     assert shown == sum(prefix in shape for _, shape in rows)
+
+
+def test_tables_of_modules_and_rotations_hold_medians() -> None:
+    rows = {(row["row"], row["shape"]): row for row in measured("cpu-avx512-modules.json")}
+    for line in table_after("`cpu-avx512-modules.json`")[1]:
+        name, milliseconds, factor = line.split(" | ")
+        row = rows[f"{name[:4]} module training", name[5:]]
+        assert milliseconds == f"{row['ours ms']['median']:.0f}", name
+        assert factor == f"{row['ratio of medians']:.1f}", name
+    columns, lines = table_after("`--rows rotary`")
+    assert columns == ["A", "B", "C", "1 token"]
+    assert len(lines) == 4
+    for line in lines:
+        name, *cells = (cell.strip() for cell in line.split("|"))
+        for column, cell in zip(columns, cells, strict=True):
+            assert cell == (ratio(rows[name, column]) if (name, column) in rows else ""), name
 
 
 def test_ranges_of_short_calls_hold_medians() -> None:

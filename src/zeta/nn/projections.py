@@ -111,7 +111,7 @@ def _halves_with_products() -> tuple[torch.dtype, ...]:
     onednn = torch.ops.mkldnn
     answers = [onednn._is_mkldnn_bf16_supported(), onednn._is_mkldnn_fp16_supported()]
     if torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported():
-        # There oneDNN makes bfloat16 out of other instructions, at a quarter of float32's speed.
+        # There oneDNN makes bfloat16 out of other instructions, and takes several times as long.
         answers[0] = False
     return tuple(dtype for dtype, has in zip(HALVES, answers, strict=True) if has)
 

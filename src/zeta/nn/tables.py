@@ -141,7 +141,7 @@ def _number(positions: Positions | None, step: int | None = None) -> Number:
 def _restored(number: Number) -> Positions | None:
     if isinstance(number, tuple):
         shape, values = number
-        return torch.tensor(values, dtype=torch.int64).view(shape)
+        return torch.tensor(values, dtype=torch.int64, device="cpu").view(shape)
     return number
 
 
@@ -233,9 +233,7 @@ def _rotation_rows(
 ) -> Table:
     assert isinstance(first, int)
     with torch.inference_mode(False), torch.no_grad():
-        return rotation_tables(
-            rotary_dim, base, scaling, dtype, torch.arange(first, first + length)
-        )
+        return rotation_tables(rotary_dim, base, scaling, dtype, _from(first, length))
 
 
 @functools.lru_cache(maxsize=4)
@@ -252,8 +250,12 @@ def _xpos_rows(
     assert isinstance(anchor, int)
     assert origin is None
     with torch.inference_mode(False), torch.no_grad():
-        position_L = torch.arange(first, first + length)
+        position_L = _from(first, length)
         return xpos_tables(head_dim, scale_base, dtype, position_L, anchor, None)
+
+
+def _from(first: int, length: int) -> Tensor:
+    return torch.arange(first, first + length, device="cpu")
 
 
 def _narrowed(table: Table, row: int, length: int) -> Table:
