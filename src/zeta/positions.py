@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from zeta.transforms import is_watched
+from zeta.transforms import is_overridden
 
 _ROUNDED_FROM = 8192
 
@@ -83,12 +83,7 @@ def can_keep(device: torch.device) -> bool:
     """Whether what a decoding step would make anew, for longer than it uses it, can be kept: on the
     CPU, and where nothing records or replaces tensors.
     """
-    return (
-        device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and not is_watched()
-        and torch._C._len_torch_function_stack() == 0
-    )
+    return device.type == "cpu" and not torch.compiler.is_compiling() and not is_overridden()
 
 
 @functools.lru_cache(maxsize=64)

@@ -87,6 +87,11 @@ def is_watched() -> bool:
     )
 
 
+def is_overridden() -> bool:
+    """Whether something must see each operator (`is_watched`), or each of torch's functions."""
+    return is_watched() or torch._C._len_torch_function_stack() > 0
+
+
 def has_dispatch_modes() -> bool:
     """Whether one of torch's dispatch modes must see each operator."""
     if torch._C._len_torch_dispatch_stack():

@@ -1,5 +1,6 @@
 """Tables of rotations that are kept between the layers of a step: the same numbers as made anew."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -84,8 +85,8 @@ def test_nothing_fake_is_kept() -> None:
 
 
 def _kept(length: int, positions: Positions) -> tuple[int, int]:
-    """How many tables are kept of so many positions: of a few, and of consecutive ones."""
-    few, rows = tables.few_rotation_tables, tables._rotation_rows
+    """How many tables are kept of so many positions: of a few, and of whole sequences."""
+    few, rows = tables.few_rotation_tables, tables._long_rotation_tables
     few.cache_clear()
     rows.cache_clear()
     x = torch.randn(1, 1, length, 16)
@@ -95,8 +96,8 @@ def _kept(length: int, positions: Positions) -> tuple[int, int]:
 
 def test_many_positions_are_kept_if_they_are_consecutive() -> None:
     few = tables.FEW
-    assert _kept(few, 5) == (1, 1)
-    assert _kept(few, torch.arange(few)) == (1, 1)
+    assert _kept(few, 5) == (1, 0)
+    assert _kept(few, torch.arange(few)) == (1, 0)
     assert _kept(few, torch.arange(few).flip(0)) == (1, 0)
     assert _kept(few + 1, 5) == (0, 1)
     assert _kept(few + 1, torch.arange(few + 1)) == (0, 0)
@@ -107,10 +108,35 @@ def test_many_positions_are_kept_if_they_are_consecutive() -> None:
 
 def test_the_next_steps_are_made_with_the_first() -> None:
     x = torch.randn(1, 2, 1, 16)
-    tables._xpos_rows.cache_clear()
+    tables._xpos_block.cache_clear()
     tables.few_xpos_tables.cache_clear()
     for step in range(2 * tables.FEW):
         XPos(16).both(x, x, step)
         XPos(16).both(x, x, torch.tensor([[step]]), torch.tensor([[0]]))
-    assert tables._xpos_rows.cache_info().misses == 2
+    assert tables._xpos_block.cache_info().misses == 2
     assert tables.few_xpos_tables.cache_info().misses == 2 * tables.FEW
+
+
+def test_what_is_kept_of_a_step_is_no_more_than_its_own() -> None:
+    tables.few_rotation_tables.cache_clear()
+    place = tables.looked_up(torch.empty(1, 1, 2, 16), 70)
+    assert place is not None
+    for table in tables.kept_rotation_tables(16, 10000.0, None, torch.float32, place):
+        assert table.shape == (2, 8)
+        assert table.untyped_storage().nbytes() == table.nbytes
+
+
+@pytest.mark.parametrize("first", [2**62 + 5, 2**63 - 4, -(2**63)])
+def test_the_furthest_positions_have_no_block(first: int) -> None:
+    x = torch.randn(1, 2, 3, 16)
+    for positions in (first, torch.arange(3) + first):
+        turned = RotaryEmbedding(16).pair(x, x, positions)[0]
+        assert turned.norm().allclose(x.norm())
+
+
+@pytest.mark.parametrize("length", [3, tables.FEW + 1])
+def test_an_offset_of_numpy(length: int) -> None:
+    x = torch.randn(1, 2, length, 16)
+    rotary = RotaryEmbedding(16)
+    assert torch.equal(rotary(x, np.int64(5)), rotary(x, 5))
+    assert torch.equal(XPos(16)(x, np.int64(5)), XPos(16)(x, 5))

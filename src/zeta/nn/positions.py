@@ -145,9 +145,9 @@ class RotaryEmbedding(Rotation):
     def _tables(self, x: Tensor, positions: Positions) -> Table:
         dtype = wide_dtype(x.dtype)
         form = self.rotary_dim, self.base, self.scaling, dtype
-        found = looked_up(x, positions)
-        if found is not None:
-            return kept_rotation_tables(*form, *found[:2])
+        place = looked_up(x, positions)
+        if place is not None:
+            return kept_rotation_tables(*form, place)
         return rotation_tables(*form, position_tensor(positions, x.shape[-2], x.device))
 
 
@@ -292,11 +292,10 @@ class XPos(Rotation):
         """`queries` and `keys` of the same tokens, for little more than one of them."""
         if isinstance(positions, int) and isinstance(anchor, int):
             self._check_reach(key, positions, anchor)
-        found = looked_up(key, positions, anchor, origin)
+        place = looked_up(key, positions, anchor, origin)
         form = self.head_dim, self.scale_base, key.dtype
-        if found is not None:
-            length, at, about, since = found
-            of_queries, of_keys = kept_xpos_tables(*form, length, at, about, since)
+        if place is not None:
+            of_queries, of_keys = kept_xpos_tables(*form, place)
         else:
             of_queries, of_keys = xpos_tables(
                 *form, *position_tensors(key, positions, anchor), origin

@@ -8,7 +8,7 @@ Shapes: B batch, H heads, L length, D head dimension, P pairs of features.
 
 import functools
 import math
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -99,37 +99,68 @@ def position_tensor(positions: Positions, length: int, device: torch.device) -> 
 
 
 FEW = 64
-"""Positions of a decoding step, whose tables are kept: the next layer has the same."""
+"""Tokens of a decoding step, at most, and positions of a block."""
 MAX_FEATURES = 1 << 19
-"""Of all positions together, of consecutive ones that are kept: 2 MiB of tables, 4 for xPos."""
+"""Of all tokens together, whose tables are kept: at most 1 MiB a table of float32."""
 
 Number: TypeAlias = int | tuple[torch.Size, tuple[int, ...]] | None
-"""A position, none, or a tensor of them, to be looked up by."""
+"""A number, none, or a tensor of them, to be looked up by."""
+
+
+class Place(NamedTuple):
+    """Where tokens stand, to be looked up by.
+
+    Attributes:
+        length: How many they are.
+        positions: The first alone, where the others follow it.
+        anchor: One for all, or of each.
+        origin: As in `XPos.queries`.
+    """
+
+    length: int
+    positions: Number
+    anchor: Number
+    origin: Number
+
+    @property
+    def first(self) -> int | None:
+        """The first position, if all follow it and nothing tells their scales apart."""
+        is_one = isinstance(self.anchor, int) and self.origin is None
+        return self.positions if is_one and isinstance(self.positions, int) else None
+
+    def tensors(self) -> tuple[Tensor, Positions, Tensor | None]:
+        """As `xpos_tables` takes them."""
+        positions, anchor, origin = map(_restored, self[1:])
+        assert positions is not None
+        assert anchor is not None
+        assert not isinstance(origin, int)
+        return *position_tensors(
+            torch.empty(self.length, 0, device="cpu"), positions, anchor
+        ), origin
 
 
 def looked_up(
     x: Tensor, positions: Positions, anchor: Positions = 0, origin: Tensor | None = None
-) -> tuple[int, Number, Number, Number] | None:
-    """The length of ``x``, and its positions, to be looked up by; None where they are too many, or
-    nothing may be kept."""
+) -> Place | None:
+    """The place of ``x``; None where the tokens are too many, or nothing may be kept."""
     length = x.shape[-2]
     if not can_keep(x.device) or length * x.shape[-1] > MAX_FEATURES:
         return None
     for tensor in (positions, anchor, origin):
         if isinstance(tensor, Tensor) and (
-            type(tensor) is not Tensor
+            length > FEW
+            or type(tensor) is not Tensor
             or tensor.dtype != torch.int64
             or tensor.numel() > FEW
-            or length > FEW
         ):
             return None
-    return length, _number(positions, step=1), _number(anchor, step=0), _number(origin)
+    return Place(length, _number(positions, step=1), _number(anchor, step=0), _number(origin))
 
 
 def _number(positions: Positions | None, step: int | None = None) -> Number:
     """The first alone where it is followed by others a step apart."""
     if not isinstance(positions, Tensor):
-        return positions
+        return None if positions is None else int(positions)
     shape, values = positions.shape, tuple(positions.flatten().tolist())
     if step is not None and values and len(values) == shape[-1]:
         first: int = values[0]
@@ -145,119 +176,109 @@ def _restored(number: Number) -> Positions | None:
     return number
 
 
+# What is made below lives on: of inference mode it could not be used outside of it.
+
+
 def kept_rotation_tables(
-    rotary_dim: int,
-    base: float,
-    scaling: Scaling | None,
-    dtype: torch.dtype,
-    length: int,
-    positions: Number,
+    rotary_dim: int, base: float, scaling: Scaling | None, dtype: torch.dtype, place: Place
 ) -> Table:
     """`rotation_tables` of what is `looked_up`. Not to be written to."""
-    keep = few_rotation_tables if length <= FEW else _rotation_rows
-    return keep(rotary_dim, base, scaling, dtype, length, positions)
-
-
-def kept_xpos_tables(
-    head_dim: int,
-    scale_base: float,
-    dtype: torch.dtype,
-    length: int,
-    positions: Number,
-    anchor: Number,
-    origin: Number,
-) -> tuple[Table, Table]:
-    """`xpos_tables` of what is `looked_up`. Not to be written to."""
-    keep = few_xpos_tables if length <= FEW else _xpos_rows
-    return keep(head_dim, scale_base, dtype, length, positions, anchor, origin)
+    form = rotary_dim, base, scaling, dtype
+    if place.length > FEW and place.first is not None:
+        return _long_rotation_tables(*form, place.first, place.length)
+    return few_rotation_tables(*form, place)
 
 
 @functools.lru_cache(maxsize=64)
 def few_rotation_tables(
-    rotary_dim: int,
-    base: float,
-    scaling: Scaling | None,
-    dtype: torch.dtype,
-    length: int,
-    positions: Number,
+    rotary_dim: int, base: float, scaling: Scaling | None, dtype: torch.dtype, place: Place
 ) -> Table:
-    """`kept_rotation_tables` of a few positions."""
-    form = rotary_dim, base, scaling, dtype
-    if isinstance(positions, int):
-        first = positions // FEW * FEW
-        return _narrowed(_rotation_rows(*form, 2 * FEW, first), positions - first, length)
-    # One of inference mode could not be used outside of it.
+    """`kept_rotation_tables` of a few tokens."""
+    form, block = (rotary_dim, base, scaling, dtype), _block(place.first, rotary_dim)
     with torch.inference_mode(False), torch.no_grad():
-        found = _restored(positions)
-        assert found is not None
-        return rotation_tables(*form, position_tensor(found, length, torch.device("cpu")))
+        if block is None:
+            return rotation_tables(*form, place.tensors()[0])
+        start, row = block
+        return _rows(_rotation_block(*form, start), row, place.length)
 
 
 @functools.lru_cache(maxsize=64)
-def few_xpos_tables(
-    head_dim: int,
-    scale_base: float,
-    dtype: torch.dtype,
-    length: int,
-    positions: Number,
-    anchor: Number,
-    origin: Number,
-) -> tuple[Table, Table]:
-    """`kept_xpos_tables` of a few positions."""
-    form = head_dim, scale_base, dtype
-    if isinstance(positions, int) and isinstance(anchor, int) and origin is None:
-        first = positions // FEW * FEW
-        of_queries, of_keys = _xpos_rows(*form, 2 * FEW, first, anchor, None)
-        row = positions - first
-        return _narrowed(of_queries, row, length), _narrowed(of_keys, row, length)
-    with torch.inference_mode(False), torch.no_grad():
-        at, about, since = map(_restored, (positions, anchor, origin))
-        assert at is not None
-        assert about is not None
-        assert not isinstance(since, int)
-        return xpos_tables(*form, *position_tensors(torch.empty(length, 0), at, about), since)
-
-
-# Of consecutive positions: a whole sequence's, or those of a step and of the next ones, which come
-# with it, for to make those of one position takes as long.
+def _rotation_block(
+    rotary_dim: int, base: float, scaling: Scaling | None, dtype: torch.dtype, start: int
+) -> Table:
+    return rotation_tables(rotary_dim, base, scaling, dtype, _from(start, 2 * FEW))
 
 
 @functools.lru_cache(maxsize=4)
-def _rotation_rows(
+def _long_rotation_tables(
     rotary_dim: int,
     base: float,
     scaling: Scaling | None,
     dtype: torch.dtype,
+    first: int,
     length: int,
-    first: Number,
 ) -> Table:
-    assert isinstance(first, int)
     with torch.inference_mode(False), torch.no_grad():
         return rotation_tables(rotary_dim, base, scaling, dtype, _from(first, length))
 
 
-@functools.lru_cache(maxsize=4)
-def _xpos_rows(
-    head_dim: int,
-    scale_base: float,
-    dtype: torch.dtype,
-    length: int,
-    first: Number,
-    anchor: Number,
-    origin: Number,
+def kept_xpos_tables(
+    head_dim: int, scale_base: float, dtype: torch.dtype, place: Place
 ) -> tuple[Table, Table]:
-    assert isinstance(first, int)
-    assert isinstance(anchor, int)
-    assert origin is None
+    """`xpos_tables` of what is `looked_up`. Not to be written to."""
+    form = head_dim, scale_base, dtype
+    if place.length > FEW and place.first is not None:
+        return _long_xpos_tables(*form, place)
+    return few_xpos_tables(*form, place)
+
+
+@functools.lru_cache(maxsize=64)
+def few_xpos_tables(
+    head_dim: int, scale_base: float, dtype: torch.dtype, place: Place
+) -> tuple[Table, Table]:
+    """`kept_xpos_tables` of a few tokens."""
+    form, block = (head_dim, scale_base, dtype), _block(place.first, head_dim)
     with torch.inference_mode(False), torch.no_grad():
-        position_L = _from(first, length)
-        return xpos_tables(head_dim, scale_base, dtype, position_L, anchor, None)
+        if block is None:
+            return xpos_tables(*form, *place.tensors())
+        start, row = block
+        assert isinstance(place.anchor, int)
+        of_queries, of_keys = _xpos_block(*form, start, place.anchor)
+        return _rows(of_queries, row, place.length), _rows(of_keys, row, place.length)
+
+
+@functools.lru_cache(maxsize=64)
+def _xpos_block(
+    head_dim: int, scale_base: float, dtype: torch.dtype, start: int, anchor: int
+) -> tuple[Table, Table]:
+    return xpos_tables(head_dim, scale_base, dtype, _from(start, 2 * FEW), anchor, None)
+
+
+@functools.lru_cache(maxsize=4)
+def _long_xpos_tables(
+    head_dim: int, scale_base: float, dtype: torch.dtype, place: Place
+) -> tuple[Table, Table]:
+    with torch.inference_mode(False), torch.no_grad():
+        return xpos_tables(head_dim, scale_base, dtype, *place.tensors())
+
+
+def _block(first: int | None, dim: int) -> tuple[int, int] | None:
+    """Where the block begins that holds a position, and its row there; None where there is none.
+
+    The tables of the next steps come with those of the first: to make two blocks takes hardly
+    longer than to make a row.
+    """
+    # Large tables would be many to keep, and further positions are no int64.
+    if first is None or dim > 256 or abs(first) > 1 << 62:
+        return None
+    return first // FEW * FEW, first % FEW
+
+
+def _rows(table: Table, row: int, length: int) -> Table:
+    """Copied: they must not keep their block."""
+    cos, sin = table
+    return cos[row : row + length].clone(), sin[row : row + length].clone()
 
 
 def _from(first: int, length: int) -> Tensor:
     return torch.arange(first, first + length, device="cpu")
-
-
-def _narrowed(table: Table, row: int, length: int) -> Table:
-    cos, sin = table
-    return cos.narrow(0, row, length), sin.narrow(0, row, length)

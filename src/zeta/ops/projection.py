@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zeta.transforms import is_closed_to_operators, is_watched
+from zeta.transforms import is_closed_to_operators, is_overridden
 
 MAX_ROWS = 64
 """Rows up to which asking is worth it: no backend takes more."""
@@ -61,7 +61,7 @@ def _is_for_torch(x: Tensor, layers: Sequence[Layer]) -> bool:
         return True
     if torch.compiler.is_compiling():
         return is_closed_to_operators() or torch.is_grad_enabled()
-    if is_watched() or x.is_neg() or torch._C._len_torch_function_stack() > 0:
+    if is_overridden() or x.is_neg():
         return True
     for weight, bias in layers:
         # What is negated is so on paper only, and C would not see it.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zeta.positions import rotate_part
 from zeta.standin import PLAIN
-from zeta.transforms import is_closed_to_operators, is_watched
+from zeta.transforms import is_closed_to_operators, is_overridden
 
 Table: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, times the scale where there is one: ``(L, P)`` or ``(1 or B, 1, L, P)``."""
@@ -61,7 +61,7 @@ def kernel_for(tensors: Sequence[Tensor], tables: Sequence[Tensor]) -> Kernel | 
     if is_compiled:
         if is_closed_to_operators() or not tensors[0].is_cuda:
             return None
-    elif is_watched() or torch._C._len_torch_function_stack() > 0:
+    elif is_overridden():
         return None
     for x in tensors:
         if x.dim() != 4 or x.dtype not in _DTYPES or not (is_compiled or type(x) in PLAIN):

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from zeta.transforms import of_each_gradient
+from zeta.positions import rotate_part
+from zeta.transforms import is_overridden, of_each_gradient
 
 Turn: TypeAlias = Callable[
     [Tensor, Tensor | None, Sequence[Tensor], bool, bool], tuple[Tensor, Tensor]
@@ -22,6 +23,18 @@ Turn: TypeAlias = Callable[
 Takes whether features ``(2p, 2p + 1)`` are a pair, or ``(p, p + P)``, and whether the angles are
 to be negative. Without keys the second result is empty.
 """
+
+
+def turned_by_torch(
+    query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """A `Turn` for whatever the kernels do not take, or must not."""
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate_part(x, cos, -sin if inverse else sin, interleaved=interleaved)
+
+    of_key = query.new_empty(0) if key is None else turned(key, *tables[2:])
+    return turned(query, *tables[:2]), of_key
 
 
 class Turning(torch.autograd.Function):
@@ -41,15 +54,23 @@ class Turning(torch.autograd.Function):
         ctx.turn, ctx.interleaved, ctx.inverse = turn, interleaved, inverse
         ctx.save_for_backward(*tables)
         ctx.set_materialize_grads(False)
-        if key is None:
-            ctx.mark_non_differentiable(output[1])
+        constant = [
+            turned
+            for x, turned in zip((query, key), output, strict=True)
+            if x is None or not x.requires_grad
+        ]
+        ctx.mark_non_differentiable(*constant)
         return output
 
     @staticmethod
     def backward(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
         tables = ctx.saved_tensors
+        is_seen = is_overridden()
 
         def turn(first: Tensor, second: Tensor | None, tables: Sequence[Tensor]) -> Any:
+            if is_seen:
+                # By a transform, say, that came after the forward pass.
+                return turned_by_torch(first, second, tables, ctx.interleaved, not ctx.inverse)
             return Turning.apply(  # type: ignore[no-untyped-call]
                 ctx.turn, first, second, ctx.interleaved, not ctx.inverse, *tables
             )

@@ -5,9 +5,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tests.ops.cpu import units
 from tests.ops.rotations import TURNINGS, Turning, wrongly_turned
+from zeta.caches import StaticCache
 from zeta.nn import MultiheadAttention, RotaryEmbedding
 from zeta.ops import rotation as choice
 from zeta.ops.backends.cpu import library, rotation
@@ -55,7 +57,9 @@ def test_gradients_that_nobody_asks_for(name: str) -> None:
     for other in leaves.keys() - {name}:
         leaves[other].requires_grad_(False)
     turned = dict(zip(leaves, rotate_both(query, key, table, table), strict=True))
-    assert any(x.requires_grad for x in turned.values()) == (name != "neither")
+    assert {side: x.requires_grad for side, x in turned.items()} == {
+        side: side == name for side in leaves
+    }
     if name != "neither":
         (found,) = torch.autograd.grad(turned[name].square().sum(), leaves[name])
         # A rotation keeps lengths.
@@ -82,6 +86,41 @@ def test_many_gradients_at_once() -> None:
         for got, one in zip(batch, incoming, strict=True):
             (expected,) = torch.autograd.grad(rotate(leaf, *table), leaf, one)
             torch.testing.assert_close(got, expected)
+
+
+# Forward mode uses it itself.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_transforms_of_a_gradient_after_the_rotation() -> None:
+    query, key, table = _leaves()
+    turned, _ = rotate_both(query, key, table, table)
+    expected = rotate(query, *table)
+
+    def gradient(of: Tensor, incoming: Tensor) -> Tensor:
+        return torch.autograd.grad(of, query, incoming, retain_graph=True)[0]
+
+    many = torch.randn(3, *query.shape)
+    mapped = torch.vmap(lambda incoming: gradient(turned, incoming))(many)
+    torch.testing.assert_close(
+        mapped, torch.stack([gradient(expected, incoming) for incoming in many])
+    )
+    with forward_ad.dual_level():
+        dual = gradient(turned, forward_ad.make_dual(many[0], many[1]))
+        torch.testing.assert_close(
+            forward_ad.unpack_dual(dual).tangent, gradient(expected, many[1])
+        )
+
+
+def test_a_frozen_key_leaves_no_gradient_in_a_cache() -> None:
+    module = MultiheadAttention(
+        None, 32, 4, self_attention=True, position=RotaryEmbedding(8)
+    ).requires_grad_(False)
+    module.q_proj.weight.requires_grad_(True)
+    x = torch.randn(1, 1, 32)
+    out, _ = module(x, x, x, StaticCache(4), is_causal=True)
+    assert out.requires_grad
+    state: dict[str, Tensor] = {}
+    module(x, x, x, state)
+    assert not state["prev_key"].requires_grad
 
 
 def test_a_gradient_that_is_broadcast() -> None:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from zeta.ops.backends.cpu import library
 from zeta.ops.buffers import rows
-from zeta.ops.turning import Turning
-from zeta.positions import rotate_part
+from zeta.ops.turning import Turning, turned_by_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,10 +65,4 @@ def _turn(
     if library.is_done(answer):
         return out, out_key
     # Of strides, dtypes or sizes that are not for it.
-    out = _by_torch(query, tables[:2], interleaved, inverse)
-    return out, out_key if key is None else _by_torch(key, tables[2:], interleaved, inverse)
-
-
-def _by_torch(x: Tensor, table: Sequence[Tensor], interleaved: bool, inverse: bool) -> Tensor:
-    cos, sin = table
-    return rotate_part(x, cos, -sin if inverse else sin, interleaved=interleaved)
+    return turned_by_torch(query, key, tables, interleaved, inverse)

@@ -12,12 +12,14 @@ struct Angles {
 };
 
 inline void write_out(const ZetaRotation &call, const ZetaTurned &x, int64_t batch, int64_t first,
-                      int64_t count, Angles &to) {
+                      int64_t positions, Angles &to) {
     const float sign = call.inverse ? -1.0f : 1.0f;
-    for (int64_t position = 0; position < count; ++position) {
+    for (int64_t position = 0; position < positions; ++position) {
         const float *cos = x.cos.data + batch * x.cos.batch + (first + position) * x.cos.row;
         const float *sin = x.sin.data + batch * x.sin.batch + (first + position) * x.sin.row;
         float *own = to.own + position * to.row, *partner = to.partner + position * to.row;
+        const int64_t count = call.interleaved ? 2 * call.pairs : call.pairs;
+        for (int64_t i = count; i < to.row; ++i) own[i] = partner[i] = 0;
         if (!call.interleaved) {
             memcpy(own, cos, call.pairs * sizeof(float));
             for (int64_t pair = 0; pair < call.pairs; ++pair) partner[pair] = sign * sin[pair];
