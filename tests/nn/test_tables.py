@@ -117,13 +117,14 @@ def test_the_next_steps_are_made_with_the_first() -> None:
     assert tables.few_xpos_tables.cache_info().misses == 2 * tables.FEW
 
 
-def test_what_is_kept_of_a_step_is_no_more_than_its_own() -> None:
+@pytest.mark.parametrize(("dim", "rows"), [(256, 2 * tables.FEW), (258, 2)])
+def test_blocks_of_many_features_are_not_kept(dim: int, rows: int) -> None:
     tables.few_rotation_tables.cache_clear()
-    place = tables.looked_up(torch.empty(1, 1, 2, 16), 70)
+    place = tables.looked_up(torch.empty(1, 1, 2, dim), 70)
     assert place is not None
-    for table in tables.kept_rotation_tables(16, 10000.0, None, torch.float32, place):
-        assert table.shape == (2, 8)
-        assert table.untyped_storage().nbytes() == table.nbytes
+    for table in tables.kept_rotation_tables(dim, 10000.0, None, torch.float32, place):
+        assert table.shape == (2, dim // 2)
+        assert table.untyped_storage().nbytes() == rows * dim // 2 * 4
 
 
 @pytest.mark.parametrize("first", [2**62 + 5, 2**63 - 4, -(2**63)])

@@ -268,16 +268,17 @@ def _block(first: int | None, dim: int) -> tuple[int, int] | None:
     The tables of the next steps come with those of the first: to make two blocks takes hardly
     longer than to make a row.
     """
-    # Large tables would be many to keep, and further positions are no int64.
+    # Further positions are no int64. Of larger blocks, 128 of which may be there, too much would be
+    # held: one of 256 features in float32 has 128 KiB, or 256 for xPos.
     if first is None or dim > 256 or abs(first) > 1 << 62:
         return None
     return first // FEW * FEW, first % FEW
 
 
 def _rows(table: Table, row: int, length: int) -> Table:
-    """Copied: they must not keep their block."""
+    """Which keep their block: no more than one for each that is looked up."""
     cos, sin = table
-    return cos[row : row + length].clone(), sin[row : row + length].clone()
+    return cos.narrow(0, row, length), sin.narrow(0, row, length)
 
 
 def _from(first: int, length: int) -> Tensor:
