@@ -176,9 +176,6 @@ def _restored(number: Number) -> Positions | None:
     return number
 
 
-# What is made below lives on: of inference mode it could not be used outside of it.
-
-
 def kept_rotation_tables(
     rotary_dim: int, base: float, scaling: Scaling | None, dtype: torch.dtype, place: Place
 ) -> Table:
@@ -195,6 +192,7 @@ def few_rotation_tables(
 ) -> Table:
     """`kept_rotation_tables` of a few tokens."""
     form, block = (rotary_dim, base, scaling, dtype), _block(place.first, rotary_dim)
+    # Tensors of inference mode could not be used outside of it.
     with torch.inference_mode(False), torch.no_grad():
         if block is None:
             return rotation_tables(*form, place.tensors()[0])

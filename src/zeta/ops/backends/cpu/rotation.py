@@ -14,8 +14,6 @@ from zeta.ops.backends.cpu import library
 from zeta.ops.buffers import rows
 from zeta.ops.turning import Turning, turned_by_torch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def can_turn() -> bool:
     """Whether the library turns tensors here."""
@@ -28,7 +26,7 @@ def rotated(
     """Queries and keys, turned.
 
     Args:
-        query: ``(B, H, L, D)``, of `DTYPES`.
+        query: ``(B, H, L, D)``, in any dtype up to float32.
         key: Likewise, with heads and a length of its own; or None.
         tables: Cosines and sines of the queries, and with ``key`` those of the keys, float32,
             ``(L, P)`` or ``(1 or B, 1, L, P)``. They get no gradient.
