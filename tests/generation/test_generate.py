@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from tests.generation.models import Toy
 from tests.generation.prompts import CACHES, PROMPTS, greedily, padded
 from zeta.caches import DynamicCache, RollingCache, StaticCache
-from zeta.generation import Greedy, Sampling, Step, generate, stream
+from zeta.generation import Greedy, Sampling, Step, beam_search, generate, stream
 
 
 @pytest.mark.parametrize("chunk", [None, 2])
@@ -183,6 +184,16 @@ def test_a_bar_is_drawn_only_when_asked_for(
     shown = generate(model, prompt, model.caches(), max_new_tokens=5, progress=True)
     assert "/5 [" in capfd.readouterr().err
     assert torch.equal(silent.tokens, shown.tokens)
+    in_pieces: dict[str, Any] = {"max_new_tokens": 5, "prefill_chunk": 2}
+    list(stream(model, prompt, model.caches(), **in_pieces))
+    assert capfd.readouterr().err == ""
+    list(stream(model, prompt, model.caches(), **in_pieces, progress=True))
+    drawn = capfd.readouterr().err
+    assert "/2 [" in drawn
+    assert "chunk of the prompt" in drawn
+    assert "/5 [" not in drawn
+    beam_search(model, prompt, model.caches(), num_beams=2, **in_pieces, progress=True)
+    assert "chunk of the prompt" in capfd.readouterr().err
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"needs tqdm: pip install 'zeta-attention\[demo\]'"):
         generate(model, prompt, model.caches(), max_new_tokens=5, progress=True)

@@ -1,12 +1,12 @@
 """A bar on the standard error, for whoever asks for one: a library is silent."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 Step = TypeVar("Step")
 
 
-def with_bar(steps: Iterator[Step], count: int) -> Iterator[Step]:
+def with_bar(steps: Iterable[Step], count: int, what: str = "token") -> Iterator[Step]:
     """The same steps, and a bar of at most ``count`` of them.
 
     Raises:
@@ -16,5 +16,5 @@ def with_bar(steps: Iterator[Step], count: int) -> Iterator[Step]:
         from tqdm import tqdm
     except ImportError as error:
         raise ImportError("progress=True needs tqdm: pip install 'zeta-attention[demo]'") from error
-    shown: Iterator[Step] = iter(tqdm(steps, total=count, unit="token", leave=False))
+    shown: Iterator[Step] = iter(tqdm(steps, total=count, unit=what, leave=False))
     return shown

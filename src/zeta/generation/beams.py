@@ -67,7 +67,7 @@ def beam_search(
         length_penalty: A finished hypothesis is judged by its log-probability divided by ``length
             ** length_penalty``: 0 favours short ones, larger values longer ones.
         fill: What stands behind the end of a continuation.
-        progress: Draw a bar of the steps, of which an early end makes fewer; see `generate`.
+        progress: As in `generate`; an early end makes fewer steps.
         model, prompt, caches, max_new_tokens, padding, stop_tokens, prefill_chunk: As in `stream`.
 
     Returns:
@@ -87,7 +87,7 @@ def beam_search(
     check_flag("progress", progress)
     stops, read = stops_of(stop_tokens), Prompt(prompt, padding)
     begin = partial(_Search, len(prompt), num_beams, max_new_tokens, length_penalty)
-    steps = _steps(begin, stops, read, model, caches, prefill_chunk)
+    steps = _steps(begin, stops, read, model, caches, prefill_chunk, progress)
     *_, search = with_bar(steps, max_new_tokens) if progress else steps
     return search.result(fill, prompt.device)
 
@@ -99,9 +99,10 @@ def _steps(
     model: Model,
     caches: Sequence[DecodingCache],
     prefill_chunk: int | None,
+    progress: bool,
 ) -> Iterator["_Search"]:
     """The search after each token; ``begin`` makes it of the stop tokens."""
-    logits_BV = prompt.read(model, caches, prefill_chunk)
+    logits_BV = prompt.read(model, caches, prefill_chunk, progress=progress)
     # No token can be one outside of the vocabulary.
     search = begin([token for token in stops if 0 <= token < logits_BV.shape[-1]])
     logits = logits_BV[:, None]

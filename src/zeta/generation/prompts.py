@@ -3,13 +3,14 @@
 Shapes: B sequences, T prompt length, N tokens of a call, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from zeta.caches import DecodingCache, RollingCache
+from zeta.generation.bars import with_bar
 from zeta.generation.checks import check_caches, check_int, check_logits
 from zeta.values import check_tensor
 
@@ -85,7 +86,12 @@ class Prompt:
 
     @torch.no_grad()
     def read(
-        self, model: Model, caches: Sequence[DecodingCache], chunk: int | None = None
+        self,
+        model: Model,
+        caches: Sequence[DecodingCache],
+        chunk: int | None = None,
+        *,
+        progress: bool = False,
     ) -> Tensor:
         """Show the prompt to the model.
 
@@ -93,6 +99,7 @@ class Prompt:
             model: It fills the caches.
             caches: Empty ones.
             chunk: Tokens of a call; all at once by default.
+            progress: Draw a bar of the chunks, if there are several.
 
         Returns:
             ``(B, V)``, the logits of the token after each sequence.
@@ -113,7 +120,10 @@ class Prompt:
             size = check_int("prefill_chunk", chunk, 1)
         logits_BV = self.tokens_BT.new_empty(0)
         parts = self.tokens_BT.split(size, dim=1), self.positions_BT.split(size, dim=1)
-        for tokens_BN, positions_BN in zip(*parts, strict=True):
+        chunks: Iterable[tuple[Tensor, ...]] = zip(*parts, strict=True)
+        if progress and len(parts[0]) > 1:
+            chunks = with_bar(chunks, len(parts[0]), "chunk of the prompt")
+        for tokens_BN, positions_BN in chunks:
             logits_BV = step(model, tokens_BN, caches, positions_BN)
         return logits_BV
 

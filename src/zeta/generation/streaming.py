@@ -66,6 +66,7 @@ def stream(
     stop_tokens: Collection[int] = (),
     prefill_chunk: int | None = None,
     draft: Draft | None = None,
+    progress: bool = False,
 ) -> Iterator[Step]:
     """Continue each sequence of a prompt, token by token.
 
@@ -85,6 +86,8 @@ def stream(
         prefill_chunk: Tokens of the prompt that are shown to the model at once; all by default.
         draft: A cheaper model that proposes tokens; see `Draft`. It goes without a repetition
             penalty.
+        progress: Draw a bar on the standard error while the chunks of a prompt are read; a library
+            is silent unless asked. Needs tqdm: ``pip install 'zeta-attention[demo]'``.
 
     Yields:
         A `Step` for each new token. Stop listening, and nothing more is computed.
@@ -93,7 +96,9 @@ def stream(
         ValueError: An argument has the wrong shape or range, or the model returns logits of which
             no token can be chosen: NaN, or -inf for all.
         TypeError: An argument has the wrong type or dtype.
+        ImportError: ``progress`` was asked for, and tqdm is not installed.
     """
+    check_flag("progress", progress)
     max_new_tokens = check_int("max_new_tokens", max_new_tokens, 1)
     choice = _choice(choose, with_draft=draft is not None)
     if draft is not None:
@@ -102,9 +107,9 @@ def stream(
             raise ValueError("draft goes without a repetition penalty; got one")
     read = Prompt(prompt, padding)
     stops = torch.tensor(stops_of(stop_tokens), dtype=torch.int64, device=prompt.device)
-    logits_RV = read.read(model, caches, prefill_chunk)
+    logits_RV = read.read(model, caches, prefill_chunk, progress=progress)
     if draft is not None:
-        draft_logits = read.read(draft.model, draft.caches, prefill_chunk)
+        draft_logits = read.read(draft.model, draft.caches, prefill_chunk, progress=progress)
         if draft_logits.shape != logits_RV.shape:
             raise ValueError(
                 f"the draft must have the model's vocabulary, {logits_RV.shape[-1]}; "
@@ -213,8 +218,7 @@ def generate(
     Args:
         on_step: Called with each `Step`.
         fill: What stands behind the end of a continuation that is shorter than the longest.
-        progress: Draw a bar of the steps on the standard error while it runs; a library is silent
-            unless asked. Needs tqdm: ``pip install 'zeta-attention[demo]'``.
+        progress: As in `stream`, and then a bar of the steps.
         model, prompt, caches, max_new_tokens, padding, choose, stop_tokens, prefill_chunk, draft:
             As in `stream`.
 
@@ -242,6 +246,7 @@ def generate(
         stop_tokens=stop_tokens,
         prefill_chunk=prefill_chunk,
         draft=draft,
+        progress=progress,
     )
     for now in with_bar(steps, max_new_tokens) if progress else steps:
         column_B = torch.full(batch, fill, dtype=torch.int64, device=prompt.device)
