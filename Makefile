@@ -19,7 +19,7 @@ SERIAL := $$(grep --recursive --files-with-matches --include='test_*.py' 'mark\.
 NONE_IS_FINE := || test $$? -eq 5
 
 .DEFAULT_GOAL := help
-.PHONY: help demo native sanitize test test-fast histories lint format site pictures wheel clean
+.PHONY: help demo native sanitize ready test test-fast histories lint format site pictures wheel clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,12 @@ $(VENV)/.ready-demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable ".[demo]"
 	@touch $@
 
-$(VENV)/.ready-dev: pyproject.toml constraints.txt requirements-dev.txt | $(BIN)/python
+# What compiles comes first, so that it can compile while pip fetches the rest.
+$(VENV)/.ready-tools: constraints.txt | $(BIN)/python
+	$(PIP) cmake ninja
+	@touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt requirements-dev.txt | $(VENV)/.ready-tools
 	@echo "Setting up .venv for development (the first time only) ..."
 	$(PIP) --requirement requirements-dev.txt --editable ".[demo]"
 # Its attention needs torch alone; what the package asks for no longer installs.
@@ -52,7 +57,7 @@ $(VENV)/.ready-native: $(NATIVE) | $(VENV)/.ready-dev
 	@touch $@
 
 # What runs beyond AVX2, with software for its instructions: for tests.
-$(VENV)/.ready-emulated: $(NATIVE) | $(VENV)/.ready-dev
+$(VENV)/.ready-emulated: $(NATIVE) | $(VENV)/.ready-tools
 	@$(call BUILD_NATIVE,emulated,ZETA_EMULATE)
 	@touch $@
 
@@ -74,11 +79,15 @@ sanitize: $(VENV)/.ready-dev ## Run every unit of the native CPU kernel under Ad
 demo: $(VENV)/.ready-demo ## Train, generate, translate and time: `zeta demo`.
 	$(BIN)/zeta demo $(ARGS)
 
-test: $(VENV)/.ready-dev $(VENV)/.ready-native $(VENV)/.ready-emulated ## Run every test this machine can run.
+# All that tests need, two things at a time.
+ready:
+	@$(MAKE) --no-print-directory --jobs 2 $(addprefix $(VENV)/.ready-,dev native emulated)
+
+test: ready ## Run every test this machine can run.
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not serial" $(ARGS) $(NONE_IS_FINE)
 	$(PYTEST) -m serial $(if $(filter tests%,$(ARGS)),,$(SERIAL)) $(ARGS) $(NONE_IS_FINE)
 
-test-fast: $(VENV)/.ready-dev $(VENV)/.ready-native $(VENV)/.ready-emulated ## Run the tests that take less than five seconds each.
+test-fast: ready ## Run the tests that take less than five seconds each.
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not slow and not serial" $(ARGS)
 
 histories: $(VENV)/.ready-dev $(VENV)/.ready-native ## Run 100,000 random histories of caches: up to an hour.
