@@ -27,9 +27,6 @@ HALVES = (torch.bfloat16, torch.float16)
 MIN_ROWS = 16
 """From so many on products in float32 take less time than torch's without instructions for them."""
 
-MIN_WIDTH = 128
-"""Fewer float32 features of a lone layer take torch less time than to ask for another way."""
-
 
 def project_heads(
     x: Tensor, modules: Sequence[nn.Module], head_dim: int
@@ -59,8 +56,6 @@ def project(x: Tensor, module: nn.Module) -> Tensor:
         x: ``(B, L, E)``.
         module: Any.
     """
-    if x.shape[-1] < MIN_WIDTH and x.dtype == torch.float32 and not torch.compiler.is_compiling():
-        return called(module, x)
     layers = _few_layers(x, (module,))
     found = None if layers is None else project_few(x, layers[0])
     return called(module, x) if found is None else found

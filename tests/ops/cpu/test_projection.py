@@ -14,9 +14,9 @@ import zeta
 from tests.nn.doubled_layers import DOUBLED
 from tests.ops.cpu import units
 from tests.ops.cpu.layers import PROJECTIONS, Projection
-from zeta.nn import MultiheadAttention, projections
-from zeta.nn.projections import MIN_WIDTH, project_heads
+from zeta.nn import MultiheadAttention
 from zeta.nn.projections import project as project_module
+from zeta.nn.projections import project_heads
 from zeta.ops import plain
 from zeta.ops.backends.cpu import library, projection
 
@@ -24,14 +24,6 @@ pytestmark = pytest.mark.skipif(
     library.obstacle() is not None, reason=f"no native kernels: {library.obstacle()}"
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def _of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module gives narrow layers to the native pass, too."""
-    monkeypatch.setattr(projections, "MIN_WIDTH", 0)
-
-
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 
@@ -290,26 +282,6 @@ def test_a_step_of_the_module_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
         assert calls == [3, 1]
         cross(x, source, source)
         assert calls == [3, 1, 1, 1]
-
-
-@pytest.mark.parametrize(
-    ("width", "dtype", "native"),
-    [
-        (MIN_WIDTH, torch.float32, 1),
-        (MIN_WIDTH - 1, torch.float32, 0),
-        (MIN_WIDTH - 1, torch.bfloat16, 1),
-    ],
-)
-def test_a_lone_narrow_layer_is_for_torch(
-    width: int, dtype: torch.dtype, native: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(projections, "MIN_WIDTH", MIN_WIDTH)
-    calls = []
-    monkeypatch.setattr(projection, "project", lambda *arguments: calls.append(arguments))
-    layer = nn.Linear(width, 4, dtype=dtype).requires_grad_(False)
-    x = torch.randn(1, 1, width, dtype=dtype)
-    assert torch.equal(project_module(x, layer), layer(x))
-    assert len(calls) == native
 
 
 def test_beside_a_torch_without_the_table_torch_projects(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import zeta
 from zeta import biases, masks
-from zeta.nn import MultiheadAttention, projections
+from zeta.nn import MultiheadAttention
 from zeta.nn.projections import project
 from zeta.ops.attention import run_with_weights
 from zeta.ops.backends.cpu import library
@@ -147,8 +147,7 @@ def test_a_class_of_its_own_beside_plain_tensors(place: int, backend: str) -> No
     assert type(weights) is (Tensor if place == 2 else TwoTensor)
 
 
-def test_projections_of_such_tensors_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projections, "MIN_WIDTH", 0)
+def test_projections_of_such_tensors_are_torchs() -> None:
     layer = nn.Linear(8, 8).requires_grad_(False)
     for x in (
         torch._efficientzerotensor((1, 2, 8)),
@@ -162,8 +161,7 @@ def test_projections_of_such_tensors_are_torchs(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["weight", "bias"])
-def test_negated_parameters_are_read_negated(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projections, "MIN_WIDTH", 0)
+def test_negated_parameters_are_read_negated(name: str) -> None:
     module = MultiheadAttention(None, 8, 2, need_weights=False)
     for layer in (module.v_proj, module.out_proj):
         numbers = torch.randn(getattr(layer, name).shape)
