@@ -1,5 +1,5 @@
 // Calls that take torch's tensors as they are, for work so short that writing a record in Python takes
-// longer: attention with common masks and biases, and linear layers of a few rows.
+// longer: attention with common masks and biases, linear layers of a few rows, and rotations.
 //
 // Here, unlike behind abi.h, everything is checked: whatever is not plainly right is answered with
 // ZETA_NOT_PLAIN, and Python goes its longer way, which has the errors.
