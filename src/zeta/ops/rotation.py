@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zeta.positions import rotate_part
 from zeta.standin import PLAIN
-from zeta.transforms import is_closed_to_operators, is_overridden
+from zeta.transforms import is_closed_to_operators, is_overridden, is_watched
 
 Table: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, times the scale where there is one: ``(L, P)`` or ``(1 or B, 1, L, P)``."""
@@ -57,11 +57,12 @@ def kernel_for(tensors: Sequence[Tensor], tables: Sequence[Tensor]) -> Kernel | 
 
     What ``torch.compile`` makes of torch's operations for the CPU is one pass too.
     """
-    is_compiled = torch.compiler.is_compiling()
+    is_compiled, is_cuda = torch.compiler.is_compiling(), tensors[0].is_cuda
     if is_compiled:
-        if is_closed_to_operators() or not tensors[0].is_cuda:
+        if is_closed_to_operators() or not is_cuda:
             return None
-    elif is_overridden():
+    # A default device, which is a mode of torch's functions, is nothing special on a GPU.
+    elif is_watched() if is_cuda else is_overridden():
         return None
     for x in tensors:
         if x.dim() != 4 or x.dtype not in _DTYPES or not (is_compiled or type(x) in PLAIN):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from zeta.positions import rotate_part
-from zeta.transforms import is_overridden, of_each_gradient
+from zeta.transforms import is_watched, of_each_gradient
 
 Turn: TypeAlias = Callable[
     [Tensor, Tensor | None, Sequence[Tensor], bool, bool], tuple[Tensor, Tensor]
@@ -65,7 +65,7 @@ class Turning(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
         tables = ctx.saved_tensors
-        is_seen = is_overridden()
+        is_seen = is_watched()
 
         def turn(first: Tensor, second: Tensor | None, tables: Sequence[Tensor]) -> Any:
             if is_seen:
