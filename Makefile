@@ -79,9 +79,10 @@ sanitize: $(VENV)/.ready-dev ## Run every unit of the native CPU kernel under Ad
 demo: $(VENV)/.ready-demo ## Train, generate, translate and time: `zeta demo`.
 	$(BIN)/zeta demo $(ARGS)
 
-# All that tests need, two things at a time.
+# All that tests need. The kernel comes last: beside the installation it would be built twice.
 ready:
-	@$(MAKE) --no-print-directory --jobs 2 $(addprefix $(VENV)/.ready-,dev native emulated)
+	@$(MAKE) --no-print-directory --jobs 2 $(VENV)/.ready-dev $(VENV)/.ready-emulated
+	@$(MAKE) --no-print-directory $(VENV)/.ready-native
 
 test: ready ## Run every test this machine can run.
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadgroup -m "not serial" $(ARGS) $(NONE_IS_FINE)
