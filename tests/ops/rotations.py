@@ -4,14 +4,16 @@ Shape suffixes: B batch, H heads, G key heads, L length, D head dimension, P pai
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from tests.ops.bound import assert_within_bound
+from zeta.nn import MultiheadAttention, RotaryEmbedding
 from zeta.nn.tables import position_tensor, rotation_tables, xpos_tables
-from zeta.ops.rotation import Kernel, Table
+from zeta.ops.rotation import Table
+from zeta.ops.turning import Kernel
 from zeta.positions import rotate
 
 
@@ -126,3 +128,28 @@ def wrongly_turned(kernel: Kernel) -> Kernel:
         return kernel(query, key, [table * (1 + 1e-5) for table in tables], interleaved)
 
     return wrong
+
+
+MODULES = ("interleaved", "halves", "part", "xpos")
+
+
+def run_of_module(kind: str) -> Callable[..., tuple[Tensor, ...]]:
+    """Results and gradients of an attention with a rotation of `MODULES`, by ``positions=``."""
+    position = {
+        "interleaved": RotaryEmbedding(8),
+        "halves": RotaryEmbedding(8, interleaved=False),
+        "part": RotaryEmbedding(8, rotary_dim=4),
+        "xpos": None,
+    }[kind]
+    attention = MultiheadAttention(
+        {"xpos_rel_pos": kind == "xpos"}, 32, 4, self_attention=True, num_kv_heads=2,
+        position=position,
+    )  # fmt: skip
+    x = torch.randn(2, 6, 32)
+    parameters = list(attention.parameters())
+
+    def run(**options: Tensor) -> tuple[Tensor, ...]:
+        out, _ = attention(x, x, x, is_causal=True, **options)
+        return out, *torch.autograd.grad(out.square().sum(), parameters)
+
+    return run

@@ -4,21 +4,19 @@ torch's operations.
 Shapes: B batch, H heads, L length, D head dimension, P pairs of features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from zeta.ops.turning import Kernel
 from zeta.positions import rotate_part
 from zeta.standin import PLAIN
 from zeta.transforms import is_closed_to_operators, is_overridden, is_watched
 
 Table: TypeAlias = tuple[Tensor, Tensor]
 """Cosines and sines, times the scale where there is one: ``(L, P)`` or ``(1 or B, 1, L, P)``."""
-
-Kernel: TypeAlias = Callable[[Tensor, Tensor | None, Sequence[Tensor], bool], tuple[Tensor, Tensor]]
-"""Turns queries ``(B, H, L, D)`` and keys, or None, by the tables of both, interleaved or not."""
 
 
 def rotate_one(x: Tensor, table: Table, *, interleaved: bool = True) -> Tensor:

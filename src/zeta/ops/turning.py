@@ -7,6 +7,7 @@ Shape suffixes: B batch, H heads, L length, D head dimension, P pairs of feature
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -15,14 +16,42 @@ from torch import Tensor
 from zeta.positions import rotate_part
 from zeta.transforms import is_watched, of_each_gradient
 
+Kernel: TypeAlias = Callable[[Tensor, Tensor | None, Sequence[Tensor], bool], tuple[Tensor, Tensor]]
+"""Queries and keys, turned, with their gradients: what each backend calls ``rotated``.
+
+Args:
+    query: ``(B, H, L, D)``, in any dtype up to float32.
+    key: Likewise, with heads and a length of its own; or None.
+    tables: Cosines and sines of the queries, and with ``key`` those of the keys, float32,
+        ``(L, P)`` or ``(1 or B, 1, L, P)``. They get no gradient.
+    interleaved: Pairs are features ``(2p, 2p + 1)``; otherwise ``(p, p + P)``. Those from ``2 P``
+        on stay as they are.
+
+Returns:
+    Of the shapes and dtypes of ``query`` and ``key``; without keys, the second is empty.
+"""
+
 Turn: TypeAlias = Callable[
     [Tensor, Tensor | None, Sequence[Tensor], bool, bool], tuple[Tensor, Tensor]
 ]
-"""Queries ``(B, H, L, D)`` and keys, or None, turned by tables of both.
+"""The same without gradients; it takes besides whether the angles are to be negative."""
 
-Takes whether features ``(2p, 2p + 1)`` are a pair, or ``(p, p + P)``, and whether the angles are
-to be negative. Without keys the second result is empty.
-"""
+
+def turned(
+    turn: Turn,
+    query: Tensor,
+    key: Tensor | None,
+    tables: Sequence[Tensor],
+    interleaved: bool,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What a `Turn` makes, with gradients where they are needed."""
+    if not torch.is_grad_enabled() or not (
+        query.requires_grad or (key is not None and key.requires_grad)
+    ):
+        return turn(query, key, tables, interleaved, inverse)
+    found: tuple[Tensor, Tensor] = Turning.apply(turn, query, key, interleaved, inverse, *tables)  # type: ignore[no-untyped-call]  # torch's own
+    return found
 
 
 def turned_by_torch(
@@ -30,15 +59,15 @@ def turned_by_torch(
 ) -> tuple[Tensor, Tensor]:
     """A `Turn` for whatever the kernels do not take, or must not."""
 
-    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def one(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return rotate_part(x, cos, -sin if inverse else sin, interleaved=interleaved)
 
-    of_key = query.new_empty(0) if key is None else turned(key, *tables[2:])
-    return turned(query, *tables[:2]), of_key
+    of_key = query.new_empty(0) if key is None else one(key, *tables[2:])
+    return one(query, *tables[:2]), of_key
 
 
 class Turning(torch.autograd.Function):
-    """What a `Turn` makes."""
+    """See `turned`."""
 
     @staticmethod
     def forward(
@@ -55,8 +84,8 @@ class Turning(torch.autograd.Function):
         ctx.save_for_backward(*tables)
         ctx.set_materialize_grads(False)
         constant = [
-            turned
-            for x, turned in zip((query, key), output, strict=True)
+            made
+            for x, made in zip((query, key), output, strict=True)
             if x is None or not x.requires_grad
         ]
         ctx.mark_non_differentiable(*constant)
@@ -65,15 +94,11 @@ class Turning(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dquery: Tensor | None, dkey: Tensor | None) -> tuple[Any, ...]:
         tables = ctx.saved_tensors
-        is_seen = is_watched()
+        # A transform, say, may have come after the forward pass.
+        back = turned_by_torch if is_watched() else partial(turned, ctx.turn)
 
         def turn(first: Tensor, second: Tensor | None, tables: Sequence[Tensor]) -> Any:
-            if is_seen:
-                # By a transform, say, that came after the forward pass.
-                return turned_by_torch(first, second, tables, ctx.interleaved, not ctx.inverse)
-            return Turning.apply(  # type: ignore[no-untyped-call]
-                ctx.turn, first, second, ctx.interleaved, not ctx.inverse, *tables
-            )
+            return back(first, second, tables, ctx.interleaved, not ctx.inverse)
 
         found = gradients(turn, tables, dquery, dkey)
         return None, *found, None, None, *[None] * len(tables)

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from tests.ops.cpu import units
-from tests.ops.rotations import TURNINGS, Turning, wrongly_turned
+from tests.ops.rotations import MODULES, TURNINGS, Turning, run_of_module, wrongly_turned
 from zeta.caches import StaticCache
 from zeta.nn import MultiheadAttention, RotaryEmbedding
 from zeta.ops import rotation as choice
 from zeta.ops.backends.cpu import library, rotation
-from zeta.ops.rotation import Kernel, Table, rotate_both
+from zeta.ops.rotation import Table, rotate_both
+from zeta.ops.turning import Kernel
 from zeta.positions import rotary_tables, rotate, rotate_part
 
 pytestmark = pytest.mark.skipif(
@@ -270,27 +271,10 @@ def test_the_builtin_refuses_what_it_cannot_read() -> None:
         assert direct.rotate(*arguments) == library.NOT_PLAIN, arguments
 
 
-@pytest.mark.parametrize("kind", ["interleaved", "halves", "part", "xpos"])
+@pytest.mark.parametrize("kind", MODULES)
 def test_modules_take_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With it and without, a module computes the same, and it is used."""
-    position = {
-        "interleaved": RotaryEmbedding(8),
-        "halves": RotaryEmbedding(8, interleaved=False),
-        "part": RotaryEmbedding(8, rotary_dim=4),
-        "xpos": None,
-    }[kind]
-    attention = MultiheadAttention(
-        {"xpos_rel_pos": kind == "xpos"}, 32, 4, self_attention=True, num_kv_heads=2,
-        position=position,
-    )  # fmt: skip
-    x = torch.randn(2, 6, 32)
-    parameters = list(attention.parameters())
-
-    def run(**options: Tensor) -> tuple[Tensor, ...]:
-        out, _ = attention(x, x, x, is_causal=True, **options)
-        return out, *torch.autograd.grad(out.square().sum(), parameters)
-
-    calls = []
+    run, calls = run_of_module(kind), []
 
     def counted(kernel: Kernel) -> Kernel:
         def call(query: Tensor, key: Tensor | None, tables: Sequence[Tensor], how: bool) -> object:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.rotations import TURNINGS, Turning, wrongly_turned
-from zeta.nn import MultiheadAttention, RotaryEmbedding
+from tests.ops.rotations import MODULES, TURNINGS, Turning, run_of_module, wrongly_turned
 from zeta.ops import rotation as choice
 from zeta.ops.backends.triton import rotation
 from zeta.positions import rotary_tables, rotate
@@ -131,27 +130,10 @@ def test_it_is_one_graph_under_compile(interleaved: bool) -> None:
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("kind", ["interleaved", "halves", "part", "xpos"])
+@pytest.mark.parametrize("kind", MODULES)
 def test_modules_take_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With it and without, a module computes the same, and it is used."""
-    position = {
-        "interleaved": RotaryEmbedding(8),
-        "halves": RotaryEmbedding(8, interleaved=False),
-        "part": RotaryEmbedding(8, rotary_dim=4),
-        "xpos": None,
-    }[kind]
-    attention = MultiheadAttention(
-        {"xpos_rel_pos": kind == "xpos"}, 32, 4, self_attention=True, num_kv_heads=2,
-        position=position,
-    )  # fmt: skip
-    x = torch.randn(2, 6, 32)
-    parameters = list(attention.parameters())
-
-    def run(**options: Tensor) -> tuple[Tensor, ...]:
-        out, _ = attention(x, x, x, is_causal=True, **options)
-        return out, *torch.autograd.grad(out.square().sum(), parameters)
-
-    calls = []
+    run, calls = run_of_module(kind), []
     rotated = rotation.rotated
 
     def counted(*arguments: object) -> tuple[Tensor, Tensor]:

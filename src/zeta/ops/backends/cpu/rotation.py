@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zeta.ops.backends.cpu import library
 from zeta.ops.buffers import rows
-from zeta.ops.turning import Turning, turned_by_torch
+from zeta.ops.turning import turned, turned_by_torch
 
 
 def can_turn() -> bool:
@@ -23,25 +23,8 @@ def can_turn() -> bool:
 def rotated(
     query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys, turned.
-
-    Args:
-        query: ``(B, H, L, D)``, in any dtype up to float32.
-        key: Likewise, with heads and a length of its own; or None.
-        tables: Cosines and sines of the queries, and with ``key`` those of the keys, float32,
-            ``(L, P)`` or ``(1 or B, 1, L, P)``. They get no gradient.
-        interleaved: Pairs are features ``(2p, 2p + 1)``; otherwise ``(p, p + P)``. Those from
-            ``2 P`` on stay as they are.
-
-    Returns:
-        Of the shapes and dtypes of ``query`` and ``key``; without keys, the second is empty.
-    """
-    if torch.is_grad_enabled() and (query.requires_grad or (key is not None and key.requires_grad)):
-        found: tuple[Tensor, Tensor] = Turning.apply(  # type: ignore[no-untyped-call]
-            _turn, query, key, interleaved, False, *tables
-        )
-        return found
-    return _turn(query, key, tables, interleaved, False)
+    """See `zeta.ops.turning.Kernel`."""
+    return turned(_turn, query, key, tables, interleaved)
 
 
 def _turn(

@@ -14,7 +14,7 @@ from zeta.ops.backends.triton.kernels.rotation import rotation_kernel
 from zeta.ops.backends.triton.operators import is_eager
 from zeta.ops.buffers import empty_rows, rows
 from zeta.ops.registration import operator
-from zeta.ops.turning import Turning, gradients
+from zeta.ops.turning import gradients, turned
 
 TILE = 2048
 """Features of a tile."""
@@ -25,26 +25,11 @@ HEADS = 4
 def rotated(
     query: Tensor, key: Tensor | None, tables: Sequence[Tensor], interleaved: bool
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys, turned.
-
-    Args:
-        query: ``(B, H, L, D)``, in any dtype up to float32.
-        key: Likewise, with heads and a length of its own; or None.
-        tables: Cosines and sines of the queries, and with ``key`` those of the keys, float32,
-            ``(L, P)`` or ``(1 or B, 1, L, P)``. They get no gradient.
-        interleaved: Pairs are features ``(2p, 2p + 1)``; otherwise ``(p, p + P)``. Those from
-            ``2 P`` on stay as they are.
-
-    Returns:
-        Of the shapes and dtypes of ``query`` and ``key``; without keys, the second is empty.
-    """
+    """See `zeta.ops.turning.Kernel`."""
     if not is_eager(query):
         found: tuple[Tensor, Tensor] = rotation(query, key, tables, interleaved, False)
         return found
-    turned: tuple[Tensor, Tensor] = Turning.apply(  # type: ignore[no-untyped-call]
-        rotation_of, query, key, interleaved, False, *tables
-    )
-    return turned
+    return turned(rotation_of, query, key, tables, interleaved)
 
 
 @operator("triton_rotation")
